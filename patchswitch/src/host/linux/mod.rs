@@ -1,0 +1,3 @@
+//! Linux, one named place for each part of it.
+
+pub mod programs;

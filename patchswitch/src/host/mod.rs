@@ -1,0 +1,3 @@
+//! The seam to the kernel. Nothing here knows what a switchover is.
+
+pub mod linux;

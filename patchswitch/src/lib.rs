@@ -1,0 +1,4 @@
+//! patchswitch: patch a running service without anybody noticing.
+
+pub mod host;
+pub mod names;

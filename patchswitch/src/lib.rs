@@ -1,4 +1,5 @@
 //! patchswitch: patch a running service without anybody noticing.
 
+pub mod exit;
 pub mod host;
 pub mod names;

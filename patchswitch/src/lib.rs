@@ -3,3 +3,4 @@
 pub mod exit;
 pub mod host;
 pub mod names;
+pub mod patch;

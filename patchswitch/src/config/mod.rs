@@ -237,7 +237,7 @@ pub enum OnDeadline {
     Reset,
 }
 
-/// `[[service.probe]]`: one way to find out whether the service works. Network probes are made to every address.
+/// `[[service.probe]]`: one way to find out whether the service works. `tcp` and `http` are tried at every address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Probe {
@@ -259,7 +259,8 @@ pub enum Probe {
         /// What the body must have in it.
         contains: Option<String>,
     },
-    /// A shell command of the host ends with 0. `PATCHSWITCH_ADDRESS` is the address.
+    /// A shell command ends with 0. It is run inside the partition that is probed: sent from the host to the service
+    /// address it would be answered by whoever serves.
     Command {
         /// The command.
         command: String,

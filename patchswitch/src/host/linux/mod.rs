@@ -3,5 +3,6 @@
 pub mod netlink;
 pub mod netns;
 pub mod programs;
+pub mod root;
 pub mod sockets;
 pub mod sysctl;

@@ -133,11 +133,7 @@ impl SnapshotStatus {
         let level = || {
             let (usage, metadata) = text.split_once(' ')?;
             let (allocated, total) = usage.split_once('/')?;
-            Some(Level {
-                allocated: digits(allocated)?,
-                total: digits(total)?,
-                metadata: digits(metadata)?,
-            })
+            Some(Level { allocated: digits(allocated)?, total: digits(total)?, metadata: digits(metadata)? })
         };
         level().map(Self::Valid).ok_or_else(|| BadStatus(text.to_owned()))
     }
@@ -197,9 +193,8 @@ mod tests {
 
     #[test]
     fn statuses_are_read() {
-        let valid = |allocated, total, metadata| {
-            Ok(SnapshotStatus::Valid(Level { allocated, total, metadata }))
-        };
+        let valid =
+            |allocated, total, metadata| Ok(SnapshotStatus::Valid(Level { allocated, total, metadata }));
         let bad = |text: &str| Err(BadStatus(text.to_owned()));
         for (text, expected) in [
             ("32/16384 32", valid(32, 16384, 32)),

@@ -197,6 +197,24 @@ fn read_number(path: &Path) -> Result<DeviceNumber, BlockError> {
     std::fs::read_to_string(path).map_err(BlockError::io(path))?.trim().parse()
 }
 
+/// What has been written to a device since it was made, in sectors of 512 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Sectors written.
+    pub sectors: u64,
+    /// Sectors given up by discard.
+    pub discarded: u64,
+}
+
+impl Written {
+    /// Reads the content of a device's `stat` file (kernel `Documentation/block/stat.rst`). Allocates nothing.
+    pub fn parse(stat: &[u8]) -> Option<Self> {
+        let mut fields = stat.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
+        let mut next = |skip| std::str::from_utf8(fields.nth(skip)?).ok()?.parse().ok();
+        Some(Self { sectors: next(6)?, discarded: next(6)? })
+    }
+}
+
 /// The block device that holds the file system of a file, if one does.
 ///
 /// Most file systems have their device's number in `st_dev`; btrfs and overlayfs have an anonymous one, so the mount
@@ -277,6 +295,17 @@ mod tests {
             prop_assert_eq!(DeviceNumber::from_kernel(number.to_kernel()), number);
             prop_assert_eq!(DeviceNumber::from_stat(number.to_stat()), number);
             prop_assert_eq!(number.to_string().parse::<DeviceNumber>().unwrap(), number);
+        }
+    }
+
+    #[test]
+    fn written_sectors_are_the_seventh_field_and_discarded_ones_the_fourteenth() {
+        let stat = b"     446    0    14214   12  5 6 77 8 0 9 10 11 12 1300 14 15 16\n";
+        assert_eq!(Written::parse(stat), Some(Written { sectors: 77, discarded: 1300 }));
+        for bad in
+            [&b""[..], b"1 2 3 4 5 6 7 8 9 10 11 12 13", b"1 2 3 4 5 6 x 8 9 10 11 12 13 14", &[0xff; 40]]
+        {
+            assert_eq!(Written::parse(bad), None);
         }
     }
 

@@ -39,6 +39,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
+use super::block::Written;
 use super::cutter_child::{
     self as child, CutterEnds, GuardEnds, Origin, REPORT, Ready, Report, Script, Stage,
 };
@@ -83,6 +84,15 @@ pub enum CutError {
     Died,
 }
 
+/// What a cut was like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// How long the first device stood still: from before the first suspend to after the last resume.
+    pub length: Duration,
+    /// What had been written to each origin at the cut, in the order of the origins.
+    pub written: Vec<Written>,
+}
+
 /// Two processes that are ready to cut, and the agent's ends of the pipes to them.
 #[derive(Debug)]
 pub struct Cutter<'dm> {
@@ -110,7 +120,12 @@ impl<'dm> Cutter<'dm> {
     /// # Errors
     /// [`CutError::Prepare`], [`CutError::NotLocked`], [`CutError::Dm`].
     pub fn fork(dm: &'dm Dm, origins: &[&str], snapshots: &[&str]) -> Result<Self, CutError> {
-        let script = script(dm, origins, snapshots)?;
+        let stats = origins.iter().map(|&name| open_stat(dm, name)).collect::<Result<Vec<_>, _>>()?;
+        Self::prepare(dm, origins, &stats, snapshots)
+    }
+
+    fn prepare(dm: &'dm Dm, origins: &[&str], stats: &[File], snapshots: &[&str]) -> Result<Self, CutError> {
+        let script = script(dm, origins, stats, snapshots)?;
         let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
         let prepare = |error: rustix::io::Errno| CutError::Prepare(error.into());
         let (go_read, go_write) = pipe().map_err(prepare)?;
@@ -154,18 +169,28 @@ impl<'dm> Cutter<'dm> {
         [self.cutter.pid, self.guard.pid].map(|pid| pid.as_raw_nonzero().get())
     }
 
-    /// Cuts. Returns how long the first device stood still: from before the first suspend to after the last resume.
+    /// Cuts.
     ///
     /// # Errors
     /// [`CutError`]; the devices go on in every case.
-    pub fn cut(mut self) -> Result<Duration, CutError> {
+    pub fn cut(mut self) -> Result<Window, CutError> {
         let go = self.go.as_mut().ok_or(CutError::Died)?;
         go.write_all(b"g").map_err(|_gone| CutError::Died)?;
-        match self.cutter.report(REPORT_LIMIT) {
-            Ok(Some(report)) => self.judge(report),
-            Ok(None) | Err(_) => {
-                self.rescue();
-                Err(CutError::Died)
+        let mut written = vec![Written::default(); self.origins.len()];
+        loop {
+            match self.cutter.report(REPORT_LIMIT) {
+                Ok(Some(Report { stage: Stage::Counted, index, written: count, .. })) => {
+                    if let Some(place) = written.get_mut(index as usize) {
+                        *place = count;
+                    }
+                }
+                Ok(Some(report)) => {
+                    return self.judge(report).map(|length| Window { length, written });
+                }
+                Ok(None) | Err(_) => {
+                    self.rescue();
+                    return Err(CutError::Died);
+                }
             }
         }
     }
@@ -177,7 +202,7 @@ impl<'dm> Cutter<'dm> {
             Stage::Suspend => ("suspend", &self.origins),
             Stage::Activate => ("activate", &self.snapshots),
             Stage::Resume => ("resume", &self.origins),
-            Stage::Ready | Stage::Rescued | Stage::Lock => return Err(CutError::Died),
+            Stage::Ready | Stage::Rescued | Stage::Lock | Stage::Counted => return Err(CutError::Died),
         };
         let name = list.get(report.index as usize).cloned().unwrap_or_default();
         Err(CutError::Refused { verb, name, source: io::Error::from_raw_os_error(report.errno) })
@@ -264,23 +289,29 @@ fn readable(fd: &impl AsFd, limit: Duration) -> io::Result<bool> {
     }
 }
 
-fn script(dm: &Dm, origins: &[&str], snapshots: &[&str]) -> Result<Script, DmError> {
+fn open_stat(dm: &Dm, name: &str) -> Result<File, CutError> {
+    let info = dm.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
+    File::open(info.device.sysfs().join("stat")).map_err(CutError::Prepare)
+}
+
+fn script(dm: &Dm, origins: &[&str], stats: &[File], snapshots: &[&str]) -> Result<Script, DmError> {
     let ready = |verb, name: &str, command: Command, flags: u32| {
         let call: Call = dm::find(verb, name, command)?.flags(flags);
         let bytes = call.fixed().ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
         Ok::<_, DmError>(Ready { request: command.request(), bytes })
     };
     let resume = |name: &str| ready("resume", name, Command::Suspend, 0);
-    let origin = |name: &&str| {
+    let origin = |(&name, stat): (&&str, &File)| {
         Ok::<_, DmError>(Origin {
             suspend: ready("suspend", name, Command::Suspend, wire::SUSPEND)?,
             clear: ready("clear", name, Command::TableClear, 0)?,
             resume: resume(name)?,
+            stat: stat.as_raw_fd(),
         })
     };
     Ok(Script {
         control: dm.control().as_raw_fd(),
-        origins: origins.iter().map(origin).collect::<Result<_, _>>()?,
+        origins: origins.iter().zip(stats).map(origin).collect::<Result<_, _>>()?,
         snapshots: snapshots.iter().map(|&name| resume(name)).collect::<Result<_, _>>()?,
     })
 }
@@ -296,7 +327,8 @@ mod tests {
 
     /// A user who may not lock memory is refused, whatever else is tried; root gets a cutter.
     fn prepare<'dm>(dm: &'dm Dm, origins: &[&str], snapshots: &[&str]) -> Option<Cutter<'dm>> {
-        match Cutter::fork(dm, origins, snapshots) {
+        let stats: Vec<_> = origins.iter().map(|_| File::open("/dev/null").unwrap()).collect();
+        match Cutter::prepare(dm, origins, &stats, snapshots) {
             Ok(cutter) => Some(cutter),
             Err(CutError::NotLocked(_)) if !rustix::process::geteuid().is_root() => None,
             Err(error) => panic!("{error}"),

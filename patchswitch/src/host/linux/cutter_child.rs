@@ -13,6 +13,7 @@ use std::os::fd::RawFd;
 
 use rustix::process::Pid;
 
+use super::block::Written;
 use super::dm_ioctl::CALL;
 
 /// How long devices may be suspended before the cutter gives up by itself; the guard comes a little later.
@@ -37,6 +38,8 @@ pub(super) struct Origin {
     pub(super) suspend: Ready,
     pub(super) clear: Ready,
     pub(super) resume: Ready,
+    /// The device's `stat` file, open.
+    pub(super) stat: RawFd,
 }
 
 /// Everything that the two processes do.
@@ -74,6 +77,8 @@ pub(super) enum Stage {
     Suspend = 6,
     Activate = 7,
     Resume = 8,
+    /// Not the end: what had been written to an origin at the cut.
+    Counted = 9,
 }
 
 /// What a process tells the agent.
@@ -86,28 +91,29 @@ pub(super) struct Report {
     pub(super) errno: i32,
     /// From before the first suspend to after the last resume.
     pub(super) nanos: u64,
+    /// Sectors written and discarded, of [`Stage::Counted`].
+    pub(super) written: Written,
 }
 
 /// Length of a report on the pipe; less than `PIPE_BUF`, so it arrives whole.
-pub(super) const REPORT: usize = 24;
+pub(super) const REPORT: usize = size_of::<Words>();
+
+/// Stage, index, errno, and three numbers of 64 bits.
+type Words = [u64; 6];
 
 impl Report {
     const fn of(stage: Stage) -> Self {
-        Self { stage, index: 0, errno: 0, nanos: 0 }
+        Self::failed(stage, 0, 0)
     }
 
     const fn failed(stage: Stage, index: u32, errno: i32) -> Self {
-        Self { stage, index, errno, nanos: 0 }
+        Self { stage, index, errno, nanos: 0, written: Written { sectors: 0, discarded: 0 } }
     }
 
     pub(super) fn to_bytes(self) -> [u8; REPORT] {
-        let mut words = [0u32; REPORT / 4];
-        let [stage, index, errno, high, low, _] = &mut words;
-        *stage = self.stage as u32;
-        *index = self.index;
-        *errno = self.errno.cast_unsigned();
-        *high = (self.nanos >> 32) as u32;
-        *low = self.nanos as u32;
+        let Written { sectors, discarded } = self.written;
+        let errno = u64::from(self.errno.cast_unsigned());
+        let words: Words = [self.stage as u64, self.index.into(), errno, self.nanos, sectors, discarded];
         let mut bytes = [0; REPORT];
         for (place, byte) in bytes.iter_mut().zip(words.iter().flat_map(|word| word.to_ne_bytes())) {
             *place = byte;
@@ -116,7 +122,7 @@ impl Report {
     }
 
     pub(super) fn parse(bytes: &[u8; REPORT]) -> Option<Self> {
-        const STAGES: [Stage; 8] = [
+        const STAGES: [Stage; 9] = [
             Stage::Ready,
             Stage::Cut,
             Stage::Rescued,
@@ -125,18 +131,19 @@ impl Report {
             Stage::Suspend,
             Stage::Activate,
             Stage::Resume,
+            Stage::Counted,
         ];
-        let mut words = [0u32; REPORT / 4];
-        for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
-            *word = u32::from_ne_bytes(*chunk);
+        let mut words: Words = [0; 6];
+        for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *word = u64::from_ne_bytes(*chunk);
         }
-        let [stage, index, errno, high, low, _] = words;
-        let stage = STAGES.into_iter().find(|known| *known as u32 == stage)?;
+        let [stage, index, errno, nanos, sectors, discarded] = words;
         Some(Self {
-            stage,
-            index,
-            errno: errno.cast_signed(),
-            nanos: (u64::from(high) << 32) | u64::from(low),
+            stage: STAGES.into_iter().find(|known| *known as u64 == stage)?,
+            index: u32::try_from(index).ok()?,
+            errno: u32::try_from(errno).ok()?.cast_signed(),
+            nanos,
+            written: Written { sectors, discarded },
         })
     }
 }
@@ -174,7 +181,8 @@ fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
 }
 
 fn cutter(script: &Script, ends: CutterEnds) -> i32 {
-    let locked = settle([script.control, ends.go, ends.report, ends.lease]);
+    let stats = script.origins.iter().map(|origin| origin.stat);
+    let locked = settle([script.control, ends.go, ends.report, ends.lease], stats);
     if locked != 0 {
         send(ends.report, Report::failed(Stage::Lock, 0, locked));
         return 1;
@@ -190,7 +198,7 @@ fn cutter(script: &Script, ends: CutterEnds) -> i32 {
         return 1;
     }
     let begin = nanos();
-    let mut report = cut(script);
+    let mut report = cut(script, ends.report);
     report.nanos = nanos().saturating_sub(begin);
     write_all(ends.lease, &[DONE]);
     send(ends.report, report);
@@ -198,12 +206,18 @@ fn cutter(script: &Script, ends: CutterEnds) -> i32 {
 }
 
 /// The cut. Whatever fails, every origin is resumed; after a failure through its old table.
-fn cut(script: &Script) -> Report {
+fn cut(script: &Script, reports: RawFd) -> Report {
     let mut report = Report::of(Stage::Cut);
     for (index, origin) in (0..).zip(&script.origins) {
         if let Err(errno) = call(script.control, &origin.suspend) {
             report = Report::failed(Stage::Suspend, index, errno);
             break;
+        }
+    }
+    // Nothing is under way any more, so these numbers are exact.
+    for (index, origin) in (0..).zip(&script.origins) {
+        if let Some(written) = count(origin.stat) {
+            send(reports, Report { index, written, ..Report::of(Stage::Counted) });
         }
     }
     for (index, snapshot) in (0..).zip(&script.snapshots) {
@@ -233,7 +247,7 @@ fn restore(control: RawFd, origin: &Origin) {
 }
 
 fn guard(script: &Script, ends: GuardEnds) -> i32 {
-    let locked = settle([script.control, ends.lease, ends.report, ends.cutter]);
+    let locked = settle([script.control, ends.lease, ends.report, ends.cutter], std::iter::empty());
     if locked != 0 {
         send(ends.report, Report::failed(Stage::Lock, 0, locked));
         return 1;
@@ -264,10 +278,10 @@ fn rescue(script: &Script) {
 /// Makes the process independent of its surroundings: not reached by Ctrl-C, no descriptors but its own (so that the
 /// end of a pipe is seen), all its memory in memory (a page that had to be read or written on a suspended device would
 /// wait for this very process). Returns what the kernel said to the last, or 0.
-fn settle(mut keep: [RawFd; 4]) -> i32 {
-    keep.sort_unstable();
+fn settle(keep: [RawFd; 4], more: impl Iterator<Item = RawFd> + Clone) -> i32 {
     let mut next: RawFd = 0;
-    for fd in keep {
+    // The lowest that is kept and not yet passed, again and again: sorting would need a place to sort in.
+    while let Some(fd) = keep.into_iter().chain(more.clone()).filter(|fd| *fd >= next).min() {
         close_between(next, fd - 1);
         next = fd + 1;
     }
@@ -312,6 +326,14 @@ fn call(control: RawFd, ready: &Ready) -> Result<(), i32> {
     let result =
         unsafe { libc::ioctl(control, ready.request.into(), bytes.as_mut_ptr().cast::<libc::c_void>()) };
     if result < 0 { Err(errno()) } else { Ok(()) }
+}
+
+/// Reads a `stat` file of sysfs, which needs no disk.
+fn count(stat: RawFd) -> Option<Written> {
+    let mut bytes = [0u8; 512];
+    // SAFETY: the kernel writes at most the length that is given to a live array.
+    let length = unsafe { libc::pread(stat, bytes.as_mut_ptr().cast::<libc::c_void>(), bytes.len(), 0) };
+    Written::parse(bytes.get(..usize::try_from(length).ok()?)?)
 }
 
 fn send(fd: RawFd, report: Report) {
@@ -374,15 +396,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn reports_survive_the_pipe(stage in 0u32..12, index: u32, errno: i32, nanos: u64) {
-            let mut bytes = Report { stage: Stage::Cut, index, errno, nanos }.to_bytes();
-            let known = (1..=8).contains(&stage);
-            bytes[..4].copy_from_slice(&stage.to_ne_bytes());
+        fn reports_survive_the_pipe(stage in 0u64..12, index: u32, errno: i32, nanos: u64, sectors: u64) {
+            let written = Written { sectors, discarded: !sectors };
+            let mut sent = Report { stage: Stage::Cut, index, errno, nanos, written };
+            let mut bytes = sent.to_bytes();
+            bytes[..8].copy_from_slice(&stage.to_ne_bytes());
             let read = Report::parse(&bytes);
-            prop_assert_eq!(read.is_some(), known);
+            prop_assert_eq!(read.is_some(), (1..=9).contains(&stage));
             if let Some(read) = read {
-                prop_assert_eq!((read.stage as u32, read.index, read.errno, read.nanos), (stage, index, errno, nanos));
-                prop_assert_eq!(read.to_bytes(), bytes);
+                sent.stage = read.stage;
+                prop_assert_eq!(read, sent);
+                prop_assert_eq!(read.stage as u64, stage);
+            }
+        }
+
+        #[test]
+        fn noise_is_a_report_or_not(bytes: [u8; REPORT]) {
+            if let Some(report) = Report::parse(&bytes) {
+                prop_assert_eq!(report.to_bytes(), bytes);
             }
         }
     }

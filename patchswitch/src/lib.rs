@@ -7,4 +7,5 @@ pub mod exit;
 pub mod host;
 pub mod names;
 pub mod patch;
+pub mod storage;
 pub mod verify;

@@ -1,5 +1,6 @@
 //! patchswitch: patch a running service without anybody noticing.
 
+pub mod exit;
 pub mod host;
 pub mod names;
 pub mod patch;

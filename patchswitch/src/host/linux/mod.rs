@@ -1,4 +1,10 @@
 //! Linux, one named place for each part of it.
 
+pub mod cgroup;
+pub mod mountns;
+pub mod pidfd;
+pub mod poll;
 pub mod programs;
 pub mod root;
+pub mod runtime;
+pub mod signals;

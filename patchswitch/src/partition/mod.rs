@@ -1,0 +1,4 @@
+//! Logical computers: partitions of the host.
+
+pub mod resources;
+pub mod spec;

@@ -1,4 +1,5 @@
 //! Logical computers: partitions of the host.
 
+pub mod control;
 pub mod resources;
 pub mod spec;

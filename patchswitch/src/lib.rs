@@ -1,8 +1,12 @@
 //! patchswitch: patch a running service without anybody noticing.
 
+pub mod attachment;
+pub mod config;
 pub mod control;
+pub mod dataplane;
 pub mod exit;
 pub mod host;
 pub mod names;
 pub mod partition;
 pub mod patch;
+pub mod verify;

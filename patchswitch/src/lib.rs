@@ -5,4 +5,5 @@ pub mod exit;
 pub mod host;
 pub mod names;
 pub mod patch;
+pub mod store;
 pub mod verify;

@@ -10,4 +10,5 @@ pub mod names;
 pub mod partition;
 pub mod patch;
 pub mod storage;
+pub mod store;
 pub mod verify;

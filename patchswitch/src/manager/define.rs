@@ -11,7 +11,7 @@ use crate::partition::lifecycle;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::cow;
 use crate::storage::disk::{self, Backing, Room};
-use crate::storage::table::SECTOR;
+use crate::host::linux::block::SECTOR;
 use crate::store::{self, Role, State};
 
 /// What defines a partition: the part of its row that is kept as JSON.
@@ -21,6 +21,9 @@ pub struct Definition {
     pub spec: PartitionSpec,
     /// Its own addresses, at most one per family: by these it is known when it retires.
     pub own: Vec<IpAddr>,
+    /// What it was before it became a clone, and is again when the clone is discarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve: Option<PartitionSpec>,
 }
 
 /// Where a partition's root comes from.
@@ -102,7 +105,7 @@ impl Manager {
     fn plan_disks(&self, spec: &PartitionSpec, origin: &Origin) -> Vec<store::Disk> {
         let sectors = |bytes: u64| match origin {
             Origin::Root(_) => bytes.div_ceil(SECTOR),
-            Origin::Store => cow::size_for(bytes.div_ceil(SECTOR)),
+            Origin::Store => cow::cow_sectors(bytes.div_ceil(SECTOR)),
         };
         let disk = |disk: &crate::partition::spec::Disk| store::Disk {
             partition: spec.name.clone(),

@@ -106,15 +106,32 @@ impl Manager {
         if !clones.is_empty() {
             return Ok(snapshot::reopen(&dm, &clones)?.into_iter().map(|clone| clone.path).collect());
         }
-        // A disk that has been cloned stays what it is: `activate` knows a snapshot's origin.
+        let over = self.clones_over(machine)?;
+        if !over.is_empty() {
+            // Written past its clone, the disk would silently change the clone as well.
+            snapshot::reopen(&dm, &over)?;
+            return machine.plain_disks().map(|disk| Ok(dm.node(&disk.name)?)).collect();
+        }
         machine.plain_disks().map(|disk| Ok(disk::activate(&dm, &disk)?.path)).collect()
     }
 
-    /// Takes a partition's disks out of the kernel. Clones are left to commit and discard.
+    /// The clones that other partitions have of this one's disks.
+    fn clones_over(&self, machine: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
+        let names: Vec<String> = machine.plain_disks().map(|disk| disk.name).collect();
+        let mut over = Vec::new();
+        for row in self.store.partitions()? {
+            let clones = self.machine(&row.name)?.clones();
+            over.extend(clones.into_iter().filter(|clone| names.contains(&clone.active)));
+        }
+        Ok(over)
+    }
+
+    /// Takes a partition's disks out of the kernel. Clones, and what has been cloned, are left to commit and discard.
     pub(super) fn close_disks(&self, machine: &Machine) -> Result<(), ManagerError> {
         let dm = Self::dm()?;
+        let over = self.clones_over(machine)?;
         let mut teardown = Teardown::default();
-        for disk in machine.plain_disks() {
+        for disk in machine.plain_disks().filter(|disk| over.iter().all(|clone| clone.active != disk.name)) {
             teardown.note(disk::deactivate(&dm, &disk, CLOSE));
         }
         teardown.finish()
@@ -252,5 +269,28 @@ fn mount_point(machine: &Machine, mount: &str) -> PathBuf {
         root
     } else {
         root.with_file_name(format!("{}@{}", machine.name(), mount.trim_start_matches('/').replace('/', "-")))
+    }
+}
+
+impl Manager {
+    /// Whether a partition's init runs.
+    ///
+    /// # Errors
+    /// [`ManagerError`].
+    pub fn is_running(&self, machine: &Machine) -> Result<bool, ManagerError> {
+        let mounts = Self::mounts()?;
+        Ok(lifecycle::is_running(self.runtime(), &mounts, machine.name())?)
+    }
+
+    /// Starts what was masked in a clone, now that the other partition has stopped.
+    pub(crate) fn unmask(&self, machine: &Machine) -> Result<(), ManagerError> {
+        let mounts = Self::mounts()?;
+        Ok(lifecycle::unmask(self.runtime(), &mounts, machine.spec())?)
+    }
+
+    /// Puts into a new root what a partition needs of ours.
+    pub(super) fn prepare_root(&self, mounts: &MountNamespace, machine: &Machine) -> Result<(), ManagerError> {
+        let root = Self::root(machine.name());
+        Ok(mounts.run(|_| lifecycle::install_init(&root))??)
     }
 }

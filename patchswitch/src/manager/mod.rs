@@ -12,11 +12,13 @@
 //!
 //! * [`define`]: partitions come into being, and go.
 //! * [`machine`]: start, stop, what is there.
+//! * [`lease`]: a standby is lent to a service, and given back or kept.
 //! * [`service`]: a service address gets its partition and its data path.
 //! * [`recover`]: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
 
 mod define;
 mod error;
+mod lease;
 mod machine;
 mod recover;
 mod service;
@@ -25,8 +27,9 @@ use std::path::{Path, PathBuf};
 
 pub use define::{Definition, Origin, Source};
 pub use error::ManagerError;
-pub use machine::{Machine, Running};
+pub use machine::{Machine, MachineDisk, Running};
 pub use recover::Recovered;
+pub(crate) use service::{attachable, slot_of};
 
 use crate::config::{self, Config};
 use crate::host::linux::dm::Dm;

@@ -159,6 +159,36 @@ impl Netns {
         Self::open(&NetnsRef::Own)
     }
 
+    /// Makes a namespace with a name that `ip netns` knows, or opens the one that has it.
+    ///
+    /// # Errors
+    /// [`NetnsError::Hold`].
+    pub fn make(name: &str) -> Result<Self, NetnsError> {
+        let path = Path::new(NAMED).join(name);
+        if let Ok(netns) = Self::open(&NetnsRef::Named(name.to_owned())) {
+            return Ok(netns);
+        }
+        let new = || -> io::Result<File> {
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
+            File::open("/proc/thread-self/ns/net")
+        };
+        let made = std::thread::scope(|scope| scope.spawn(new).join());
+        let file = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(|source| {
+            NetnsError::Hold { action: "make", path: path.clone(), source }
+        })?;
+        let netns = Self { file: Arc::new(file), reference: name.to_owned() };
+        netns.hold(&path)?;
+        Ok(netns)
+    }
+
+    /// Takes the name away again; the namespace goes with its last process. Not there: nothing to do.
+    ///
+    /// # Errors
+    /// [`NetnsError::Hold`].
+    pub fn unmake(name: &str) -> Result<(), NetnsError> {
+        Self::release(&Path::new(NAMED).join(name))
+    }
+
     /// Whether two descriptors are of one namespace.
     ///
     /// # Errors

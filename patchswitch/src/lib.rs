@@ -11,7 +11,6 @@ pub mod names;
 pub mod partition;
 pub mod patch;
 pub mod storage;
-pub mod store;
 pub mod switchover;
 pub mod store;
 pub mod verify;

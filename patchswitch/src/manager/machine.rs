@@ -294,3 +294,20 @@ impl Manager {
         Ok(mounts.run(|_| lifecycle::install_init(&root))??)
     }
 }
+
+impl Manager {
+    /// Runs a command in a running partition.
+    ///
+    /// # Errors
+    /// [`ManagerError::Runtime`], also at the end of its time.
+    pub fn exec(
+        &self,
+        machine: &Machine,
+        command: &[&str],
+        limit: Duration,
+    ) -> Result<crate::host::linux::runtime::Executed, ManagerError> {
+        let mounts = Self::mounts()?;
+        let runtime = self.runtime();
+        Ok(mounts.run(|inside| runtime.exec(inside, machine.name().as_str(), command, limit))??)
+    }
+}

@@ -43,18 +43,17 @@ pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Fa
 /// Merges, and exchanges what is behind the two partitions' disks.
 pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     let service = job.service.name.clone();
-    let failed = || at(Phase::Commit);
-    let new = job.manager.active(&job.service).map_err(failed())?;
+    let new = job.manager.active(&job.service).map_err(at(Phase::Commit))?;
     let intent = json!({"clones": new.clones()});
     (job.say)("commit …");
-    let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(failed())?;
+    let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
     let start = std::time::Instant::now();
-    let bytes = merge_disks(job.manager, &service).map_err(failed())?;
+    let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
     let seconds = start.elapsed().as_secs_f64();
     job.report.phase(Phase::Commit, seconds);
     job.report.cow_bytes = Some(bytes);
     let outcome = json!({"cow_bytes": bytes});
-    let _ = job.manager.store.conclude(step, crate::store::StepState::Done, &outcome).map_err(failed())?;
+    let _ = job.manager.store.conclude(step, crate::store::StepState::Done, &outcome).map_err(at(Phase::Commit))?;
     (job.say)(&format!("commit done in {seconds:.2} s: cow_bytes {bytes}"));
     Ok(())
 }

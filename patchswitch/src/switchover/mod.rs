@@ -25,11 +25,13 @@ mod report;
 mod rollback;
 mod take_over;
 pub(crate) mod undo;
+mod verbs;
 mod verify;
 
 pub use context::{Context, Failure, Phase, SwitchError};
 pub use plan::{Options, Plan, plan};
-pub use report::{Loss, Report};
+pub use plan::Summary;
+pub use report::{AtSwitch, Loss, Report};
 
 use crate::exit::ExitCode;
 use drain::Undrained;
@@ -77,4 +79,6 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 
 pub use commit::commit;
 pub(crate) use commit::merge_disks;
-pub use rollback::{at_switch, rollback};
+use rollback::at_switch;
+pub use rollback::rollback;
+pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

@@ -75,9 +75,8 @@ impl TakenOver {
 
     /// Whether writes outside what was declared were lost.
     async fn reverse(self, job: &mut Context<'_>) -> Result<bool, Failure> {
-        let gone = || at(Phase::GiveBack);
         let person = |failure: Failure| Failure { code: ExitCode::GiveBackFailed, ..failure };
-        let loss = loss_of_new_side(job, &self).map_err(gone()).map_err(person)?;
+        let loss = loss_of_new_side(job, &self).map_err(at(Phase::GiveBack)).map_err(person)?;
         let lossy = loss.files > 0;
         let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
         let files = loss.files;
@@ -89,12 +88,12 @@ impl TakenOver {
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let service = job.service.name.clone();
-            let generation = job.manager.next_generation(&service).map_err(gone()).map_err(person)?;
-            job.attachment.switch(slot.other()).await.map_err(gone()).map_err(person)?;
+            let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
+            job.attachment.switch(slot.other()).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
-            let _ = record.map_err(gone()).map_err(person)?;
+            let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
             drain_new_side(job, slot).await.map_err(person)?;
-            undo::discard(job).await.map_err(gone()).map_err(person)?;
+            undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             Ok(((), json!({})))
         })
         .await?;

@@ -15,7 +15,7 @@ use crate::storage::meter::{Changes, Mark};
 use crate::store::JobId;
 
 /// Writes that a switch or a rollback leaves behind.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Loss {
     /// Sectors of 512 bytes.
     pub sectors: u64,

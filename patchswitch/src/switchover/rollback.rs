@@ -36,21 +36,20 @@ pub async fn rollback(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<
 
 async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool, Failure> {
     let refuse = |reason: String, code| Err(Failure { phase: Phase::GiveBack, reason, code });
-    let failed = || at(Phase::GiveBack);
     let service = job.service.name.clone();
-    let Some(old) = job.manager.other(&service).map_err(failed())? else {
+    let Some(old) = job.manager.other(&service).map_err(at(Phase::GiveBack))? else {
         return refuse("there is no old partition: it was committed, or there was no job".to_owned(), ExitCode::Nothing);
     };
-    let new = job.manager.active(&job.service).map_err(failed())?;
+    let new = job.manager.active(&job.service).map_err(at(Phase::GiveBack))?;
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
     let lossy = agreed(job, &new, last)?;
     let slot = back(job, &old).await?;
     job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
-        let generation = job.manager.next_generation(&service).map_err(failed())?;
-        let switched = job.attachment.switch(slot).await.map_err(failed())?;
+        let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack))?;
+        let switched = job.attachment.switch(slot).await.map_err(at(Phase::GiveBack))?;
         job.report.flip_us = Some(switched.flip_us);
         job.report.switch = Some(switched);
-        let _ = job.manager.store.record_switch(&service, old.name(), generation).map_err(failed())?;
+        let _ = job.manager.store.record_switch(&service, old.name(), generation).map_err(at(Phase::GiveBack))?;
         Ok(((), json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0})))
     })
     .await?;
@@ -116,14 +115,18 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
     Ok(slot)
 }
 
-/// What the report of the last switch kept for a rollback.
+/// What the report of the last switch kept for a rollback and for a commit.
 ///
 /// # Errors
 /// [`ManagerError::Io`] if the report is there and cannot be read.
-pub fn at_switch(state: &Path, job: crate::store::JobId) -> Result<Option<AtSwitch>, ManagerError> {
+pub(super) fn at_switch(
+    state: &Path,
+    job: crate::store::JobId,
+) -> Result<Option<(Option<AtSwitch>, Option<Loss>)>, ManagerError> {
     #[derive(serde::Deserialize)]
     struct Kept {
         at_switch: Option<AtSwitch>,
+        lost_by_switch: Option<Loss>,
     }
     let path = Report::path(state, job);
     match std::fs::read(&path) {
@@ -131,7 +134,8 @@ pub fn at_switch(state: &Path, job: crate::store::JobId) -> Result<Option<AtSwit
         Err(error) => Err(ManagerError::io("read", path)(error)),
         Ok(text) => {
             let kept: Result<Kept, _> = serde_json::from_slice(&text);
-            kept.map(|kept| kept.at_switch).map_err(|error| ManagerError::io("read", path)(error.into()))
+            kept.map(|kept| Some((kept.at_switch, kept.lost_by_switch)))
+                .map_err(|error| ManagerError::io("read", path)(error.into()))
         }
     }
 }

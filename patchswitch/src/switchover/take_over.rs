@@ -33,19 +33,18 @@ impl Verified {
         arm(job).await?;
         job.step(Phase::TakeOver, json!({"to": clone.standby.name()}), async |job| {
             count_loss(job, &clone)?;
-            let failed = || at(Phase::TakeOver);
-            let marks = marks(&clone).map_err(failed())?;
-            let flows = job.attachment.flows(clone.slot.other()).map_err(failed())?;
+            let marks = marks(&clone).map_err(at(Phase::TakeOver))?;
+            let flows = job.attachment.flows(clone.slot.other()).map_err(at(Phase::TakeOver))?;
             job.report.old_flows_at_flip = Some(flows.accepted.len());
             let service = job.service.name.clone();
-            let generation = job.manager.next_generation(&service).map_err(failed())?;
+            let generation = job.manager.next_generation(&service).map_err(at(Phase::TakeOver))?;
             let record = job.manager.store.record_switch(&service, clone.standby.name(), generation);
-            let _ = record.map_err(failed())?;
+            let _ = record.map_err(at(Phase::TakeOver))?;
             let now = std::time::SystemTime::now();
             job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
-            job.report.save(job.manager.state()).map_err(failed())?;
+            job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
             let switched = job.attachment.switch(clone.slot).await;
-            let switched = switched.map_err(failed())?;
+            let switched = switched.map_err(at(Phase::TakeOver))?;
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
             let outcome = json!({

@@ -169,7 +169,7 @@ impl Netns {
             return Ok(netns);
         }
         let new = || -> io::Result<File> {
-            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
+            new_network_namespace()?;
             File::open("/proc/thread-self/ns/net")
         };
         let made = std::thread::scope(|scope| scope.spawn(new).join());
@@ -281,6 +281,13 @@ impl fmt::Display for Netns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.reference)
     }
+}
+
+/// Gives the calling thread, which must be one made for this, a network namespace of its own.
+#[expect(unsafe_code, reason = "the safe function is deprecated in favour of this one")]
+fn new_network_namespace() -> io::Result<()> {
+    // SAFETY: only the network namespace is unshared; the danger is in unsharing the table of descriptors.
+    Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ pub mod control;
 pub mod dataplane;
 pub mod exit;
 pub mod host;
+pub mod init;
 pub mod names;
 pub mod partition;
 pub mod patch;

@@ -80,18 +80,14 @@ pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
 fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
     let retiring = active.other();
     let flow = &packet.flow;
-    let kept = match packet.kind {
-        Kind::LaterFragment { id } => {
-            return kernel.fragment(&flow.remote, id, flow.protocol).unwrap_or(active);
+    let kept = match (packet.kind, packet.transport) {
+        (Kind::LaterFragment, _) => {
+            kernel.fragment(&flow.remote, packet.fragment_id, flow.protocol) == Some(retiring)
         }
-        Kind::Direct(Transport::Tcp { flags }) => tcp(active, flow, flags, kernel),
-        Kind::Error(Transport::Tcp { .. }) => tcp_error(active, flow, kernel),
-        Kind::Direct(Transport::Udp) | Kind::Error(Transport::Udp) => {
-            kernel.udp_connected(retiring, flow) || kernel.learned(flow) == Some(retiring)
-        }
-        Kind::Direct(Transport::Other) | Kind::Error(Transport::Other) => {
-            kernel.learned(flow) == Some(retiring)
-        }
+        (Kind::Direct, Transport::Tcp) => tcp(active, flow, packet.flags, kernel),
+        (Kind::Error, Transport::Tcp) => tcp_error(active, flow, kernel),
+        (_, Transport::Udp) => kernel.udp_connected(retiring, flow) || kernel.learned(flow) == Some(retiring),
+        (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
     };
     if kept { retiring } else { active }
 }
@@ -180,7 +176,7 @@ mod tests {
         }
     }
 
-    fn packet(kind: Kind) -> Packet {
+    fn packet(kind: Kind, transport: Transport, flags: u8) -> Packet {
         let flow = Flow {
             remote: mapped([192, 0, 2, 1]),
             local: mapped([192, 0, 2, 80]),
@@ -188,7 +184,7 @@ mod tests {
             local_port: 80u16.to_be(),
             protocol: 6,
         };
-        Packet { flow, kind }
+        Packet { flow, kind, transport, flags, fragment_id: 7 }
     }
 
     const DRAINING: Word = Word::steady(Slot::A, 1).taken_over_by(Slot::B);
@@ -201,7 +197,7 @@ mod tests {
     #[test]
     fn steady_asks_nothing() {
         let mut kernel = Given { retiring: Some(CONN), ..Given::default() };
-        let tcp = packet(Kind::Direct(Transport::Tcp { flags: ACK }));
+        let tcp = packet(Kind::Direct, Transport::Tcp, ACK);
         assert_eq!(owner(Word::steady(Slot::B, 0), &tcp, &mut kernel), Slot::B);
         assert_eq!(kernel.asked, 0);
     }
@@ -231,7 +227,7 @@ mod tests {
         ];
         for (rule, flags, retiring, active, expected, asked) in table {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
-            let got = owner(DRAINING, &packet(Kind::Direct(Transport::Tcp { flags })), &mut kernel);
+            let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
             assert_eq!((got, kernel.asked), (expected, asked), "{rule}");
         }
     }
@@ -243,14 +239,14 @@ mod tests {
             [(CONN, LISTEN, A), (TW, LISTEN, A), (TW, CONN, B), (COOKIE, NONE, B), (NONE, NONE, B)]
         {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
-            let error = packet(Kind::Error(Transport::Tcp { flags: 0 }));
+            let error = packet(Kind::Error, Transport::Tcp, 0);
             assert_eq!(owner(DRAINING, &error, &mut kernel), expected, "{retiring:?} {active:?}");
         }
     }
 
     #[test]
     fn datagrams_follow_a_connected_socket_or_what_was_learned() {
-        let udp = packet(Kind::Direct(Transport::Udp));
+        let udp = packet(Kind::Direct, Transport::Udp, 0);
         let case = |udp_socket, learned| {
             owner(DRAINING, &udp, &mut Given { udp: udp_socket, learned, ..Given::default() })
         };
@@ -262,7 +258,7 @@ mod tests {
 
     #[test]
     fn later_fragments_follow_the_first() {
-        let later = packet(Kind::LaterFragment { id: 7 });
+        let later = packet(Kind::LaterFragment, Transport::Other, 0);
         let case = |fragment| owner(DRAINING, &later, &mut Given { fragment, ..Given::default() });
         assert_eq!(case(Some(Slot::A)), Slot::A);
         assert_eq!(case(None), Slot::B);

@@ -1,9 +1,9 @@
 //! From bytes to a flow, as the service sees it.
 //!
 //! ```text
-//!  network(bytes) ─► Network { source, destination, protocol, payload, fragment }
-//!     └─ inbound(bytes, network)  ─► Packet: remote = source,      local = destination
-//!     └─ outbound(bytes, network) ─► Packet: remote = destination, local = source
+//!  ipv4, ipv6 ─► Network { source, destination, protocol, payload, fragment }
+//!     └─ inbound  ─► Packet: remote = source,      local = destination
+//!     └─ outbound ─► Packet: remote = destination, local = source
 //! ```
 //!
 //! The first step is enough to tell whether a packet is ours at all; the second is taken only when it matters.
@@ -57,14 +57,17 @@ impl Octets for [u8] {
 pub struct Malformed;
 
 /// Place of a packet in a fragmented datagram.
+///
+/// This enum and the ones below carry no values of their own: copied as a whole, the bytes of a variant without one
+/// would be uninitialised, which the BPF verifier refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fragment {
     /// Not fragmented.
     Whole,
-    /// The first fragment: has the transport header. Identification in network byte order.
-    First(u32),
+    /// The first fragment: has the transport header.
+    First,
     /// A later one: has none.
-    Later(u32),
+    Later,
 }
 
 /// What the network header says.
@@ -80,6 +83,8 @@ pub struct Network {
     pub payload: u32,
     /// Whether it is a fragment.
     pub fragment: Fragment,
+    /// Identification of a fragmented packet, network byte order; else 0.
+    pub fragment_id: u32,
     /// Whether it is IPv6.
     pub v6: bool,
 }
@@ -102,11 +107,8 @@ pub struct Flow {
 /// How a flow's owner is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
-    /// By socket; the flags of the segment, 0 where they are not known (quoted in an error).
-    Tcp {
-        /// Byte 13 of the TCP header.
-        flags: u8,
-    },
+    /// By socket.
+    Tcp,
     /// By connected socket, else by what was learned.
     Udp,
     /// By what was learned.
@@ -117,14 +119,11 @@ pub enum Transport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A packet of the flow.
-    Direct(Transport),
+    Direct,
     /// An ICMP error about a packet of the flow that the service sent.
-    Error(Transport),
-    /// A fragment without a transport header. Identification in network byte order.
-    LaterFragment {
-        /// Identification.
-        id: u32,
-    },
+    Error,
+    /// A fragment without a transport header.
+    LaterFragment,
 }
 
 /// A packet as the rules see it.
@@ -134,34 +133,62 @@ pub struct Packet {
     pub flow: Flow,
     /// How it belongs to it.
     pub kind: Kind,
+    /// How the flow's owner is found.
+    pub transport: Transport,
+    /// Byte 13 of the TCP header; 0 where there is none, or only quoted in an error.
+    pub flags: u8,
+    /// Identification of a fragment, network byte order; else 0.
+    pub fragment_id: u32,
 }
+
+impl Network {
+    /// Nothing read yet.
+    pub const EMPTY: Self = Self {
+        source: [0; 16],
+        destination: [0; 16],
+        protocol: 0,
+        payload: 0,
+        fragment: Fragment::Whole,
+        fragment_id: 0,
+        v6: false,
+    };
+}
+
+impl Packet {
+    /// Nothing read yet.
+    pub const EMPTY: Self = Self {
+        flow: Flow { remote: [0; 16], local: [0; 16], remote_port: 0, local_port: 0, protocol: 0 },
+        kind: Kind::Direct,
+        transport: Transport::Other,
+        flags: 0,
+        fragment_id: 0,
+    };
+}
+
+// Results are written through a reference, and not returned: returned values are copied from stack to stack, and a
+// BPF program has 512 bytes of it.
 
 /// Reads the IPv4 header at `offset` (RFC 791 3.1).
 ///
 /// # Errors
 /// [`Malformed`] if it is short, of another version, or has an impossible header length.
 #[inline(always)]
-pub fn ipv4<O: Octets + ?Sized>(octets: &O, offset: u32) -> Result<Network, Malformed> {
+pub fn ipv4<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
     let h: [u8; 20] = octets.at(offset).ok_or(Malformed)?;
     let length = u32::from(h[0] & 0xf) * 4;
     if h[0] >> 4 != 4 || length < 20 || u32::from(u16::from_be_bytes([h[2], h[3]])) < length {
         return Err(Malformed);
     }
     let place = u16::from_be_bytes([h[6], h[7]]);
-    let id = u32::from(u16::from_ne_bytes([h[4], h[5]]));
-    let fragment = match (place & 0x1fff, place & 0x2000) {
-        (0, 0) => Fragment::Whole,
-        (0, _) => Fragment::First(id),
-        _ => Fragment::Later(id),
-    };
-    Ok(Network {
-        source: mapped([h[12], h[13], h[14], h[15]]),
-        destination: mapped([h[16], h[17], h[18], h[19]]),
-        protocol: h[9],
-        payload: offset + length,
-        fragment,
-        v6: false,
-    })
+    if place & 0x3fff != 0 {
+        network.fragment = if place & 0x1fff == 0 { Fragment::First } else { Fragment::Later };
+        network.fragment_id = u32::from(u16::from_ne_bytes([h[4], h[5]]));
+    }
+    network.source = mapped([h[12], h[13], h[14], h[15]]);
+    network.destination = mapped([h[16], h[17], h[18], h[19]]);
+    network.protocol = h[9];
+    network.payload = offset + length;
+    Ok(())
 }
 
 /// Reads the IPv6 header at `offset` and skips its extension headers (RFC 8200 4).
@@ -169,28 +196,31 @@ pub fn ipv4<O: Octets + ?Sized>(octets: &O, offset: u32) -> Result<Network, Malf
 /// # Errors
 /// [`Malformed`] if it is short, of another version, or has more than [`EXTENSION_HEADERS`].
 #[inline(always)]
-pub fn ipv6<O: Octets + ?Sized>(octets: &O, offset: u32) -> Result<Network, Malformed> {
-    let h: [u8; 40] = octets.at(offset).ok_or(Malformed)?;
-    if h[0] >> 4 != 6 {
-        return Err(Malformed);
-    }
-    let (mut source, mut destination) = ([0; 16], [0; 16]);
-    source.copy_from_slice(&h[8..24]);
-    destination.copy_from_slice(&h[24..40]);
-    let mut network = Network {
-        source,
-        destination,
-        protocol: h[6],
-        payload: offset + 40,
-        fragment: Fragment::Whole,
-        v6: true,
-    };
+pub fn ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
+    fixed_ipv6(octets, offset, network)?;
     for _ in 0..EXTENSION_HEADERS {
-        if !skip_extension(octets, &mut network)? {
-            return Ok(network);
+        match skip_extension(octets, network) {
+            Step::Skipped => {}
+            Step::None => return Ok(()),
+            Step::Short => return Err(Malformed),
         }
     }
-    if is_extension(network.protocol) { Err(Malformed) } else { Ok(network) }
+    if is_extension(network.protocol) { Err(Malformed) } else { Ok(()) }
+}
+
+#[inline(always)]
+fn fixed_ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
+    let [version] = octets.at(offset).ok_or(Malformed)?;
+    if version >> 4 != 6 {
+        return Err(Malformed);
+    }
+    let [next] = octets.at(offset + 6).ok_or(Malformed)?;
+    network.source = octets.at(offset + 8).ok_or(Malformed)?;
+    network.destination = octets.at(offset + 24).ok_or(Malformed)?;
+    network.protocol = next;
+    network.payload = offset + 40;
+    network.v6 = true;
+    Ok(())
 }
 
 #[inline(always)]
@@ -205,23 +235,32 @@ const fn is_extension(next: u8) -> bool {
     )
 }
 
-/// Skips one extension header. False if there is none, or if what follows cannot be read (a later fragment).
-#[inline(always)]
-fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Result<bool, Malformed> {
-    if !is_extension(network.protocol) || matches!(network.fragment, Fragment::Later(_)) {
-        return Ok(false);
+/// What a look at the next header brought.
+#[derive(Clone, Copy)]
+enum Step {
+    /// It was an extension header, and is skipped.
+    Skipped,
+    /// It is none, or cannot be read in a later fragment.
+    None,
+    /// It runs past the end.
+    Short,
+}
+
+/// Skips one extension header. A function of its own: in the loop it would be unrolled.
+#[inline(never)]
+fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Step {
+    if !is_extension(network.protocol) || matches!(network.fragment, Fragment::Later) {
+        return Step::None;
     }
-    let h: [u8; 8] = octets.at(network.payload).ok_or(Malformed)?;
+    let Some(h) = octets.at::<8>(network.payload) else { return Step::Short };
     let length = match network.protocol {
         protocol::FRAGMENT => {
-            let id = u32::from_ne_bytes([h[4], h[5], h[6], h[7]]);
             let place = u16::from_be_bytes([h[2], h[3]]);
-            network.fragment = match (place & 0xfff8, place & 1) {
-                // An "atomic" fragment (RFC 6946) is a whole packet.
-                (0, 0) => network.fragment,
-                (0, _) => Fragment::First(id),
-                _ => Fragment::Later(id),
-            };
+            // An "atomic" fragment (RFC 6946) is a whole packet.
+            if place & 0xfff9 != 0 {
+                network.fragment = if place & 0xfff8 == 0 { Fragment::First } else { Fragment::Later };
+                network.fragment_id = u32::from_ne_bytes([h[4], h[5], h[6], h[7]]);
+            }
             8
         }
         protocol::AUTHENTICATION => (u32::from(h[1]) + 2) * 4,
@@ -229,7 +268,7 @@ fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Resu
     };
     network.protocol = h[0];
     network.payload += length;
-    Ok(true)
+    Step::Skipped
 }
 
 /// Whether a packet to a service address is neighbour discovery, which the host answers (RFC 4861: types 133 to 137).
@@ -237,7 +276,7 @@ fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Resu
 pub fn is_neighbour_discovery<O: Octets + ?Sized>(octets: &O, network: &Network) -> bool {
     network.v6
         && network.protocol == protocol::ICMPV6
-        && !matches!(network.fragment, Fragment::Later(_))
+        && !matches!(network.fragment, Fragment::Later)
         && matches!(octets.at::<1>(network.payload), Some([133..=137]))
 }
 
@@ -246,8 +285,14 @@ pub fn is_neighbour_discovery<O: Octets + ?Sized>(octets: &O, network: &Network)
 /// # Errors
 /// [`Malformed`] if the transport header is short.
 #[inline(always)]
-pub fn inbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Result<Packet, Malformed> {
-    packet(octets, network, &network.source, &network.destination, false)
+pub fn inbound<O: Octets + ?Sized>(
+    octets: &O,
+    network: &Network,
+    packet: &mut Packet,
+) -> Result<(), Malformed> {
+    packet.flow.remote = network.source;
+    packet.flow.local = network.destination;
+    transport(octets, network, packet, false)
 }
 
 /// A packet that comes from the service.
@@ -255,109 +300,106 @@ pub fn inbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Result<Pack
 /// # Errors
 /// As [`inbound`].
 #[inline(always)]
-pub fn outbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Result<Packet, Malformed> {
-    packet(octets, network, &network.destination, &network.source, true)
+pub fn outbound<O: Octets + ?Sized>(
+    octets: &O,
+    network: &Network,
+    packet: &mut Packet,
+) -> Result<(), Malformed> {
+    packet.flow.remote = network.destination;
+    packet.flow.local = network.source;
+    transport(octets, network, packet, true)
 }
 
 #[inline(always)]
-fn packet<O: Octets + ?Sized>(
+fn transport<O: Octets + ?Sized>(
     octets: &O,
     network: &Network,
-    remote: &Address,
-    local: &Address,
+    packet: &mut Packet,
     out: bool,
-) -> Result<Packet, Malformed> {
-    let mut flow =
-        Flow { remote: *remote, local: *local, remote_port: 0, local_port: 0, protocol: network.protocol };
-    if let Fragment::Later(id) = network.fragment {
-        return Ok(Packet { flow, kind: Kind::LaterFragment { id } });
+) -> Result<(), Malformed> {
+    packet.flow.protocol = network.protocol;
+    packet.fragment_id = network.fragment_id;
+    if matches!(network.fragment, Fragment::Later) {
+        packet.kind = Kind::LaterFragment;
+        Ok(())
+    } else if matches!(network.protocol, protocol::ICMP | protocol::ICMPV6) {
+        icmp(octets, network, packet, out)
+    } else {
+        ports(octets, network.payload, packet, out)
     }
-    if matches!(network.protocol, protocol::ICMP | protocol::ICMPV6) {
-        return icmp(octets, network, flow, out);
-    }
-    let kind = Kind::Direct(ports(octets, network.protocol, network.payload, &mut flow, out)?);
-    Ok(Packet { flow, kind })
 }
 
 /// Reads the ports; `from_service` if the packet at hand was sent by the service.
 #[inline(always)]
 fn ports<O: Octets + ?Sized>(
     octets: &O,
-    number: u8,
     offset: u32,
-    flow: &mut Flow,
+    packet: &mut Packet,
     from_service: bool,
-) -> Result<Transport, Malformed> {
+) -> Result<(), Malformed> {
+    let number = packet.flow.protocol;
     if !matches!(number, protocol::TCP | protocol::UDP) {
-        return Ok(Transport::Other);
+        return Ok(());
     }
     let p: [u8; 4] = octets.at(offset).ok_or(Malformed)?;
     let (source, destination) = (u16::from_ne_bytes([p[0], p[1]]), u16::from_ne_bytes([p[2], p[3]]));
-    (flow.local_port, flow.remote_port) =
-        if from_service { (source, destination) } else { (destination, source) };
-    if number == protocol::UDP {
-        return Ok(Transport::Udp);
+    if from_service {
+        (packet.flow.local_port, packet.flow.remote_port) = (source, destination);
+    } else {
+        (packet.flow.local_port, packet.flow.remote_port) = (destination, source);
     }
-    // Only the eight bytes of RFC 792 are sure to be there in an error, so its flags are not read; the caller drops
-    // them.
-    let [flags] = octets.at(offset + 13).unwrap_or([0]);
-    Ok(Transport::Tcp { flags })
+    if number == protocol::UDP {
+        packet.transport = Transport::Udp;
+        return Ok(());
+    }
+    packet.transport = Transport::Tcp;
+    // Of a segment that an error quotes only eight bytes are sure to be there (RFC 792), and its flags say nothing.
+    if matches!(packet.kind, Kind::Direct) {
+        let [flags] = octets.at(offset + 13).ok_or(Malformed)?;
+        packet.flags = flags;
+    }
+    Ok(())
 }
 
 #[inline(always)]
 fn icmp<O: Octets + ?Sized>(
     octets: &O,
     network: &Network,
-    mut flow: Flow,
+    packet: &mut Packet,
     out: bool,
-) -> Result<Packet, Malformed> {
+) -> Result<(), Malformed> {
     let h: [u8; 8] = octets.at(network.payload).ok_or(Malformed)?;
     let error = if network.v6 { h[0] < 128 } else { matches!(h[0], 3 | 11 | 12) };
     if !error {
         // The identifier of an echo stands where a client's port would: it tells two pings of one client apart.
-        flow.remote_port = u16::from_ne_bytes([h[4], h[5]]);
-        return Ok(Packet { flow, kind: Kind::Direct(Transport::Other) });
+        packet.flow.remote_port = u16::from_ne_bytes([h[4], h[5]]);
+        return Ok(());
     }
-    let inner = quoted(octets, network)?;
+    packet.kind = Kind::Error;
+    let offset = network.payload + 8;
+    let mut inner = Network::EMPTY;
+    if network.v6 {
+        // Only the fixed header is read: a second loop over extension headers is not worth its instructions, and such
+        // an error goes to the active partition.
+        fixed_ipv6(octets, offset, &mut inner)?;
+    } else {
+        ipv4(octets, offset, &mut inner)?;
+    }
     // An inbound error quotes what the service sent; an outbound one quotes what the client sent.
-    (flow.local, flow.remote) =
-        if out { (inner.destination, inner.source) } else { (inner.source, inner.destination) };
-    flow.protocol = inner.protocol;
-    if let Fragment::Later(id) = inner.fragment {
-        return Ok(Packet { flow, kind: Kind::LaterFragment { id } });
+    if out {
+        (packet.flow.local, packet.flow.remote) = (inner.destination, inner.source);
+    } else {
+        (packet.flow.local, packet.flow.remote) = (inner.source, inner.destination);
+    }
+    packet.flow.protocol = inner.protocol;
+    if matches!(inner.fragment, Fragment::Later) {
+        // It quotes no ports, so nobody can tell whose it is.
+        return Ok(());
     }
     if matches!(inner.protocol, protocol::ICMP | protocol::ICMPV6) {
         let e: [u8; 8] = octets.at(inner.payload).ok_or(Malformed)?;
-        flow.remote_port = u16::from_ne_bytes([e[4], e[5]]);
-        return Ok(Packet { flow, kind: Kind::Error(Transport::Other) });
+        packet.flow.remote_port = u16::from_ne_bytes([e[4], e[5]]);
+        return Ok(());
     }
-    let transport = ports(octets, inner.protocol, inner.payload, &mut flow, !out)?;
-    Ok(Packet { flow, kind: Kind::Error(transport) })
-}
-
-/// The network header that an ICMP error quotes, eight bytes behind the ICMP header (RFC 792, RFC 4443 3).
-///
-/// Of IPv6 only the fixed header is read: a second loop over extension headers is not worth its instructions, and
-/// such an error goes to the active partition.
-#[inline(always)]
-fn quoted<O: Octets + ?Sized>(octets: &O, network: &Network) -> Result<Network, Malformed> {
-    let offset = network.payload + 8;
-    if !network.v6 {
-        return ipv4(octets, offset);
-    }
-    let h: [u8; 40] = octets.at(offset).ok_or(Malformed)?;
-    if h[0] >> 4 != 6 {
-        return Err(Malformed);
-    }
-    let (mut source, mut destination) = ([0; 16], [0; 16]);
-    source.copy_from_slice(&h[8..24]);
-    destination.copy_from_slice(&h[24..40]);
-    Ok(Network {
-        source,
-        destination,
-        protocol: h[6],
-        payload: offset + 40,
-        fragment: Fragment::Whole,
-        v6: true,
-    })
+    ports(octets, inner.payload, packet, !out)
 }

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::maps::Address;
 use patchswitch_common::parse::{
-    self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Malformed, Network, Octets, Packet, ipv4, ipv6,
+    self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Network, Octets, Packet, ipv4, ipv6,
 };
 
 /// `PACKET_HOST` of `linux/if_packet.h`.
@@ -72,19 +72,24 @@ impl Frame<'_> {
 // Subprograms of their own: inlined into one, the buffers of all steps together exceed the 512 bytes of a BPF stack.
 
 #[inline(never)]
-pub fn network(ctx: &TcContext, ethertype: u16) -> Result<Network, Malformed> {
+pub fn network(ctx: &TcContext, ethertype: u16, network: &mut Network) -> bool {
     let frame = Frame(ctx);
-    if ethertype == ETH_IPV4 { ipv4(&frame, LINK_HEADER) } else { ipv6(&frame, LINK_HEADER) }
+    let read = if ethertype == ETH_IPV4 {
+        ipv4(&frame, LINK_HEADER, network)
+    } else {
+        ipv6(&frame, LINK_HEADER, network)
+    };
+    read.is_ok()
 }
 
 #[inline(never)]
-pub fn inbound(ctx: &TcContext, network: &Network) -> Result<Packet, Malformed> {
-    parse::inbound(&Frame(ctx), network)
+pub fn inbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
+    parse::inbound(&Frame(ctx), network, packet).is_ok()
 }
 
 #[inline(never)]
-pub fn outbound(ctx: &TcContext, network: &Network) -> Result<Packet, Malformed> {
-    parse::outbound(&Frame(ctx), network)
+pub fn outbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
+    parse::outbound(&Frame(ctx), network, packet).is_ok()
 }
 
 #[inline(always)]

@@ -37,17 +37,17 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     let (true, Some(slot)) = (is_ip(ethertype), maps::slot_of(frame.ifindex())) else {
         return exit(Hook::FromPartition, Verdict::NotOurs, NEXT);
     };
-    let Ok(network) = packet::network(ctx, ethertype) else {
+    let mut network = Network::EMPTY;
+    if !packet::network(ctx, ethertype, &mut network) {
         return exit(Hook::FromPartition, Verdict::Malformed, NEXT);
-    };
+    }
     let word = maps::word();
     if slot != word.active() && word.phase() == Phase::Steady {
         return quarantine(ctx, &network);
     }
     let mut source = network.source;
-    if (word.learns() || word.notice())
-        && let Ok(packet) = packet::outbound(ctx, &network)
-    {
+    let mut packet = Packet::EMPTY;
+    if (word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
         if word.learns() && slot == word.active() {
             learn(slot, &packet);
         } else if word.notice() && word.phase() == Phase::Draining && slot != word.active() {
@@ -63,10 +63,11 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
 /// A standby reaches nothing but the host's own probes: a segment passes only if the host has a connection for it.
 #[inline(always)]
 fn quarantine(ctx: &TcContext, network: &Network) -> i32 {
-    let answers = packet::inbound(ctx, network).is_ok_and(|packet| {
-        matches!(packet.kind, Kind::Direct(Transport::Tcp { .. }))
-            && host_has_connection(ctx, &packet.flow, network.v6)
-    });
+    let mut packet = Packet::EMPTY;
+    let answers = packet::inbound(ctx, network, &mut packet)
+        && packet.kind == Kind::Direct
+        && packet.transport == Transport::Tcp
+        && host_has_connection(ctx, &packet.flow, network.v6);
     if answers {
         exit(Hook::FromPartition, Verdict::OutByStack, NEXT)
     } else {
@@ -77,7 +78,8 @@ fn quarantine(ctx: &TcContext, network: &Network) -> i32 {
 /// Remembers a flow that the serving partition answered and that no socket will tell of.
 #[inline(never)]
 fn learn(slot: Slot, packet: &Packet) {
-    if !matches!(packet.kind, Kind::Direct(Transport::Udp | Transport::Other))
+    if packet.kind != Kind::Direct
+        || packet.transport == Transport::Tcp
         || !maps::is_service(&packet.flow.local)
     {
         return;

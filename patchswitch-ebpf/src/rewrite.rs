@@ -42,7 +42,7 @@ fn service_of(slot: Slot, network: &Network, packet: &Packet) -> Option<Address>
     let own = if network.v6 { &entry.own6 } else { &entry.own4 };
     if maps::is_service(&network.source) {
         // Answered with the right address by itself: the flow lives on.
-        if !matches!(packet.kind, Kind::LaterFragment { .. }) && known(slot, packet) {
+        if packet.kind != Kind::LaterFragment && known(slot, packet) {
             remember(slot, packet, &network.source);
         }
         return None;
@@ -50,20 +50,20 @@ fn service_of(slot: Slot, network: &Network, packet: &Packet) -> Option<Address>
     if network.source != *own {
         return None;
     }
-    if let Kind::LaterFragment { id } = packet.kind {
-        let record = maps::fragment(&fragment_key(network, id))?;
+    if packet.kind == Kind::LaterFragment {
+        let record = maps::fragment(&fragment_key(network))?;
         return (record.rewritten != 0).then_some(record.local);
     }
     let record = maps::learned(&flow_key(&packet.flow))?;
     if Slot::from_bit(record.slot as u8) != slot {
         return None;
     }
-    if matches!(packet.kind, Kind::Direct(_)) {
+    if packet.kind == Kind::Direct {
         remember(slot, packet, &record.local);
     }
-    if let Fragment::First(id) = network.fragment {
+    if network.fragment == Fragment::First {
         let fragment = FragmentRecord { slot: slot.index(), rewritten: 1, local: record.local };
-        maps::remember_fragment(&fragment_key(network, id), &fragment);
+        maps::remember_fragment(&fragment_key(network), &fragment);
     }
     Some(record.local)
 }
@@ -74,11 +74,11 @@ fn known(slot: Slot, packet: &Packet) -> bool {
 }
 
 #[inline(always)]
-fn fragment_key(network: &Network, id: u32) -> FragmentKey {
+fn fragment_key(network: &Network) -> FragmentKey {
     FragmentKey {
         source: network.source,
         destination: network.destination,
-        id,
+        id: network.fragment_id,
         protocol: network.protocol,
         pad: [0; 3],
     }
@@ -87,7 +87,7 @@ fn fragment_key(network: &Network, id: u32) -> FragmentKey {
 /// Offset of the checksum that covers the addresses, and whether a result of 0 must be sent as 0xFFFF.
 #[inline(always)]
 fn transport_sum(network: &Network) -> Option<(usize, bool)> {
-    if matches!(network.fragment, Fragment::Later(_)) {
+    if network.fragment == Fragment::Later {
         return None;
     }
     let payload = network.payload as usize;

@@ -5,7 +5,7 @@ use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::owner;
 use patchswitch_common::maps::{FragmentKey, FragmentRecord};
-use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Packet, is_neighbour_discovery};
+use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Packet, is_neighbour_discovery};
 use patchswitch_common::verdict::{Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
@@ -77,16 +77,22 @@ fn choose(frame: &Frame<'_>) -> Result<Slot, Verdict> {
         return Err(Verdict::NotOurs);
     }
     let word = maps::word();
-    let network = packet::network(frame.0, ethertype).map_err(|_| Verdict::Malformed)?;
+    let mut network = Network::EMPTY;
+    if !packet::network(frame.0, ethertype, &mut network) {
+        return Err(Verdict::Malformed);
+    }
     if is_neighbour_discovery(frame, &network) {
         return Err(Verdict::Neighbour);
     }
     if word.phase() == Phase::Steady && network.fragment == Fragment::Whole {
         return Ok(word.active());
     }
-    let packet = packet::inbound(frame.0, &network).map_err(|_| Verdict::Malformed)?;
+    let mut packet = Packet::EMPTY;
+    if !packet::inbound(frame.0, &network, &mut packet) {
+        return Err(Verdict::Malformed);
+    }
     let slot = ask(frame.0, word, &packet, Plain::of(&network));
-    note(word.active(), slot, &network, packet.kind);
+    note(word.active(), slot, &network);
     Ok(slot)
 }
 
@@ -97,20 +103,20 @@ fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> Slot {
 
 /// Remembers where a first fragment went, and counts what is worth knowing.
 #[inline(never)]
-fn note(active: Slot, slot: Slot, network: &Network, kind: Kind) {
+fn note(active: Slot, slot: Slot, network: &Network) {
     if slot != active {
         event(Event::KeptByRetiring);
     }
-    if let Fragment::First(id) = network.fragment {
+    if network.fragment == Fragment::First {
         let key = FragmentKey {
             source: network.source,
             destination: network.destination,
-            id,
+            id: network.fragment_id,
             protocol: network.protocol,
             pad: [0; 3],
         };
         maps::remember_fragment(&key, &FragmentRecord { slot: slot.index(), rewritten: 0, local: [0; 16] });
-    } else if matches!(kind, Kind::LaterFragment { .. }) && slot == active {
+    } else if network.fragment == Fragment::Later && slot == active {
         event(Event::FragmentUnknown);
     }
 }

@@ -10,4 +10,6 @@ pub mod init;
 pub mod names;
 pub mod partition;
 pub mod patch;
+pub mod storage;
+pub mod store;
 pub mod verify;

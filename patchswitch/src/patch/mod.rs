@@ -1,3 +1,4 @@
 //! Patches: what they are, and how they reach a partition.
 
+pub mod name;
 pub mod wire;

@@ -1,6 +1,13 @@
 //! Linux, one named place for each part of it.
 
+pub mod block;
 pub mod cgroup;
+pub mod cutter;
+mod cutter_child;
+pub mod dm;
+mod dm_ioctl;
+mod ioctl;
+pub mod loopdev;
 pub mod mountns;
 pub mod netlink;
 pub mod netns;

@@ -17,7 +17,7 @@ use super::supervisor::itself;
 pub const LOG_MAX: u64 = 256 << 10;
 
 /// The file that has what came before the current one.
-pub(crate) fn older(file: &Path) -> PathBuf {
+pub fn older(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".1");
     name.into()

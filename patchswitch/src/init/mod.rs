@@ -29,7 +29,7 @@ mod start;
 mod supervisor;
 
 pub use args::{ArgsError, Mode};
-pub use console::LOG_MAX;
+pub use console::{LOG_MAX, older as older_console};
 
 /// The unit that runs the patches where systemd is PID 1. It is enabled by a link in
 /// `/etc/systemd/system/multi-user.target.wants/`.

@@ -82,6 +82,8 @@ fn live(options: &BootOptions, paths: &Paths, supervisor: &mut Supervisor) -> io
         }
     }
     if options.service.is_empty() {
+        // The starting scripts have started everything.
+        report::tell_later(paths, Message::ServiceStarted {}, PATIENCE.0);
         while supervisor.pause(Duration::from_secs(3600))? {}
         return Ok(asked());
     }

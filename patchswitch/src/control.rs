@@ -50,11 +50,12 @@ impl Boot {
     /// # Errors
     /// If the kernel has no randomness to give.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { version: VERSION, boot_id: random()?, nonce: random()? })
+        Ok(Self { version: VERSION, boot_id: random_id()?, nonce: random_id()? })
     }
 }
 
-fn random() -> io::Result<String> {
+/// 128 random bits as 32 hexadecimal digits.
+pub(crate) fn random_id() -> io::Result<String> {
     let mut bytes = [0_u8; 16];
     io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())

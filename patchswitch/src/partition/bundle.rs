@@ -14,6 +14,8 @@ use oci_spec::runtime::{
     ProcessBuilder, RootBuilder, Spec, SpecBuilder,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::seccomp;
 use super::spec::PartitionSpec;
 use crate::control;
@@ -64,7 +66,8 @@ const MASKED: [&str; 11] = [
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// PID 1 of a partition, decided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Pid1 {
     /// `patchswitch-init`.
     Patchswitch,

@@ -200,7 +200,7 @@ impl Verb {
             Self::Exec(exec) => run_inside(manager, exec, json),
             Self::Logs(one) => {
                 manager.machine(&one.name)?;
-                print::text(&lifecycle::logs(&one.name)?);
+                print::text(&lifecycle::logs(&one.name, 64 << 10)?);
                 Ok(ExitCode::Done)
             }
             Self::Remove(one) => {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Machine, Manager, ManagerError};
 use crate::names::Name;
-use crate::partition::lifecycle;
+use crate::partition::define as content;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::cow;
 use crate::storage::disk::{self, Backing, Room};
@@ -161,18 +161,18 @@ impl Manager {
         for (disk, device) in machine.spec().disks.iter().zip(&devices) {
             let source = if disk.mount == crate::partition::spec::ROOT_MOUNT { Some(source) } else { None };
             match source {
-                Some(Source::Image(image)) => lifecycle::copy_image(image, device)?,
-                _ => lifecycle::make_file_system(device)?,
+                Some(Source::Image(image)) => content::copy_image(image, device)?,
+                _ => content::make_file_system(device)?,
             }
         }
         let mounts = Self::mounts()?;
         let root = self.mount(&mounts, machine, &devices, false)?;
         let filled = match source {
-            Source::Tar(tar) => mounts.run(|_| lifecycle::unpack(tar, &root))?.map_err(ManagerError::from),
-            Source::Directory(from) => mounts.run(|_| lifecycle::copy_tree(from, &root))?.map_err(ManagerError::from),
+            Source::Tar(tar) => content::unpack(&mounts, tar, &root),
+            Source::Directory(from) => content::copy_tree(&mounts, from, &root),
             Source::Image(_) => Ok(()),
         };
-        let prepared = filled.and_then(|()| self.prepare_root(&mounts, machine));
+        let prepared = filled.and_then(|()| content::prepare(&mounts, &root)).map_err(ManagerError::from);
         prepared.and(self.unmount(&mounts, machine))
     }
 

@@ -13,6 +13,7 @@ use crate::host::linux::netns::NetnsError;
 use crate::host::linux::programs::ProgramError;
 use crate::host::linux::runtime::RuntimeError;
 use crate::names::Name;
+use crate::partition::define::DefineError;
 use crate::partition::lifecycle::LifecycleError;
 use crate::partition::resources::NoStandby;
 use crate::partition::spec::SpecError;
@@ -56,6 +57,9 @@ pub enum ManagerError {
     /// The life of a partition.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
+    /// The content of a partition's disks.
+    #[error(transparent)]
+    Define(#[from] DefineError),
     /// The runtime.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -126,6 +130,7 @@ impl ManagerError {
             Self::Spec(error) => error.exit_code(),
             Self::NoStandby(error) => error.exit_code(),
             Self::Patch(error) => error.exit_code(),
+            Self::Define(error) => error.exit_code(),
             Self::Attach(AttachError::Record(RecordError::Busy(_))) => ExitCode::Busy,
             Self::Io { source, .. } => ExitCode::of_io(source),
             Self::Refused { code, .. } => *code,

@@ -278,20 +278,13 @@ impl Manager {
     /// # Errors
     /// [`ManagerError`].
     pub fn is_running(&self, machine: &Machine) -> Result<bool, ManagerError> {
-        let mounts = Self::mounts()?;
-        Ok(lifecycle::is_running(self.runtime(), &mounts, machine.name())?)
+        Ok(matches!(lifecycle::state(machine.name())?, lifecycle::State::Running { .. }))
     }
 
     /// Starts what was masked in a clone, now that the other partition has stopped.
     pub(crate) fn unmask(&self, machine: &Machine) -> Result<(), ManagerError> {
         let mounts = Self::mounts()?;
         Ok(lifecycle::unmask(self.runtime(), &mounts, machine.spec())?)
-    }
-
-    /// Puts into a new root what a partition needs of ours.
-    pub(super) fn prepare_root(&self, mounts: &MountNamespace, machine: &Machine) -> Result<(), ManagerError> {
-        let root = Self::root(machine.name());
-        Ok(mounts.run(|_| lifecycle::install_init(&root))??)
     }
 }
 

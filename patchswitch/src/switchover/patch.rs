@@ -55,7 +55,7 @@ impl Booted {
                 .map_err(at(Phase::Patch))?;
             let results = match results {
                 Ok(results) => results,
-                Err(reason) => self.read_results(job).ok_or_else(|| failed(reason))?,
+                Err(reason) => self.read_results().ok_or_else(|| failed(reason))?,
             };
             keep(job, &self.clone, &self.table, &results)?;
             match results.verdict(&self.table) {
@@ -70,8 +70,9 @@ impl Booted {
         .await
     }
 
-    fn read_results(&self, job: &Context<'_>) -> Option<PatchResults> {
-        lifecycle::read_results(&Manager::root(self.clone.standby.name()), job.manager.runtime()).ok().flatten()
+    fn read_results(&self) -> Option<PatchResults> {
+        let mounts = Manager::mounts().ok()?;
+        lifecycle::read_results(&mounts, &Manager::root(self.clone.standby.name())).ok().flatten()
     }
 }
 

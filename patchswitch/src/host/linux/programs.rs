@@ -39,8 +39,6 @@ pub enum Program {
     Nft,
     /// A shell, for the administrator's hook commands.
     Shell,
-    /// Compares a root with the digests of its package database; the scan of a clone.
-    Dpkg,
     /// Reads the control fields of a Debian package.
     DpkgDeb,
 }
@@ -55,7 +53,6 @@ impl Program {
             Self::Fsck => "e2fsck",
             Self::Nft => "nft",
             Self::Shell => "sh",
-            Self::Dpkg => "dpkg",
             Self::DpkgDeb => "dpkg-deb",
         }
     }
@@ -69,7 +66,7 @@ impl Program {
             Self::Mkfs | Self::Fsck => "e2fsprogs",
             Self::Nft => "nftables",
             Self::Shell => "dash",
-            Self::Dpkg | Self::DpkgDeb => "dpkg",
+            Self::DpkgDeb => "dpkg",
         }
     }
 

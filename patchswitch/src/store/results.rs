@@ -11,7 +11,7 @@ use super::error::Fault;
 use super::jobs::{self, JobId};
 use super::patches::{self, PatchId};
 use super::values::{Count, Json, Time, now};
-use super::{Store, StoreError};
+use super::{Change, Store, StoreError};
 use crate::names::Name;
 use crate::patch::wire::{
     LOG_TAIL_MAX, PatchFailure, PatchOutcome, PatchResults, PatchTableInput, PatchVerdict, printable, tail,
@@ -115,6 +115,47 @@ impl Store {
     /// [`StoreError`].
     pub fn job_results(&self, job: JobId) -> Result<Vec<PatchResult>, StoreError> {
         self.list_results("job", job.0)
+    }
+
+    /// Records that the service runs with what a job has applied: when its clone has taken over.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub fn set_applied(&mut self, job: JobId) -> Result<Change, StoreError> {
+        self.write("record what runs", |tx| {
+            let service = jobs::get(tx, job)?.ok_or_else(|| Fault::not_found("job", job))?.service;
+            // A patch that is applied again stays with the job that applied it first.
+            let rows = tx.execute(
+                "INSERT OR IGNORE INTO applied (service, patch, job)
+                 SELECT ?1, patch, job FROM patch_results WHERE job = ?2 AND success = 1",
+                params![service, job],
+            )?;
+            Ok(if rows == 0 { Change::AlreadySo } else { Change::Changed })
+        })
+    }
+
+    /// Records that the service runs without it again: after a give-back or a rollback.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn unset_applied(&mut self, job: JobId) -> Result<Change, StoreError> {
+        self.write("record what runs", |tx| {
+            let rows = tx.execute("DELETE FROM applied WHERE job = ?", [job])?;
+            Ok(if rows == 0 { Change::AlreadySo } else { Change::Changed })
+        })
+    }
+
+    /// The patches that the service runs with.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn applied(&self, service: &Name) -> Result<Vec<PatchId>, StoreError> {
+        self.read("read what runs", |connection| {
+            let mut query =
+                connection.prepare_cached("SELECT patch FROM applied WHERE service = ? ORDER BY patch")?;
+            let rows = query.query_map([service], |row| row.get(0))?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
     }
 
     fn list_results(&self, column: &str, value: i64) -> Result<Vec<PatchResult>, StoreError> {

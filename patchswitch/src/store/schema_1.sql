@@ -125,6 +125,14 @@ BEGIN SELECT RAISE(ABORT, 'results are only added'); END;
 CREATE TRIGGER results_are_not_removed BEFORE DELETE ON patch_results
 BEGIN SELECT RAISE(ABORT, 'results are only added'); END;
 
+-- What runs in a service's active partition: results of a clone that was given back or rolled back do not count.
+CREATE TABLE applied (
+    service TEXT NOT NULL REFERENCES services (name) ON DELETE CASCADE,
+    patch   INTEGER NOT NULL REFERENCES patches (id),
+    job     INTEGER NOT NULL REFERENCES jobs (id),
+    PRIMARY KEY (service, patch)
+) STRICT;
+
 CREATE TABLE audit (
     id      INTEGER PRIMARY KEY AUTOINCREMENT,
     at      TEXT NOT NULL,

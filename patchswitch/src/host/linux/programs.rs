@@ -39,8 +39,6 @@ pub enum Program {
     Nft,
     /// A shell, for the administrator's hook commands.
     Shell,
-    /// Compares a root with the digests of its package database; the scan of a clone.
-    Dpkg,
     /// Reads the control fields of a Debian package.
     DpkgDeb,
     /// Our own second binary; on the host it keeps console logs. The caller says where it is: [`Run::located`].
@@ -57,7 +55,6 @@ impl Program {
             Self::Fsck => "e2fsck",
             Self::Nft => "nft",
             Self::Shell => "sh",
-            Self::Dpkg => "dpkg",
             Self::DpkgDeb => "dpkg-deb",
             Self::Init => "patchswitch-init",
         }
@@ -72,7 +69,7 @@ impl Program {
             Self::Mkfs | Self::Fsck => "e2fsprogs",
             Self::Nft => "nftables",
             Self::Shell => "dash",
-            Self::Dpkg | Self::DpkgDeb => "dpkg",
+            Self::DpkgDeb => "dpkg",
             Self::Init => "patchswitch",
         }
     }

@@ -85,6 +85,23 @@ fn results_are_stored_once_and_history_grows_by_job() {
 }
 
 #[test]
+fn what_was_given_back_does_not_count_as_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut store, job, table) = setting(dir.path());
+    super::web(&mut store);
+    let web = name("web");
+    let said = results(job, vec![outcome("1", 0), outcome("2", 1)]);
+    let _ = store.merge_results(job, &name("web-b"), &table, &said).unwrap();
+    assert_eq!(store.applied(&web).unwrap(), [], "a clone serves nobody");
+    assert_eq!(store.set_applied(job).unwrap(), Change::Changed);
+    assert_eq!(store.set_applied(job).unwrap(), Change::AlreadySo);
+    assert_eq!(store.applied(&web).unwrap(), [store.find_patch("1").unwrap().id], "the other one failed");
+    assert_eq!(store.unset_applied(job).unwrap(), Change::Changed);
+    assert_eq!(store.unset_applied(job).unwrap(), Change::AlreadySo);
+    assert_eq!(store.applied(&web).unwrap(), []);
+}
+
+#[test]
 fn results_about_something_else_are_refused_whole() {
     let dir = tempfile::tempdir().unwrap();
     let (mut store, job, table) = setting(dir.path());
@@ -188,8 +205,18 @@ fn any_results() -> impl Strategy<Value = PatchResults> {
 
 /// Everything in the store but the results, as text.
 fn everything_else(store: &Store) -> String {
-    let tables =
-        ["services", "partitions", "disks", "primaries", "patches", "jobs", "steps", "audit", "ledger"];
+    let tables = [
+        "services",
+        "partitions",
+        "disks",
+        "primaries",
+        "patches",
+        "applied",
+        "jobs",
+        "steps",
+        "audit",
+        "ledger",
+    ];
     let mut text = String::new();
     for table in tables {
         let mut query = store.connection.prepare(&format!("SELECT * FROM {table}")).unwrap();

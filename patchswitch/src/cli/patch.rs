@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::Manager;
-use patchswitch::patch::table;
+use patchswitch::patch::table::{self, Added, Wish};
 use patchswitch::store::{Change, Decision, Patch, Types, Who};
 use serde_json::json;
 
@@ -83,17 +83,13 @@ impl Verb {
 impl Add {
     fn run(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
         let state = manager.state().to_owned();
-        let mut added = Vec::new();
-        for file in &self.files {
-            let (patch, change) =
-                table::add(&mut manager.store, &state, file, self.types, self.date, &me(), self.approve)?;
-            added.push((patch, change));
-        }
+        let wish = Wish { types: self.types, issued_at: self.date, approve: self.approve, who: &me() };
+        let added = table::add(&mut manager.store, &state, &self.files, &wish)?;
         if json {
-            let patches: Vec<_> = added.iter().map(|(patch, _)| patch).collect();
+            let patches: Vec<_> = added.iter().map(|added| &added.patch).collect();
             print::json(&json!({"schema": "patchswitch.patches/1", "patches": patches}))?;
         } else {
-            for (patch, change) in &added {
+            for Added { patch, change } in &added {
                 let known = if *change == Change::AlreadySo { " (known already)" } else { "" };
                 print::text(&format!("patch {}: {} {}{known}", patch.id, patch.file, patch.decision));
             }

@@ -11,13 +11,15 @@ use crate::host::linux::dm::DmError;
 use crate::host::linux::mountns::MountNsError;
 use crate::host::linux::netns::NetnsError;
 use crate::host::linux::programs::ProgramError;
+use crate::host::linux::root::RootError;
 use crate::host::linux::runtime::RuntimeError;
 use crate::names::Name;
 use crate::partition::define::DefineError;
 use crate::partition::lifecycle::LifecycleError;
 use crate::partition::resources::NoStandby;
 use crate::partition::spec::SpecError;
-use crate::patch::PatchError;
+use crate::patch::inject::InjectError;
+use crate::patch::table::TableError;
 use crate::storage::{Failed, StorageError, Unfinished};
 use crate::store::{LockError, StoreError};
 
@@ -72,9 +74,15 @@ pub enum ManagerError {
     /// The data path of a service.
     #[error(transparent)]
     Attach(#[from] AttachError),
-    /// Patches.
+    /// The patch table.
     #[error(transparent)]
-    Patch(#[from] PatchError),
+    Table(#[from] TableError),
+    /// What is put into a clone.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// The root of a clone.
+    #[error(transparent)]
+    Root(#[from] RootError),
     /// A program of the host.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -129,7 +137,9 @@ impl ManagerError {
             Self::Config(error) => error.exit_code(),
             Self::Spec(error) => error.exit_code(),
             Self::NoStandby(error) => error.exit_code(),
-            Self::Patch(error) => error.exit_code(),
+            Self::Table(error) => error.exit_code(),
+            Self::Inject(error) => error.exit_code(),
+            Self::Root(error) => error.exit_code(),
             Self::Define(error) => error.exit_code(),
             Self::Attach(AttachError::Record(RecordError::Busy(_))) => ExitCode::Busy,
             Self::Io { source, .. } => ExitCode::of_io(source),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Definition, Manager, ManagerError, Teardown};
 use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
+use crate::host::linux::root::Root;
 use crate::names::{self, Name};
 use crate::partition::lifecycle::{self, Started};
 use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
@@ -180,6 +181,24 @@ impl Manager {
         let devices = self.open_disks(machine)?;
         let root = self.mount(&mounts, machine, &devices, read_only)?;
         let result = mounts.run(|inside| work(inside, &root))?;
+        let unmounted = self.unmount(&mounts, machine);
+        result.and_then(|value| unmounted.map(|()| value))
+    }
+
+    /// As [`Manager::with_root`], to write, with the root as a descriptor: the work is done in the host's own mount
+    /// namespace, where the files are that are to be written.
+    ///
+    /// # Errors
+    /// As [`Manager::with_root`].
+    pub fn with_open_root<T>(
+        &self,
+        machine: &Machine,
+        work: impl FnOnce(&Root) -> Result<T, ManagerError>,
+    ) -> Result<T, ManagerError> {
+        let mounts = Self::mounts()?;
+        let devices = self.open_disks(machine)?;
+        let path = self.mount(&mounts, machine, &devices, false)?;
+        let result = mounts.run(|_| Root::open(&path))?.map_err(ManagerError::from).and_then(|root| work(&root));
         let unmounted = self.unmount(&mounts, machine);
         result.and_then(|value| unmounted.map(|()| value))
     }

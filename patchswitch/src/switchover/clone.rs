@@ -7,17 +7,30 @@ use serde_json::json;
 
 use super::context::{at, with};
 use super::{Context, Failure, Phase, Plan};
-use crate::config::Policy;
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names;
+use crate::partition::program;
 use crate::patch::inject::{self, Payload};
 use crate::patch::scan;
-use crate::patch::table;
-use crate::patch::wire::PatchTableInput;
+use crate::patch::wire::{OnError, PatchTableInput};
 use crate::storage::meter::Mark;
 use crate::storage::snapshot::{self, CloneOf};
 use crate::store::Patch;
+
+/// Has systemd apply the patches before anything else is started. It reads the same table as PID 1 of ours would.
+const SYSTEMD_UNIT: &str = "\
+[Unit]
+Description=Patches of patchswitch
+DefaultDependencies=no
+Before=multi-user.target
+ConditionPathExists=/var/lib/patchswitch/table.json
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/lib/patchswitch/init apply
+";
 
 /// What all states of a clone have in common.
 #[derive(Debug)]
@@ -107,22 +120,17 @@ impl Cloned {
         job.step(Phase::Scan, intent, async |job| {
             let found = job
                 .manager
-                .with_root(&self.0.standby, true, |_, root| {
-                    scan::scan(root, &settings).map_err(ManagerError::from)
-                })
+                .with_root(&self.0.standby, true, |_, root| Ok(scan::scan(root, &settings)))
                 .map_err(at(Phase::Scan))?;
-            let summary = json!(found);
-            job.report.scan = Some(summary.clone());
-            let fails = |policy: Policy| policy == Policy::FailClosed;
-            if !found.findings.is_empty() && fails(settings.on_finding) {
-                let reason = format!("the scan found: {}", found.findings.join("; "));
-                return Err(Failure { phase: Phase::Scan, reason, code: ExitCode::BadData });
+            job.report.scan = Some(json!(found));
+            let warnings = found.judge(&settings).map_err(|error| {
+                let code = error.exit_code();
+                with(Phase::Scan, code)(error)
+            })?;
+            for warning in &warnings {
+                (job.say)(&format!("scan: {warning}"));
             }
-            if !found.not_done.is_empty() && fails(settings.on_failure) {
-                let reason = format!("the scan could not be made: {}", found.not_done.join("; "));
-                return Err(Failure { phase: Phase::Scan, reason, code: ExitCode::BadData });
-            }
-            Ok((Scanned(self.0), json!({"findings": found.findings.len(), "not_done": found.not_done.len()})))
+            Ok((Scanned(self.0), json!({"warnings": warnings.len()})))
         })
         .await
     }
@@ -131,17 +139,26 @@ impl Cloned {
 impl Scanned {
     /// Puts patches, table, init and start script into the clone.
     pub(super) async fn inject(self, job: &mut Context<'_>) -> Result<Injected, Failure> {
-        let limit = job.manager.config.job.patch;
+        let limits = job.manager.config.job.clone();
         let intent = json!({"patches": self.0.patches.iter().map(|p| p.sha256.clone()).collect::<Vec<_>>()});
         job.step(Phase::Inject, intent, async |job| {
             let clone = self.0;
-            let table = table::input(job.job, &clone.patches, limit, clone.standby.spec().identity);
-            let payload = Payload { table: &table, patches: &clone.patches, state: job.manager.state() };
+            let identity = clone.standby.spec().identity;
+            let table = inject::table_of(job.job, &clone.patches, &limits, OnError::Stop, identity)
+                .map_err(at(Phase::Inject))?;
+            let init = program::find().map_err(with(Phase::Inject, ExitCode::Unavailable))?;
+            let state_dir = job.manager.state().to_owned();
+            let payload = Payload {
+                init: &init,
+                scripts: &[],
+                unit: Some(SYSTEMD_UNIT),
+                table: &table,
+                patches: &clone.patches,
+                state_dir: &state_dir,
+            };
             job.manager
-                .with_root(&clone.standby, false, |_, root| {
-                    inject::inject(root, &payload).map_err(ManagerError::from)
-                })
-                .map_err(with(Phase::Inject, ExitCode::BadData))?;
+                .with_open_root(&clone.standby, |root| Ok(inject::inject(root, &payload)?))
+                .map_err(at(Phase::Inject))?;
             let count = clone.patches.len();
             Ok((Injected { clone, table }, json!({"patches": count})))
         })

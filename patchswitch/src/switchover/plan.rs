@@ -8,7 +8,8 @@ use crate::manager::{Machine, Manager, ManagerError};
 use crate::names::Name;
 use crate::partition::resources::find_standby;
 use crate::storage::cow;
-use crate::store::{Decision, Patch, Role};
+use crate::patch::table;
+use crate::store::{Patch, Role};
 
 /// What the caller wants.
 #[derive(Clone, Debug, Default)]
@@ -59,30 +60,18 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
             old.name()
         )));
     }
-    let patches = patches(manager, options)?;
+    let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
     Ok(Plan { active, standby, patches })
 }
 
-fn patches(manager: &Manager, options: &Options) -> Result<Vec<Patch>, ManagerError> {
-    let chosen: Vec<Patch> = if options.patches.is_empty() {
-        let applied = |patch: &Patch| patch.last_result.as_ref().is_some_and(|result| result.success);
-        let all = manager.store.patches()?.into_iter();
-        all.filter(|patch| patch.decision == Decision::Approved && !applied(patch)).collect()
-    } else {
-        options.patches.iter().map(|text| manager.store.find_patch(text)).collect::<Result<_, _>>()?
-    };
+fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<Patch>, ManagerError> {
+    let chosen = table::select(&manager.store, service, &options.patches)?;
     if chosen.is_empty() {
         return Err(ManagerError::Refused {
             message: "no patch is approved and not yet applied; `patchswitch patch list` shows all".to_owned(),
             code: ExitCode::Nothing,
         });
-    }
-    if let Some(patch) = chosen.iter().find(|patch| patch.decision != Decision::Approved) {
-        return Err(ManagerError::refused(format!(
-            "patch {} ({}) is {}, not approved; `patchswitch patch approve {0}` approves it",
-            patch.id, patch.file, patch.decision
-        )));
     }
     Ok(chosen)
 }

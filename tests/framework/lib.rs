@@ -2,3 +2,4 @@
 
 pub mod netlab;
 pub mod programs;
+pub mod vm;

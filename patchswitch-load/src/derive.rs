@@ -191,3 +191,6 @@ impl Traffic {
         found
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -401,3 +401,6 @@ fn percentile(sorted: &[u32], percent: usize) -> Option<f64> {
 fn to_ms(us: u64) -> f64 {
     us as f64 / 1000.0
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! The framework's own tests, and the load client's in network namespaces: a measuring device is checked first.
 #![expect(clippy::unwrap_used, reason = "what a test's own helpers cannot do ends the test")]
 
+mod client;
 mod netlab;
 mod observe;

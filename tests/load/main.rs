@@ -2,5 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "what a test's own helpers cannot do ends the test")]
 
 mod client;
+mod leftovers;
 mod netlab;
 mod observe;

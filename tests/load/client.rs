@@ -24,7 +24,6 @@ fn settings(targets: [&str; 2]) -> Settings {
         udp_rate: 100.0,
         udp_port: Some(PORT),
         duration: Some(Duration::from_millis(400)),
-        time_out: Duration::from_millis(300),
         ..Settings::new(targets.map(|target| target.parse::<IpAddr>().unwrap()).to_vec(), 80)
     }
 }

@@ -1,4 +1,10 @@
 //! patchswitch: patch a running service without anybody noticing.
 
+pub mod attachment;
+pub mod config;
+pub mod dataplane;
+pub mod exit;
 pub mod host;
 pub mod names;
+pub mod patch;
+pub mod verify;

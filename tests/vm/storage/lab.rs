@@ -133,8 +133,13 @@ impl Drop for Lab {
             // The next test wants a clean machine; what this one has left is of no interest any more.
             let script = format!(
                 "for m in $(grep -o ' {ROOT}/[^ ]*' /proc/self/mountinfo | sort -r); do umount -l $m; done
-                 for d in $(dmsetup ls | grep -o '^ps-[^ \\t]*'); do dmsetup resume $d; dmsetup remove --force $d; done
-                 dmsetup remove --force ps-lab-slow"
+                 for try in 1 2 3 4 5; do
+                     for d in $(dmsetup ls | grep -Eo '^(ps|lab)-[^[:space:]]*'); do
+                         dmsetup clear $d; dmsetup resume $d; dmsetup remove --force $d
+                     done
+                     dmsetup ls | grep -Eq '^(ps|lab)-' || break
+                     sleep 1
+                 done"
             );
             try_sh(&script);
             clear_root();
@@ -144,7 +149,7 @@ impl Drop for Lab {
 
 /// Empties the place of the images, which may or may not be a mount.
 fn clear_root() {
-    try_sh(&format!("rm -rf --one-file-system {ROOT}/*; umount {ROOT}; rmdir {ROOT}"));
+    try_sh(&format!("rm -rf --one-file-system {ROOT}/*; umount {ROOT} || umount -l {ROOT}; rmdir {ROOT}"));
 }
 
 pub(super) struct Mount(pub(super) PathBuf);
@@ -187,7 +192,7 @@ pub(super) fn sh(script: &str) -> String {
 
 /// Runs a script that may fail.
 pub(super) fn try_sh(script: &str) -> String {
-    String::from_utf8_lossy(&shell(script).stdout).into_owned()
+    String::from_utf8_lossy(&shell(&format!("set +e; {script}")).stdout).into_owned()
 }
 
 #[expect(clippy::disallowed_methods, reason = "looks at the kernel without patchswitch's own code")]

@@ -173,7 +173,7 @@ fn an_old_side_that_does_not_let_go() {
     let pid = sh("unshare -m --propagation private sleep 300 >/dev/null 2>&1 & echo $!").trim().to_owned();
     // By then it has its namespace, and the mounts in it are private.
     super::lab::wait_until("the holder sleeps", LIMIT, || sh(&format!("cat /proc/{pid}/comm")) == "sleep\n");
-    old.unmount();
+    old.unmount_here_only();
 
     let hasty = Patience { close: Duration::from_millis(300), ..PATIENCE };
     let refused = commit(&lab.dm, &clones, hasty, &mut |_| ()).unwrap_err();

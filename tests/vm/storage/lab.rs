@@ -159,6 +159,12 @@ impl Mount {
         let at = self.0.display();
         sh(&format!("umount {at} && rmdir {at}"));
     }
+
+    /// Unmounts and keeps the directory. To remove it would also detach what is mounted on it in other namespaces
+    /// (`detach_mounts`, `fs/namespace.c`).
+    pub(super) fn unmount_here_only(self) {
+        sh(&format!("umount {}", self.0.display()));
+    }
 }
 
 pub(super) fn dm_name(partition: &str, disk: &str) -> String {

@@ -217,18 +217,20 @@ impl<'dm> Cutter<'dm> {
     /// What the guard does as well: both may, in any order. Says whether the cutter has ended.
     fn rescue(&self) -> bool {
         self.cutter.kill();
-        let resume = || {
-            for origin in &self.origins {
-                // Clearing may fail where there is no device any more; then so does resuming, and rightly.
-                let cleared = self.dm.clear(origin);
-                if let Err(error) = self.dm.resume(origin).and(cleared) {
-                    tracing::error!(%origin, %error, "failed to resume after a broken cut");
-                }
+        for origin in &self.origins {
+            // Clearing may fail where there is no device any more; then so does resuming, and rightly.
+            let cleared = self.dm.clear(origin);
+            if let Err(error) = self.dm.resume(origin).and(cleared) {
+                tracing::error!(%origin, %error, "failed to resume after a broken cut");
             }
-        };
-        resume();
+        }
         let ended = self.cutter.wait(REAP_LIMIT);
-        resume();
+        // What the cutter was at when it was killed.
+        for origin in &self.origins {
+            if let Err(error) = self.dm.resume(origin) {
+                tracing::error!(%origin, %error, "failed to resume after a broken cut");
+            }
+        }
         ended
     }
 }

@@ -266,7 +266,10 @@ fn guard(script: &Script, ends: GuardEnds) -> i32 {
     // Freezing a file system cannot be interrupted. A cutter that was at it is dead only when its device has come to
     // rest, and then the device is suspended; until then resuming it does nothing (do_resume).
     wait_readable(ends.cutter, FOR_EVER);
-    rescue(script);
+    // Only resumed: much later a table may be waiting that somebody else has loaded, and he wants it.
+    for origin in &script.origins {
+        call(script.control, &origin.resume).ok();
+    }
     1
 }
 

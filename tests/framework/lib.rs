@@ -1,1 +1,3 @@
-//! Under construction.
+//! What the integration tests share.
+
+pub mod vm;

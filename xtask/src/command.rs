@@ -63,6 +63,11 @@ impl Tool {
         self
     }
 
+    pub(crate) fn stderr(mut self, output: impl Into<Stdio>) -> Self {
+        self.command.stderr(output);
+        self
+    }
+
     /// Sends both outputs to a file.
     pub(crate) fn both_to(mut self, file: std::fs::File) -> Result<Self> {
         self.command.stdout(file.try_clone()?).stderr(file);
@@ -80,7 +85,7 @@ impl Tool {
         self.output().map(drop)
     }
 
-    /// Runs to the end and returns the standard output.
+    /// Runs to the end and returns the standard output; a failure shows the end of both outputs.
     pub(crate) fn read(self) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.output()?.stdout).into_owned())
     }

@@ -5,6 +5,7 @@ mod cache;
 mod command;
 mod debian;
 mod paths;
+mod test;
 mod vm;
 
 use std::process::ExitCode;
@@ -16,6 +17,14 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Task {
     Vm(vm::Options),
+    Test(test::Options),
+    /// Runs a test binary in the test machine; nextest calls it
+    #[command(hide = true)]
+    InVm {
+        /// The binary and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Prepares what the demo patches: prints the root of the partition and the packages of the patch
     Artifacts,
 }
@@ -23,6 +32,8 @@ enum Task {
 fn main() -> ExitCode {
     let outcome = match Task::parse() {
         Task::Vm(options) => vm::main(options),
+        Task::Test(options) => test::main(&options),
+        Task::InVm { arguments } => test::in_vm(&arguments),
         Task::Artifacts => artifacts().map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {

@@ -14,7 +14,6 @@ pub(crate) mod kernel;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use patchswitch_guest::Request;
@@ -119,6 +118,3 @@ fn execute(socket: &std::path::Path, request: &Request, input: bool) -> Result<E
     }
     Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX)))
 }
-
-/// How long one command of the framework itself may take.
-pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(600);

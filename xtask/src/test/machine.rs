@@ -1,0 +1,231 @@
+//! Tests inside the test machine: nextest runs on the host, and its target runner (`xtask in-vm`) takes each test
+//! there.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use patchswitch_guest::Request;
+use serde::{Deserialize, Serialize};
+
+use super::nextest::{self, Count};
+use crate::cache::{Cache, say};
+use crate::command::{Tool, last_lines};
+use crate::vm::agent::{self, Stream};
+use crate::vm::boot::{Config, Vm};
+use crate::vm::image;
+use crate::vm::kernel::Series;
+
+/// Nextest kills a test that hangs; this is for the case that nextest itself is gone.
+const TEST_LIMIT: Duration = Duration::from_secs(1800);
+/// How often a test may have the machine reset before it is taken for a loop.
+const RESETS_MAX: usize = 20;
+const SOCKET: &str = "PATCHSWITCH_VM_SOCKET";
+const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
+const PHASE: &str = "PATCHSWITCH_VM_PHASE";
+const BPF_OBJECT: &str = "PATCHSWITCH_BPF_OBJECT";
+
+/// What the owner of the machine says to a test whose machine has ended.
+#[derive(Serialize, Deserialize)]
+struct Fate {
+    /// What the test wrote before it had the machine reset; empty if it did not.
+    note: String,
+    /// The end of the kernel's log.
+    console: String,
+    /// Why the machine did not start again.
+    error: Option<String>,
+}
+
+/// Runs the test targets `names` in a machine with a kernel of this series.
+pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<Count> {
+    if names.is_empty() {
+        bail!("there are no such tests");
+    }
+    let cache = Cache::open()?;
+    let payload = Payload::new(&cache, names)?;
+    let config = Config { payload: Some(payload.dir.clone()), ..Config::new(series.clone()) };
+    let vm = Vm::boot(&cache, &config)?;
+    say(&format!("the tests run on Linux {}", vm.release()));
+    let control = payload.dir.with_extension("control");
+    let listener = UnixListener::bind(&control).with_context(|| control.display().to_string())?;
+    let environment = [
+        (SOCKET, vm.socket().display().to_string()),
+        (CONTROL, control.display().to_string()),
+        ("PATCHSWITCH_KERNEL", series.to_string()),
+    ];
+    let owner = thread::spawn(move || revive(vm, &listener));
+    let runner =
+        serde_json::to_string(&[std::env::current_exe()?.display().to_string(), "in-vm".to_owned()])?;
+    let mut selection = vec![
+        "--config".to_owned(),
+        format!("target.{}.runner={runner}", crate::paths::TARGET),
+        "-p".to_owned(),
+        "patchswitch-tests".to_owned(),
+    ];
+    for name in names {
+        selection.extend(["--test".to_owned(), name.clone()]);
+    }
+    let count = nextest::run("vm", &selection, &environment, rest);
+    ask(&control, "end").context("failed to end the test machine")?;
+    if owner.join().is_err() {
+        bail!("the owner of the test machine panicked");
+    }
+    count
+}
+
+/// Starts the machine again whenever a test reports that it ended, so that a crash is the failure of one test.
+fn revive(mut vm: Vm, listener: &UnixListener) {
+    for client in listener.incoming() {
+        let answer = client.and_then(|mut client| {
+            let mut word = [0; 5];
+            client.read_exact(&mut word)?;
+            if &word == b"end.." {
+                client.write_all(b"{}")?;
+                return Ok(false);
+            }
+            let console = last_lines(&vm.console(), 40);
+            let note = vm.take_reset_note();
+            let again = vm.boot_again();
+            let error = note.as_ref().err().or(again.as_ref().err()).map(|error| format!("{error:#}"));
+            let fate = Fate { note: note.unwrap_or_default(), console, error };
+            client.write_all(&serde_json::to_vec(&fate)?)?;
+            Ok(true)
+        });
+        match answer {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(error) => say(&format!("failed to answer a test: {error}")),
+        }
+    }
+    if let Err(error) = vm.power_off() {
+        say(&format!("{error:#}"));
+    }
+}
+
+fn ask(control: &Path, word: &str) -> Result<Vec<u8>> {
+    let mut connection = UnixStream::connect(control)?;
+    connection.write_all(format!("{word:.<5}").as_bytes())?;
+    let mut answer = Vec::new();
+    connection.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// `xtask in-vm BINARY ARGUMENT…`: runs a test binary in the machine that `SOCKET` names, where it lies in `/payload`.
+pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
+    let (binary, rest) = arguments.split_first().context("no test binary")?;
+    if rest.iter().any(|argument| argument == "--list") {
+        // The list does not depend on the kernel; the binary is static.
+        return Err(Tool::new(binary).args(rest).into_inner().exec().into());
+    }
+    let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
+    let (socket, control) = (PathBuf::from(variable(SOCKET)?), PathBuf::from(variable(CONTROL)?));
+    let file = Path::new(binary).file_name().context("no file name")?.to_string_lossy();
+    let mut argv = vec![format!("/payload/{file}")];
+    argv.extend_from_slice(rest);
+    let limit_ms = u64::try_from(TEST_LIMIT.as_millis())?;
+    let mut request = Request { argv, env: environment(), dir: "/tmp".to_owned(), limit_ms, stdin: false };
+    for _ in 0..RESETS_MAX {
+        let error = match agent::run(&socket, &request, print) {
+            Ok(end) => return Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX))),
+            Err(error) => error,
+        };
+        let fate: Fate = serde_json::from_slice(&ask(&control, "dead.")?)?;
+        if fate.error.is_some() || fate.note.is_empty() {
+            let again = fate.error.unwrap_or_default();
+            bail!("{error:#}; the end of the kernel's log:\n{}\n{again}", fate.console);
+        }
+        request.env.insert(PHASE.to_owned(), fate.note);
+    }
+    bail!("the test had the machine reset {RESETS_MAX} times")
+}
+
+fn print(stream: Stream, bytes: &[u8]) -> Result<()> {
+    match stream {
+        Stream::Out => std::io::stdout().lock().write_all(bytes)?,
+        Stream::Err => std::io::stderr().lock().write_all(bytes)?,
+    }
+    Ok(())
+}
+
+/// What a test of the host's environment may see in the machine.
+fn environment() -> BTreeMap<String, String> {
+    let wanted = |name: &str| {
+        name.starts_with("NEXTEST")
+            || name.starts_with("PATCHSWITCH_")
+            || name.starts_with("RUST_") && name != "RUST_TEST_THREADS"
+    };
+    let mut all: BTreeMap<String, String> = std::env::vars().filter(|(name, _)| wanted(name)).collect();
+    for name in [SOCKET, CONTROL, "PATCHSWITCH_KVM", "PATCHSWITCH_KEEP"] {
+        all.remove(name);
+    }
+    all.insert("PATCHSWITCH_BIN_DIR".to_owned(), "/payload".to_owned());
+    all.insert("PATCHSWITCH_ARTIFACTS".to_owned(), "/payload/artifacts".to_owned());
+    if let Some(object) = all.get_mut(BPF_OBJECT) {
+        *object = format!("/payload/{OBJECT_FILE}");
+    }
+    all
+}
+
+const OBJECT_FILE: &str = "patchswitch.bpf.o";
+
+/// The files that the machine gets: test binaries, the programs, what the demo patches. Removed when dropped.
+struct Payload {
+    dir: PathBuf,
+}
+
+impl Payload {
+    fn new(cache: &Cache, names: &[String]) -> Result<Self> {
+        let dir = cache.work_dir("run")?.join(format!("payload-{}", std::process::id()));
+        let payload = Self { dir: dir.clone() };
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        fs::create_dir_all(dir.join("artifacts/patch"))?;
+        for (_, file) in nextest::build_tests(names)? {
+            link_into(&file, &dir)?;
+        }
+        for entry in fs::read_dir(nextest::programs_dir())? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if path.is_file() && name.starts_with("patchswitch") && !name.contains('.') {
+                link_into(&path, &dir)?;
+            }
+        }
+        if let Some(object) = std::env::var_os(BPF_OBJECT) {
+            fs::copy(&object, dir.join(OBJECT_FILE)).with_context(|| format!("failed to copy {object:?}"))?;
+        }
+        link_into(&image::partition_root(cache)?, &dir.join("artifacts"))?;
+        for file in image::patch(cache)?.files {
+            link_into(&file, &dir.join("artifacts/patch"))?;
+        }
+        Ok(payload)
+    }
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        for result in [fs::remove_dir_all(&self.dir), fs::remove_file(self.dir.with_extension("control"))] {
+            match result {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    say(&format!("failed to remove {}: {error}", self.dir.display()));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Hard links where the file system is the same: the files are large.
+fn link_into(file: &Path, dir: &Path) -> Result<()> {
+    let place = dir.join(file.file_name().context("no file name")?);
+    fs::hard_link(file, &place)
+        .or_else(|_| fs::copy(file, &place).map(drop))
+        .with_context(|| format!("failed to copy {}", file.display()))
+}

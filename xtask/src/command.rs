@@ -22,15 +22,18 @@ impl Tool {
     }
 
     /// Cargo itself, without the settings that the `cargo run` that started xtask left in the environment.
-    pub(crate) fn cargo() -> Self {
+    pub(crate) fn cargo() -> Result<Self> {
         let mut tool = Self::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // Subcommands that set-up built are found there; what the user has goes first.
+        let path = std::env::var("PATH").unwrap_or_default();
+        tool.command.env("PATH", format!("{path}:{}", crate::paths::cache()?.join("tools/bin").display()));
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
                 tool.command.env_remove(name);
             }
         }
-        tool.dir(crate::paths::root())
+        Ok(tool.dir(crate::paths::root()))
     }
 
     pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
@@ -45,6 +48,13 @@ impl Tool {
 
     pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
+        self
+    }
+
+    pub(crate) fn env_remove(mut self, names: &[&str]) -> Self {
+        for name in names {
+            self.command.env_remove(name);
+        }
         self
     }
 

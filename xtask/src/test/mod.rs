@@ -15,6 +15,7 @@ use clap::ValueEnum;
 use self::nextest::Count;
 use crate::cache::say;
 use crate::paths;
+use crate::setup::{self, Need};
 use crate::vm::kernel::Series;
 
 /// A kind of tests, by what they need.
@@ -92,6 +93,12 @@ enum Step {
 pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
     let steps = plan(options)?;
+    let machine = steps.iter().any(|step| matches!(step, Step::Machine(..)));
+    setup::ensure(if machine {
+        &[Need::Build, Need::Test, Need::Machine]
+    } else {
+        &[Need::Build, Need::Test]
+    })?;
     nextest::build_programs()?;
     let mut total = Count::default();
     let (mut failed, mut not_run) = (Vec::new(), Vec::new());

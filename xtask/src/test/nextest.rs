@@ -44,14 +44,14 @@ pub(crate) fn programs_dir() -> PathBuf {
 
 /// Builds the programs that tests start.
 pub(crate) fn build_programs() -> Result<()> {
-    cargo()
+    cargo()?
         .args(["build", "--target", TARGET, "-p", "patchswitch", "-p", "patchswitch-load", "--bins"])
         .show()
 }
 
 /// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
 pub(crate) fn build_tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
-    let mut tool = cargo().args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);
+    let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);
     for name in names {
         tool = tool.arg("--test").arg(name);
     }
@@ -76,7 +76,7 @@ pub(crate) fn run(
 ) -> Result<Count> {
     let color = if std::io::stderr().is_terminal() { "always" } else { "never" };
     let mut tool =
-        cargo().args(["nextest", "run", "--target", TARGET, "--profile", profile, "--color", color]);
+        cargo()?.args(["nextest", "run", "--target", TARGET, "--profile", profile, "--color", color]);
     tool = tool.env("PATCHSWITCH_BIN_DIR", programs_dir()).args(selection).args(rest);
     for (name, value) in environment {
         tool = tool.env(name, value);
@@ -103,8 +103,8 @@ fn show(line: &str) {
     eprintln!("{line}");
 }
 
-fn cargo() -> Tool {
-    Tool::cargo().env("RUSTFLAGS", STATIC)
+fn cargo() -> Result<Tool> {
+    Ok(Tool::cargo()?.env("RUSTFLAGS", STATIC))
 }
 
 /// Reads a line such as `Summary [   0.012s] 3 tests run: 3 passed (1 slow), 0 skipped`, or `2/3 tests run: …` if the

@@ -49,7 +49,6 @@ pub(crate) struct Output {
 /// A running machine. Dropping it ends QEMU and removes its files.
 pub(crate) struct Vm {
     dir: RunDir,
-    config: Config,
     arguments: Vec<String>,
     running: Running,
 }
@@ -94,7 +93,7 @@ impl Vm {
         if running.release != kernel.release {
             bail!("{} was to be started and {} came up", kernel.release, running.release);
         }
-        Ok(Self { dir, config: config.clone(), arguments, running })
+        Ok(Self { dir, arguments, running })
     }
 
     /// Starts the machine again after it ended, with its disks as they are. What was in memory is lost.
@@ -109,10 +108,6 @@ impl Vm {
     /// The kernel's release, as the machine said it.
     pub(crate) fn release(&self) -> &str {
         &self.running.release
-    }
-
-    pub(crate) fn config(&self) -> &Config {
-        &self.config
     }
 
     /// The socket on which every connection is one command.

@@ -158,7 +158,7 @@ pub(crate) fn guest_init(cache: &Cache) -> Result<PathBuf> {
     }
     let dir = cache.artifact("guest-init", &recipe, |out| {
         let target = crate::paths::TARGET;
-        let build = Tool::cargo().env("RUSTFLAGS", crate::paths::STATIC);
+        let build = Tool::cargo()?.env("RUSTFLAGS", crate::paths::STATIC);
         build.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
         let built = crate::paths::target().join(target).join("debug/guest-init");
         fs::copy(&built, out.join("init")).map(drop).with_context(|| built.display().to_string())

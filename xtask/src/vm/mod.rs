@@ -12,7 +12,7 @@ pub(crate) mod image;
 pub(crate) mod kernel;
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -22,6 +22,7 @@ use self::agent::Stream;
 use self::boot::{Config, Vm};
 use self::kernel::Series;
 use crate::cache::{Cache, say};
+use crate::setup::{self, Need};
 
 /// Boots a disposable test machine and runs a command in it.
 ///
@@ -39,6 +40,12 @@ pub(crate) struct Options {
     /// Directory that the machine gets, read-only, as /payload
     #[arg(long, value_name = "DIR")]
     payload: Option<PathBuf>,
+    /// Copy a directory into the machine before the command runs
+    #[arg(long, value_name = "DIR:GUEST_DIR", value_parser = pair)]
+    push: Vec<(String, String)>,
+    /// Copy a directory out of the machine after the command, whatever its exit code is
+    #[arg(long, value_name = "GUEST_DIR:DIR", value_parser = pair)]
+    pull: Vec<(String, String)>,
     /// Sizes of the empty disks in MiB (sparse)
     #[arg(long, value_name = "MIB", value_delimiter = ',', default_value = "4096,4096,4096")]
     disks: Vec<u64>,
@@ -55,7 +62,7 @@ pub(crate) struct Options {
     #[arg(long)]
     console: bool,
     /// Run the command in the machine that another `xtask vm` serves at this socket, instead of booting one
-    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["kernel", "payload", "disks", "memory", "console"])]
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["kernel", "payload", "push", "pull", "disks", "memory", "console"])]
     at: Option<PathBuf>,
     /// The command; without one, a shell that reads from standard input
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
@@ -79,23 +86,35 @@ pub(crate) fn main(options: Options) -> Result<ExitCode> {
         payload: options.payload,
         ..Config::new(options.kernel)
     };
+    setup::ensure(&[Need::Build, Need::Machine])?;
     let vm = Vm::boot(&Cache::open()?, &config)?;
     say(&format!(
         "Linux {} is up; more commands: xtask vm --at {} -- COMMAND",
         vm.release(),
         vm.socket().display()
     ));
+    for (from, to) in &options.push {
+        vm.push(Path::new(from), to)?;
+    }
     let outcome = execute(&vm.socket(), &request, input);
     if options.console || outcome.is_err() {
         say(&format!("the kernel's log:\n{}", vm.console()));
     }
     let code = outcome?;
+    for (from, to) in &options.pull {
+        vm.pull(from, Path::new(to))?;
+    }
     vm.power_off()?;
     Ok(code)
 }
 
+fn pair(text: &str) -> Result<(String, String)> {
+    let (from, to) = text.split_once(':').context("expected two directories with a colon between them")?;
+    Ok((from.to_owned(), to.to_owned()))
+}
+
 /// Runs a command with this terminal as its output.
-fn execute(socket: &std::path::Path, request: &Request, input: bool) -> Result<ExitCode> {
+fn execute(socket: &Path, request: &Request, input: bool) -> Result<ExitCode> {
     let sink = |stream, bytes: &[u8]| -> Result<()> {
         match stream {
             Stream::Out => std::io::stdout().lock().write_all(bytes)?,

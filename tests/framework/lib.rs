@@ -1,3 +1,5 @@
-//! What the integration tests share.
+//! What the integration tests share: laboratories to run in and ways to look at the kernel with its own eyes.
 
+pub mod netlab;
+pub mod programs;
 pub mod vm;

@@ -69,11 +69,9 @@ fn documentation_tests() -> Result<()> {
 fn dependencies() -> Result<()> {
     let deny = |manifest: &str| {
         let tool =
-            cargo()?.args(["deny", "--log-level", "error", "--manifest-path"]).arg(root().join(manifest));
-        tool.args(["--all-features", "--locked", "check", "--hide-inclusion-graph", "--config"])
-            .arg(root().join("deny.toml"))
-            .args(["licenses", "bans", "sources"])
-            .show()
+            cargo()?.args(["deny", "--log-level", "error", "--locked", "--all-features", "--manifest-path"]);
+        let tool = tool.arg(root().join(manifest)).arg("--config").arg(root().join("deny.toml"));
+        tool.args(["check", "licenses", "bans", "sources"]).show()
     };
     deny("Cargo.toml")?;
     deny("patchswitch-ebpf/Cargo.toml")

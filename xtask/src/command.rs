@@ -17,7 +17,7 @@ impl Tool {
         let mut command = Command::new(program);
         command.stdin(Stdio::null());
         // Tools translate their messages and sort by the locale otherwise.
-        command.env("LC_ALL", "C.UTF-8");
+        command.env("LC_ALL", "C.UTF-8").env("PATH", search_path());
         Self { command }
     }
 
@@ -25,8 +25,8 @@ impl Tool {
     pub(crate) fn cargo() -> Result<Self> {
         let mut tool = Self::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         // Subcommands that set-up built are found there; what the user has goes first.
-        let path = std::env::var("PATH").unwrap_or_default();
-        tool.command.env("PATH", format!("{path}:{}", crate::paths::cache()?.join("tools/bin").display()));
+        let tools = crate::paths::cache()?.join("tools/bin");
+        tool.command.env("PATH", format!("{}:{}", search_path(), tools.display()));
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
@@ -138,9 +138,12 @@ pub(crate) fn last_lines(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// Whether a program is in one of the directories of `PATH`, or where Debian has those of the administrator.
+/// Whether a program can be started by its name.
 pub(crate) fn installed(program: &str) -> bool {
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/sbin:/sbin");
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    std::env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
+}
+
+/// The user's `PATH`, and where Debian has the programs of the administrator.
+pub(crate) fn search_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::cache::{hex, say};
-use crate::command::Tool;
+use crate::command::{Tool, search_path};
 use crate::paths::root;
 use crate::setup::{self, Need};
 
@@ -75,7 +75,7 @@ fn build(out: &Path) -> Result<()> {
 
 /// Cargo with a compiler for BPF.
 fn compiler() -> Result<Tool> {
-    let path = std::env::var("PATH").unwrap_or_default();
+    let path = search_path();
     let tools = crate::paths::cache()?.join("tools/bin");
     let path = format!("/usr/lib/llvm-22/bin:{}:{path}", tools.display());
     if nightly_is_usable() {

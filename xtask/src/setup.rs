@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use crate::cache::{Cache, say};
-use crate::command::{Tool, installed};
+use crate::command::{Tool, installed, search_path};
 
 /// What a task needs beyond Rust itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,12 +37,14 @@ const TEST: [Package; 7] = [
     ("procps", "ps"),
     ("bpftool", "bpftool"),
 ];
-const MACHINE: [Package; 8] = [
+const MACHINE: [Package; 9] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("mmdebstrap", "mmdebstrap"),
     ("debian-archive-keyring", "/usr/share/keyrings/debian-archive-keyring.gpg"),
     ("e2fsprogs", "mkfs.ext4"),
     ("kmod", "depmod"),
+    // Lets another user than root make the root image.
+    ("uidmap", "newuidmap"),
     ("lz4", "lz4"),
     ("xz-utils", "xz"),
     ("zstd", "zstd"),
@@ -110,7 +112,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
             }
             Need::Test => from_registry("cargo-nextest", NEXTEST, &[], &[])?,
             Need::Ebpf => {
-                let path = format!("/usr/lib/llvm-22/bin:{}", std::env::var("PATH").unwrap_or_default());
+                let path = format!("/usr/lib/llvm-22/bin:{}", search_path());
                 let environment = [("LLVM_PREFIX", "/usr/lib/llvm-22"), ("PATH", path.as_str())];
                 from_registry(
                     "bpf-linker",

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,14 +13,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use patchswitch_guest::Request;
+use patchswitch_guest::{End, Request};
 use serde::{Deserialize, Serialize};
 
 use super::nextest::{self, Count};
 use crate::cache::{Cache, say};
 use crate::command::{Tool, last_lines};
 use crate::vm::agent::{self, Stream};
-use crate::vm::boot::{Config, Vm};
+use crate::vm::boot::{Config, Disks, Vm};
 use crate::vm::image;
 use crate::vm::kernel::Series;
 
@@ -32,12 +33,26 @@ const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
 const PHASE: &str = "PATCHSWITCH_VM_PHASE";
 const BPF_OBJECT: &str = "PATCHSWITCH_BPF_OBJECT";
 
-/// What the owner of the machine says to a test whose machine has ended.
-#[derive(Serialize, Deserialize)]
-struct Fate {
-    /// What the test wrote before it had the machine reset; empty if it did not.
+/// What a test's runner says to the owner of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Word {
+    /// A test begins. The machine is started anew if the last one failed or was killed: what that one left behind is
+    /// not this one's fault.
+    Begin,
+    /// The test passed.
+    Passed,
+    /// The machine ended before the test did, or does not answer.
+    Dead,
+    /// There are no more tests.
+    End,
+}
+
+/// What the owner answers.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Answer {
+    /// After [`Word::Dead`]: what the test wrote before it had the machine reset; empty if it did not.
     note: String,
-    /// The end of the kernel's log.
+    /// After [`Word::Dead`]: the end of the kernel's log.
     console: String,
     /// Why the machine did not start again.
     error: Option<String>,
@@ -60,7 +75,7 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         (CONTROL, control.display().to_string()),
         ("PATCHSWITCH_KERNEL", series.to_string()),
     ];
-    let owner = thread::spawn(move || revive(vm, &listener));
+    let owner = thread::spawn(move || Owner { vm, dirty: false }.serve(&listener));
     let runner =
         serde_json::to_string(&[std::env::current_exe()?.display().to_string(), "in-vm".to_owned()])?;
     let mut selection = vec![
@@ -73,48 +88,66 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         selection.extend(["--test".to_owned(), name.clone()]);
     }
     let count = nextest::run("vm", &selection, &environment, rest);
-    ask(&control, "end").context("failed to end the test machine")?;
+    ask(&control, Word::End).context("failed to end the test machine")?;
     if owner.join().is_err() {
         bail!("the owner of the test machine panicked");
     }
     count
 }
 
-/// Starts the machine again whenever a test reports that it ended, so that a crash is the failure of one test.
-fn revive(mut vm: Vm, listener: &UnixListener) {
-    for client in listener.incoming() {
-        let answer = client.and_then(|mut client| {
-            let mut word = [0; 5];
-            client.read_exact(&mut word)?;
-            if &word == b"end.." {
-                client.write_all(b"{}")?;
-                return Ok(false);
+/// Owns the machine while the tests run.
+struct Owner {
+    vm: Vm,
+    /// A test has begun and not said that it passed.
+    dirty: bool,
+}
+
+impl Owner {
+    fn serve(mut self, listener: &UnixListener) {
+        for client in listener.incoming() {
+            match client.map_err(Into::into).and_then(|client| self.attend(client)) {
+                Ok(Word::End) => break,
+                Ok(_) => {}
+                Err(error) => say(&format!("failed to answer a test: {error:#}")),
             }
-            let console = last_lines(&vm.console(), 40);
-            let note = vm.take_reset_note();
-            let again = vm.boot_again();
-            let error = note.as_ref().err().or(again.as_ref().err()).map(|error| format!("{error:#}"));
-            let fate = Fate { note: note.unwrap_or_default(), console, error };
-            client.write_all(&serde_json::to_vec(&fate)?)?;
-            Ok(true)
-        });
-        match answer {
-            Ok(true) => {}
-            Ok(false) => break,
-            Err(error) => say(&format!("failed to answer a test: {error}")),
+        }
+        if let Err(error) = self.vm.power_off() {
+            say(&format!("{error:#}"));
         }
     }
-    if let Err(error) = vm.power_off() {
-        say(&format!("{error:#}"));
+
+    fn attend(&mut self, mut client: UnixStream) -> Result<Word> {
+        let word = serde_json::from_reader(&mut client)?;
+        let answer = match word {
+            Word::Begin => {
+                let again = if self.dirty { self.vm.boot_again(Disks::Empty) } else { Ok(()) };
+                self.dirty = true;
+                Answer { error: again.err().map(|error| format!("{error:#}")), ..Answer::default() }
+            }
+            Word::Passed => {
+                self.dirty = false;
+                Answer::default()
+            }
+            Word::Dead => {
+                let console = last_lines(&self.vm.console(), 40);
+                let note = self.vm.take_reset_note()?;
+                self.dirty = !note.is_empty();
+                let disks = if note.is_empty() { Disks::Empty } else { Disks::Kept };
+                let error = self.vm.boot_again(disks).err().map(|error| format!("{error:#}"));
+                Answer { note, console, error }
+            }
+            Word::End => Answer::default(),
+        };
+        client.write_all(&serde_json::to_vec(&answer)?)?;
+        Ok(word)
     }
 }
 
-fn ask(control: &Path, word: &str) -> Result<Vec<u8>> {
-    let mut connection = UnixStream::connect(control)?;
-    connection.write_all(format!("{word:.<5}").as_bytes())?;
-    let mut answer = Vec::new();
-    connection.read_to_end(&mut answer)?;
-    Ok(answer)
+fn ask(control: &Path, word: Word) -> Result<Answer> {
+    let mut connection = UnixStream::connect(control).context("nobody owns the test machine")?;
+    connection.write_all(&serde_json::to_vec(&word)?)?;
+    connection.shutdown(Shutdown::Write)?;
+    Ok(serde_json::from_reader(&mut connection)?)
 }
 
 /// `xtask in-vm BINARY ARGUMENT…`: runs a test binary in the machine that `SOCKET` names, where it lies in `/payload`.
@@ -131,17 +164,25 @@ pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
     argv.extend_from_slice(rest);
     let limit_ms = u64::try_from(TEST_LIMIT.as_millis())?;
     let mut request = Request { argv, env: environment(), dir: "/tmp".to_owned(), limit_ms, stdin: false };
+    if let Some(error) = ask(&control, Word::Begin)?.error {
+        bail!("the last test left a machine that does not start again: {error}");
+    }
     for _ in 0..RESETS_MAX {
         let error = match agent::run(&socket, &request, print) {
-            Ok(end) => return Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX))),
+            Ok(end) => {
+                if end == End::Code(0) {
+                    ask(&control, Word::Passed)?;
+                }
+                return Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX)));
+            }
             Err(error) => error,
         };
-        let fate: Fate = serde_json::from_slice(&ask(&control, "dead.")?)?;
-        if fate.error.is_some() || fate.note.is_empty() {
-            let again = fate.error.unwrap_or_default();
-            bail!("{error:#}; the end of the kernel's log:\n{}\n{again}", fate.console);
+        let answer = ask(&control, Word::Dead)?;
+        if answer.error.is_some() || answer.note.is_empty() {
+            let again = answer.error.unwrap_or_default();
+            bail!("{error:#}; the end of the kernel's log:\n{}\n{again}", answer.console);
         }
-        request.env.insert(PHASE.to_owned(), fate.note);
+        request.env.insert(PHASE.to_owned(), answer.note);
     }
     bail!("the test had the machine reset {RESETS_MAX} times")
 }

@@ -110,7 +110,13 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
                 component("clippy", "clippy")?;
                 from_registry("cargo-deny", DENY, &[], &[])?;
             }
-            Need::Test => from_registry("cargo-nextest", NEXTEST, &[], &[])?,
+            // Without the means to update itself, which take longer to build than the rest.
+            Need::Test => from_registry(
+                "cargo-nextest",
+                NEXTEST,
+                &["--no-default-features", "--features", "default-no-update"],
+                &[],
+            )?,
             Need::Ebpf => {
                 let path = format!("/usr/lib/llvm-22/bin:{}", search_path());
                 let environment = [("LLVM_PREFIX", "/usr/lib/llvm-22"), ("PATH", path.as_str())];

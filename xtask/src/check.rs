@@ -4,9 +4,9 @@ use std::fs;
 
 use anyhow::{Result, bail};
 
+use crate::build::cargo;
 use crate::cache::say;
-use crate::command::Tool;
-use crate::paths::{STATIC, TARGET, root};
+use crate::paths::{TARGET, root};
 use crate::setup::{self, Need};
 
 /// A check and its name.
@@ -38,10 +38,6 @@ pub(crate) fn main() -> Result<()> {
         return Ok(());
     }
     bail!("failed: {}", failed.join(", "))
-}
-
-fn cargo() -> Result<Tool> {
-    Ok(Tool::cargo()?.env("RUSTFLAGS", STATIC))
 }
 
 fn format() -> Result<()> {

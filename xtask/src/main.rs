@@ -1,6 +1,7 @@
 //! `cargo xtask`: the one door to building, checking, testing and showing patchswitch. CI uses it as well.
 #![expect(clippy::print_stdout, reason = "a program for the terminal")]
 
+mod build;
 mod cache;
 mod check;
 mod command;

@@ -2,7 +2,6 @@
 //! there.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,12 +16,13 @@ use patchswitch_guest::{End, Request};
 use serde::{Deserialize, Serialize};
 
 use super::nextest::{self, Count};
+use crate::build;
 use crate::cache::{Cache, say};
 use crate::command::{Tool, last_lines};
-use crate::vm::agent::{self, Stream};
+use crate::vm::agent;
 use crate::vm::boot::{Config, Disks, Vm};
-use crate::vm::image;
 use crate::vm::kernel::Series;
+use crate::vm::payload::Payload;
 
 /// Nextest kills a test that hangs; this is for the case that nextest itself is gone.
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
@@ -32,6 +32,7 @@ const SOCKET: &str = "PATCHSWITCH_VM_SOCKET";
 const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
 const PHASE: &str = "PATCHSWITCH_VM_PHASE";
 const BPF_OBJECT: &str = "PATCHSWITCH_BPF_OBJECT";
+const OBJECT_FILE: &str = "patchswitch.bpf.o";
 
 /// What a test's runner says to the owner of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,11 +65,12 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         bail!("there are no such tests");
     }
     let cache = Cache::open()?;
-    let payload = Payload::new(&cache, names)?;
-    let config = Config { payload: Some(payload.dir.clone()), ..Config::new(series.clone()) };
+    let payload = payload(&cache, names)?;
+    let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
     let vm = Vm::boot(&cache, &config)?;
     say(&format!("the tests run on Linux {}", vm.release()));
-    let control = payload.dir.with_extension("control");
+    // Beside the payload, not in it: it is removed with it.
+    let control = payload.dir().with_extension("control");
     let listener = UnixListener::bind(&control).with_context(|| control.display().to_string())?;
     let environment = [
         (SOCKET, vm.socket().display().to_string()),
@@ -93,6 +95,20 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         bail!("the owner of the test machine panicked");
     }
     count
+}
+
+/// The test binaries, the programs that they start, and what these work on.
+fn payload(cache: &Cache, names: &[String]) -> Result<Payload> {
+    let payload = Payload::new(cache)?;
+    for (_, file) in build::tests(names)? {
+        payload.add(&file)?;
+    }
+    payload.add_programs()?;
+    payload.add_artifacts(cache)?;
+    if let Some(object) = std::env::var_os(BPF_OBJECT) {
+        payload.add_as(Path::new(&object), OBJECT_FILE)?;
+    }
+    Ok(payload)
 }
 
 /// Owns the machine while the tests run.
@@ -168,7 +184,7 @@ pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
         bail!("the last test left a machine that does not start again: {error}");
     }
     for _ in 0..RESETS_MAX {
-        let error = match agent::run(&socket, &request, print) {
+        let error = match agent::run(&socket, &request, agent::to_terminal) {
             Ok(end) => {
                 if end == End::Code(0) {
                     ask(&control, Word::Passed)?;
@@ -185,14 +201,6 @@ pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
         request.env.insert(PHASE.to_owned(), answer.note);
     }
     bail!("the test had the machine reset {RESETS_MAX} times")
-}
-
-fn print(stream: Stream, bytes: &[u8]) -> Result<()> {
-    match stream {
-        Stream::Out => std::io::stdout().lock().write_all(bytes)?,
-        Stream::Err => std::io::stderr().lock().write_all(bytes)?,
-    }
-    Ok(())
 }
 
 /// What a test of the host's environment may see in the machine.
@@ -212,61 +220,4 @@ fn environment() -> BTreeMap<String, String> {
         *object = format!("/payload/{OBJECT_FILE}");
     }
     all
-}
-
-const OBJECT_FILE: &str = "patchswitch.bpf.o";
-
-/// The files that the machine gets: test binaries, the programs, what the demo patches. Removed when dropped.
-struct Payload {
-    dir: PathBuf,
-}
-
-impl Payload {
-    fn new(cache: &Cache, names: &[String]) -> Result<Self> {
-        let dir = cache.work_dir("run")?.join(format!("payload-{}", std::process::id()));
-        let payload = Self { dir: dir.clone() };
-        if dir.exists() {
-            fs::remove_dir_all(&dir)?;
-        }
-        fs::create_dir_all(dir.join("artifacts/patch"))?;
-        for (_, file) in nextest::build_tests(names)? {
-            link_into(&file, &dir)?;
-        }
-        for entry in fs::read_dir(nextest::programs_dir())? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if path.is_file() && name.starts_with("patchswitch") && !name.contains('.') {
-                link_into(&path, &dir)?;
-            }
-        }
-        if let Some(object) = std::env::var_os(BPF_OBJECT) {
-            fs::copy(&object, dir.join(OBJECT_FILE)).with_context(|| format!("failed to copy {object:?}"))?;
-        }
-        link_into(&image::partition_root(cache)?, &dir.join("artifacts"))?;
-        for file in image::patch(cache)?.files {
-            link_into(&file, &dir.join("artifacts/patch"))?;
-        }
-        Ok(payload)
-    }
-}
-
-impl Drop for Payload {
-    fn drop(&mut self) {
-        for result in [fs::remove_dir_all(&self.dir), fs::remove_file(self.dir.with_extension("control"))] {
-            match result {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    say(&format!("failed to remove {}: {error}", self.dir.display()));
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
-/// Hard links where the file system is the same: the files are large.
-fn link_into(file: &Path, dir: &Path) -> Result<()> {
-    let place = dir.join(file.file_name().context("no file name")?);
-    fs::hard_link(file, &place)
-        .or_else(|_| fs::copy(file, &place).map(drop))
-        .with_context(|| format!("failed to copy {}", file.display()))
 }

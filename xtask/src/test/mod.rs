@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use self::nextest::Count;
+use crate::build;
 use crate::cache::say;
 use crate::paths;
 use crate::setup::{self, Need};
@@ -99,7 +100,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     } else {
         &[Need::Build, Need::Test]
     })?;
-    nextest::build_programs()?;
+    build::programs()?;
     let mut total = Count::default();
     let (mut failed, mut not_run) = (Vec::new(), Vec::new());
     for step in steps {

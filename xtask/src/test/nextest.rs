@@ -2,13 +2,12 @@
 
 use std::fmt;
 use std::io::{BufRead, BufReader, IsTerminal};
-use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::Tool;
-use crate::paths::{STATIC, TARGET, target};
+use crate::build::{self, cargo};
+use crate::paths::TARGET;
 
 /// How many tests ran, passed and were left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,36 +36,6 @@ impl fmt::Display for Count {
     }
 }
 
-/// Where the built programs are.
-pub(crate) fn programs_dir() -> PathBuf {
-    target().join(TARGET).join("debug")
-}
-
-/// Builds the programs that tests start.
-pub(crate) fn build_programs() -> Result<()> {
-    cargo()?
-        .args(["build", "--target", TARGET, "-p", "patchswitch", "-p", "patchswitch-load", "--bins"])
-        .show()
-}
-
-/// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
-pub(crate) fn build_tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
-    let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);
-    for name in names {
-        tool = tool.arg("--test").arg(name);
-    }
-    let text = tool.arg("--message-format=json-render-diagnostics").read()?;
-    let mut found = Vec::new();
-    for line in text.lines() {
-        let message: serde_json::Value = serde_json::from_str(line)?;
-        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
-        if let (Some(name), Some(file)) = (text(&message["target"]["name"]), text(&message["executable"])) {
-            found.push((name, file.into()));
-        }
-    }
-    if found.len() == names.len() { Ok(found) } else { bail!("cargo built {found:?} for {names:?}") }
-}
-
 /// Runs the selected tests and counts them. `Err` only if nothing can be said about them.
 pub(crate) fn run(
     profile: &str,
@@ -77,7 +46,7 @@ pub(crate) fn run(
     let color = if std::io::stderr().is_terminal() { "always" } else { "never" };
     let mut tool =
         cargo()?.args(["nextest", "run", "--target", TARGET, "--profile", profile, "--color", color]);
-    tool = tool.env("PATCHSWITCH_BIN_DIR", programs_dir()).args(selection).args(rest);
+    tool = tool.env("PATCHSWITCH_BIN_DIR", build::programs_dir()).args(selection).args(rest);
     for (name, value) in environment {
         tool = tool.env(name, value);
     }
@@ -101,10 +70,6 @@ pub(crate) fn run(
 #[expect(clippy::print_stderr, reason = "passes on what nextest prints")]
 fn show(line: &str) {
     eprintln!("{line}");
-}
-
-fn cargo() -> Result<Tool> {
-    Ok(Tool::cargo()?.env("RUSTFLAGS", STATIC))
 }
 
 /// Reads a line such as `Summary [   0.012s] 3 tests run: 3 passed (1 slow), 0 skipped`, or `2/3 tests run: …` if the

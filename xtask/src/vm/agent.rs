@@ -161,6 +161,15 @@ pub(crate) fn run_with_input(
     end
 }
 
+/// A sink for [`run`]: this process's own outputs.
+pub(crate) fn to_terminal(stream: Stream, bytes: &[u8]) -> Result<()> {
+    match stream {
+        Stream::Out => std::io::stdout().lock().write_all(bytes)?,
+        Stream::Err => std::io::stderr().lock().write_all(bytes)?,
+    }
+    Ok(())
+}
+
 fn follow(
     mut connection: UnixStream,
     window: Option<&Window>,

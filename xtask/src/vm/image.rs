@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::build;
 use crate::cache::{Cache, digest, identity};
 use crate::command::Tool;
 use crate::debian::{Archive, SUITE, main_archive, security_archive};
@@ -160,8 +161,7 @@ pub(crate) fn guest_init(cache: &Cache) -> Result<PathBuf> {
     }
     let dir = cache.artifact("guest-init", &recipe, |out| {
         let target = crate::paths::TARGET;
-        let build = Tool::cargo()?.env("RUSTFLAGS", crate::paths::STATIC);
-        build.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
+        build::cargo()?.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
         let built = crate::paths::target().join(target).join("debug/guest-init");
         fs::copy(&built, out.join("init")).map(drop).with_context(|| built.display().to_string())
     })?;

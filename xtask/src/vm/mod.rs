@@ -10,6 +10,7 @@ pub(crate) mod boot;
 mod cpio;
 pub(crate) mod image;
 pub(crate) mod kernel;
+pub(crate) mod payload;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -18,7 +19,6 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use patchswitch_guest::Request;
 
-use self::agent::Stream;
 use self::boot::{Config, Vm};
 use self::kernel::Series;
 use crate::cache::{Cache, say};
@@ -115,20 +115,13 @@ fn pair(text: &str) -> Result<(String, String)> {
 
 /// Runs a command with this terminal as its output.
 fn execute(socket: &Path, request: &Request, input: bool) -> Result<ExitCode> {
-    let sink = |stream, bytes: &[u8]| -> Result<()> {
-        match stream {
-            Stream::Out => std::io::stdout().lock().write_all(bytes)?,
-            Stream::Err => std::io::stderr().lock().write_all(bytes)?,
-        }
-        Ok(())
-    };
     let end = if input {
         if std::io::stdin().is_terminal() {
             say("a plain shell without prompt or job control; Ctrl-D ends it");
         }
-        agent::run_with_input(socket, request, std::io::stdin(), sink)
+        agent::run_with_input(socket, request, std::io::stdin(), agent::to_terminal)
     } else {
-        agent::run(socket, request, sink)
+        agent::run(socket, request, agent::to_terminal)
     };
     std::io::stdout().flush()?;
     let end = end.context("the command has no exit code")?;

@@ -1,1 +1,5 @@
-//! Under construction.
+//! What the integration tests share: laboratories to run in and ways to look at the kernel with its own eyes.
+
+pub mod netlab;
+pub mod programs;
+pub mod vm;

@@ -6,15 +6,21 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 
 /// Directories that are searched, in this order.
 const DIRECTORIES: [&str; 6] =
     ["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/local/bin"];
 /// How much of a program's output is kept.
-const OUTPUT_LIMIT: u64 = 1 << 20;
+const OUTPUT_LIMIT: usize = 1 << 20;
+/// How long the rest of the output is waited for when the program itself has ended.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The programs that patchswitch may start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +39,10 @@ pub enum Program {
     Nft,
     /// A shell, for the administrator's hook commands.
     Shell,
+    /// Compares a root with the digests of its package database; the scan of a clone.
+    Dpkg,
+    /// Reads the control fields of a Debian package.
+    DpkgDeb,
 }
 
 impl Program {
@@ -45,6 +55,8 @@ impl Program {
             Self::Fsck => "e2fsck",
             Self::Nft => "nft",
             Self::Shell => "sh",
+            Self::Dpkg => "dpkg",
+            Self::DpkgDeb => "dpkg-deb",
         }
     }
 
@@ -57,6 +69,7 @@ impl Program {
             Self::Mkfs | Self::Fsck => "e2fsprogs",
             Self::Nft => "nftables",
             Self::Shell => "dash",
+            Self::Dpkg | Self::DpkgDeb => "dpkg",
         }
     }
 
@@ -122,6 +135,8 @@ pub struct Run {
     limit: Duration,
     stdin: Option<std::fs::File>,
     output: Option<std::fs::File>,
+    environment: Vec<(OsString, OsString)>,
+    group: bool,
 }
 
 /// What a program left behind.
@@ -138,7 +153,15 @@ pub struct Output {
 impl Run {
     /// A program with the default time limit of 30 seconds.
     pub fn new(program: Program) -> Self {
-        Self { program, arguments: Vec::new(), limit: Duration::from_secs(30), stdin: None, output: None }
+        Self {
+            program,
+            arguments: Vec::new(),
+            limit: Duration::from_secs(30),
+            stdin: None,
+            output: None,
+            environment: Vec::new(),
+            group: false,
+        }
     }
 
     /// Adds an argument.
@@ -159,6 +182,21 @@ impl Run {
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
+        self
+    }
+
+    /// Sets a variable of the environment, which is otherwise `PATH` and `LC_ALL` alone.
+    #[must_use]
+    pub fn env(mut self, key: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((key.into(), value.into()));
+        self
+    }
+
+    /// Runs the program in a process group of its own, which [`Run::status`] and [`Run::read`] kill when the program
+    /// has ended or is late: for commands of the administrator, which may leave children behind.
+    #[must_use]
+    pub fn whole_group(mut self) -> Self {
+        self.group = true;
         self
     }
 
@@ -183,18 +221,21 @@ impl Run {
     pub fn status(self) -> Result<Output, ProgramError> {
         let (program, limit, arguments) = (self.program, self.limit, self.text());
         let io = |source| ProgramError::Io { program, source };
-        let collected = self.output.is_none();
+        let (collected, group) = (self.output.is_none(), self.group);
         let mut child = self.spawn()?;
         let stdout = collected.then(|| child.stdout.take().map(collect)).flatten();
         let stderr = collected.then(|| child.stderr.take().map(collect)).flatten();
-        let Some(status) = wait(&mut child, limit).map_err(io)? else {
+        let ended = wait(&child, limit).map_err(io)?;
+        if group {
+            // Before the child is reaped: until then nobody else can have its number.
+            kill_group(&child).map_err(io)?;
+        } else if !ended {
             child.kill().map_err(io)?;
-            child.wait().map_err(io)?;
+        }
+        let status = child.wait().map_err(io)?;
+        if !ended {
             return Err(ProgramError::TimeOut { program, arguments, limit });
-        };
-        let text = |reader: Option<std::thread::JoinHandle<String>>| {
-            reader.and_then(|thread| thread.join().ok()).unwrap_or_default()
-        };
+        }
         Ok(Output { status, stdout: text(stdout), stderr: text(stderr) })
     }
 
@@ -228,6 +269,10 @@ impl Run {
         let mut command = Command::new(path);
         command.args(&self.arguments).env_clear().current_dir("/");
         command.env("PATH", DIRECTORIES.join(":")).env("LC_ALL", "C");
+        command.envs(self.environment);
+        if self.group {
+            command.process_group(0);
+        }
         command.stdin(self.stdin.map_or_else(Stdio::null, Stdio::from));
         match self.output {
             Some(file) => command.stdout(file.try_clone()?).stderr(file),
@@ -241,35 +286,74 @@ impl Run {
     }
 }
 
-fn collect(reader: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
+/// What a thread has read of a program's output so far, and word when it is all.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    complete: mpsc::Receiver<()>,
+}
+
+fn collect(mut reader: impl Read + Send + 'static) -> Collected {
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let (done, complete) = mpsc::channel();
+    let kept = Arc::clone(&bytes);
     std::thread::spawn(move || {
-        let mut reader = reader;
-        let mut bytes = Vec::new();
-        let kept = reader.by_ref().take(OUTPUT_LIMIT).read_to_end(&mut bytes);
-        // Drain the rest, so that the program does not block on a full pipe.
-        let rest = std::io::copy(&mut reader, &mut std::io::sink());
-        if let Err(error) = kept.map(|_| 0).and(rest) {
-            bytes.extend_from_slice(format!("[output lost: {error}]").as_bytes());
+        let mut piece = [0; 8192];
+        // To the end, although not everything is kept: a full pipe would block the program.
+        loop {
+            let end = match reader.read(&mut piece) {
+                Ok(0) => break,
+                Ok(count) => &piece[..count],
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(_) => b"[output lost]".as_slice(),
+            };
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let room = OUTPUT_LIMIT.saturating_sub(kept.len());
+            kept.extend_from_slice(&end[..end.len().min(room)]);
+            if end == b"[output lost]" {
+                break;
+            }
         }
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+        // The receiver may have stopped waiting.
+        let _ = done.send(());
+    });
+    Collected { bytes, complete }
+}
+
+/// The collected output. A child that outlived the program may keep the pipe open: it is not waited for long.
+fn text(collected: Option<Collected>) -> String {
+    let Some(Collected { bytes, complete }) = collected else { return String::new() };
+    let _ = complete.recv_timeout(OUTPUT_PATIENCE);
+    let bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Waits by polling: programs here live for a tenth of a second and more, and a `SIGCHLD` handler is not a
-/// library's to install.
-fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
+/// library's to install. Whether the program ended in time; it is not reaped.
+fn wait(child: &Child, limit: Duration) -> std::io::Result<bool> {
     let end = Instant::now() + limit;
     let mut pause = Duration::from_millis(1);
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
     loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+        if rustix::process::waitid(WaitId::Pid(pid(child)?), options)?.is_some() {
+            return Ok(true);
         }
         if Instant::now() >= end {
-            return Ok(None);
+            return Ok(false);
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));
     }
+}
+
+fn kill_group(child: &Child) -> std::io::Result<()> {
+    match rustix::process::kill_process_group(pid(child)?, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn pid(child: &Child) -> std::io::Result<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or_else(|| std::io::ErrorKind::NotFound.into())
 }
 
 /// The last lines of an error output: the reason is at the end.
@@ -292,6 +376,39 @@ mod tests {
         assert!(failed.contains("exit status: 3") && failed.contains("reason"), "{failed}");
         let late = run("sleep 5").limit(Duration::from_millis(50)).read().unwrap_err();
         assert!(matches!(late, ProgramError::TimeOut { .. }), "{late}");
+    }
+
+    #[test]
+    fn children_that_outlive_the_program_neither_block_nor_stay() {
+        let start = Instant::now();
+        let script = "sleep 60 & echo $!";
+        let run = || Run::new(Program::Shell).args(["-c", script]);
+        let pid = run().whole_group().read().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1), "the group's end closes the pipe");
+        let gone = || {
+            let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+            state.is_empty() || state.contains(") Z ")
+        };
+        assert!((0..200).any(|_| gone() || (std::thread::sleep(Duration::from_millis(10)), false).1));
+        let pid = run().read().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(20), "the pipe is still open");
+        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn a_late_program_is_killed_with_its_children() {
+        let run = Run::new(Program::Shell).args(["-c", "trap '' TERM; sleep 60; sleep 60"]).whole_group();
+        let start = Instant::now();
+        let late = run.limit(Duration::from_millis(100)).read().unwrap_err();
+        assert!(matches!(late, ProgramError::TimeOut { .. }), "{late}");
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_variable_reaches_the_program() {
+        let run = Run::new(Program::Shell).args(["-c", "echo \"$PATCHSWITCH_ROOT\""]);
+        assert_eq!(run.env("PATCHSWITCH_ROOT", "/a b").read().unwrap(), "/a b\n");
     }
 
     #[test]

@@ -1,0 +1,266 @@
+//! Who gets a packet: the rules of ownership.
+//!
+//! A flow's owner is asked from the kernel, not remembered: it is the partition in whose network namespace the kernel
+//! has the flow's socket. Only flows that have no socket of their own (an unconnected UDP server, ICMP echo) are
+//! looked up in a table of flows that the retiring partition answered.
+//!
+//! In these rules a socket in `LISTEN` or `CLOSE` counts as none:
+//!
+//! 1. the retiring partition has a socket or a request socket for the flow: retiring, also for a SYN (RFC 5961 wants
+//!    the owner's challenge ACK);
+//! 2. an ACK without SYN or RST for which the retiring one has only a listener, and whose SYN cookie that listener
+//!    accepts: the active one if it has a socket for it or accepts the cookie as well (the secret is the kernel's,
+//!    not the namespace's), else the retiring one;
+//! 3. `TIME_WAIT` in the retiring one: a SYN goes to the active one; any other segment to the active one if it has a
+//!    socket for it, else to the retiring one;
+//! 4. a SYN that nobody owns: active;
+//! 5. everything else: active.
+
+use crate::Slot;
+use crate::maps::Address;
+use crate::parse::{Flow, Kind, Packet, Transport};
+use crate::word::{Phase, Word};
+
+/// What the kernel knows of a TCP flow in one partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// Nothing, or a socket in `CLOSE`.
+    None,
+    /// A listener that would take the segment; `cookie` if it was asked and accepts the SYN cookie in it.
+    Listener {
+        /// Whether the SYN cookie was asked for and is valid.
+        cookie: bool,
+    },
+    /// A connection: `SYN_SENT`, `NEW_SYN_RECV`, `ESTABLISHED` … `LAST_ACK`.
+    Connection,
+    /// The remains of a connection.
+    TimeWait,
+}
+
+/// States of a TCP socket as the kernel numbers them (`include/net/tcp_states.h`).
+pub mod tcp_state {
+    /// `TCP_ESTABLISHED`; also that of a connected UDP socket.
+    pub const ESTABLISHED: u32 = 1;
+    /// `TCP_TIME_WAIT`.
+    pub const TIME_WAIT: u32 = 6;
+    /// `TCP_CLOSE`; also that of an unconnected UDP socket.
+    pub const CLOSE: u32 = 7;
+    /// `TCP_LISTEN`.
+    pub const LISTEN: u32 = 10;
+}
+
+/// What a decision may ask. Each question costs time, so it is asked only where its answer matters.
+pub trait Kernel {
+    /// The socket of a TCP flow in a partition; `cookie` if a listener's opinion on the SYN cookie matters.
+    fn tcp(&mut self, slot: Slot, flow: &Flow, cookie: bool) -> Socket;
+
+    /// Whether a partition has a **connected** UDP socket for the flow.
+    fn udp_connected(&mut self, slot: Slot, flow: &Flow) -> bool;
+
+    /// The slot that answered a flow while flows were learned, if that is not too long ago.
+    fn learned(&mut self, flow: &Flow) -> Option<Slot>;
+
+    /// The slot that got the first fragment of a packet.
+    fn fragment(&mut self, source: &Address, id: u32, protocol: u8) -> Option<Slot>;
+}
+
+/// Who gets a packet that is addressed to the service.
+///
+/// `kernel` is asked nothing in [`Phase::Steady`].
+#[inline(always)]
+pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
+    let active = word.active();
+    match word.phase() {
+        Phase::Steady => active,
+        Phase::Draining => draining(active, packet, kernel),
+    }
+}
+
+#[inline(always)]
+fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
+    let retiring = active.other();
+    let flow = &packet.flow;
+    let kept = match (packet.kind, packet.transport) {
+        (Kind::LaterFragment, _) => {
+            kernel.fragment(&flow.remote, packet.fragment_id, flow.protocol) == Some(retiring)
+        }
+        (Kind::Direct, Transport::Tcp) => tcp(active, flow, packet.flags, kernel),
+        (Kind::Error, Transport::Tcp) => tcp_error(active, flow, kernel),
+        (_, Transport::Udp) => kernel.udp_connected(retiring, flow) || kernel.learned(flow) == Some(retiring),
+        (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
+    };
+    if kept { retiring } else { active }
+}
+
+/// Whether the retiring partition keeps a TCP segment.
+#[inline(always)]
+fn tcp(active: Slot, flow: &Flow, flags: u8, kernel: &mut impl Kernel) -> bool {
+    let bare_ack = flags & (SYN | RST | ACK) == ACK;
+    match kernel.tcp(active.other(), flow, bare_ack) {
+        Socket::Connection => true,
+        Socket::Listener { cookie } => {
+            bare_ack
+                && cookie
+                && matches!(kernel.tcp(active, flow, true), Socket::None | Socket::Listener { cookie: false })
+        }
+        Socket::TimeWait => {
+            flags & SYN == 0
+                && matches!(kernel.tcp(active, flow, false), Socket::None | Socket::Listener { .. })
+        }
+        Socket::None => false,
+    }
+}
+
+/// Whether the retiring partition keeps an ICMP error about a TCP segment it sent: rules 1 and 3 without SYN or cookie.
+#[inline(always)]
+fn tcp_error(active: Slot, flow: &Flow, kernel: &mut impl Kernel) -> bool {
+    match kernel.tcp(active.other(), flow, false) {
+        Socket::Connection => true,
+        Socket::TimeWait => {
+            matches!(kernel.tcp(active, flow, false), Socket::None | Socket::Listener { .. })
+        }
+        Socket::Listener { .. } | Socket::None => false,
+    }
+}
+
+/// Flag bits of a TCP header (RFC 9293 3.1).
+pub const SYN: u8 = 0x02;
+/// As [`SYN`].
+pub const RST: u8 = 0x04;
+/// As [`SYN`].
+pub const ACK: u8 = 0x10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::maps::mapped;
+
+    /// A kernel whose answers are given, and which counts what it was asked.
+    #[derive(Default)]
+    struct Given {
+        retiring: Option<Socket>,
+        active: Option<Socket>,
+        udp: bool,
+        learned: Option<Slot>,
+        fragment: Option<Slot>,
+        asked: u32,
+    }
+
+    impl Kernel for Given {
+        fn tcp(&mut self, slot: Slot, _: &Flow, cookie: bool) -> Socket {
+            self.asked += 1;
+            let socket = match slot {
+                Slot::A => self.retiring,
+                Slot::B => self.active,
+            };
+            match socket.unwrap_or(Socket::None) {
+                // A listener that was not asked for its opinion has none.
+                Socket::Listener { cookie: valid } => Socket::Listener { cookie: valid && cookie },
+                other => other,
+            }
+        }
+
+        fn udp_connected(&mut self, slot: Slot, _: &Flow) -> bool {
+            self.asked += 1;
+            slot == Slot::A && self.udp
+        }
+
+        fn learned(&mut self, _: &Flow) -> Option<Slot> {
+            self.asked += 1;
+            self.learned
+        }
+
+        fn fragment(&mut self, _: &Address, _: u32, _: u8) -> Option<Slot> {
+            self.asked += 1;
+            self.fragment
+        }
+    }
+
+    fn packet(kind: Kind, transport: Transport, flags: u8) -> Packet {
+        let flow = Flow {
+            remote: mapped([192, 0, 2, 1]),
+            local: mapped([192, 0, 2, 80]),
+            remote_port: 40000u16.to_be(),
+            local_port: 80u16.to_be(),
+            protocol: 6,
+        };
+        Packet { flow, kind, transport, flags, fragment_id: 7 }
+    }
+
+    const DRAINING: Word = Word::steady(Slot::A, 1).taken_over_by(Slot::B);
+    const NONE: Socket = Socket::None;
+    const LISTEN: Socket = Socket::Listener { cookie: false };
+    const COOKIE: Socket = Socket::Listener { cookie: true };
+    const CONN: Socket = Socket::Connection;
+    const TW: Socket = Socket::TimeWait;
+
+    #[test]
+    fn steady_asks_nothing() {
+        let mut kernel = Given { retiring: Some(CONN), ..Given::default() };
+        let tcp = packet(Kind::Direct, Transport::Tcp, ACK);
+        assert_eq!(owner(Word::steady(Slot::B, 0), &tcp, &mut kernel), Slot::B);
+        assert_eq!(kernel.asked, 0);
+    }
+
+    #[test]
+    fn the_rules_for_tcp() {
+        use Slot::{A, B};
+        // (rule, flags, retiring, active, owner, questions)
+        let table = [
+            ("1: connection, data", ACK, CONN, LISTEN, A, 1),
+            ("1: connection, SYN", SYN, CONN, LISTEN, A, 1),
+            ("1: connection, RST", RST, CONN, LISTEN, A, 1),
+            ("2: cookie of the retiring one alone", ACK, COOKIE, LISTEN, A, 2),
+            ("2: cookie, no listener in the active one", ACK, COOKIE, NONE, A, 2),
+            ("2: cookie valid in both", ACK, COOKIE, COOKIE, B, 2),
+            ("2: a flow of the active one passes by chance", ACK, COOKIE, CONN, B, 2),
+            ("2: remains in the active one", ACK, COOKIE, TW, B, 2),
+            ("2: not a cookie", ACK, LISTEN, LISTEN, B, 1),
+            ("2: SYN+ACK carries no cookie", SYN | ACK, COOKIE, LISTEN, B, 1),
+            ("2: RST+ACK carries no cookie", RST | ACK, COOKIE, LISTEN, B, 1),
+            ("3: SYN reuses the tuple", SYN, TW, LISTEN, B, 1),
+            ("3: its later segments", ACK, TW, CONN, B, 2),
+            ("3: repeated FIN", ACK | 1, TW, LISTEN, A, 2),
+            ("3: repeated FIN, nothing in the active one", ACK | 1, TW, NONE, A, 2),
+            ("4: new SYN", SYN, LISTEN, LISTEN, B, 1),
+            ("5: nobody knows it", ACK, NONE, NONE, B, 1),
+        ];
+        for (rule, flags, retiring, active, expected, asked) in table {
+            let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+            let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
+            assert_eq!((got, kernel.asked), (expected, asked), "{rule}");
+        }
+    }
+
+    #[test]
+    fn errors_follow_the_flow_they_are_about() {
+        use Slot::{A, B};
+        for (retiring, active, expected) in
+            [(CONN, LISTEN, A), (TW, LISTEN, A), (TW, CONN, B), (COOKIE, NONE, B), (NONE, NONE, B)]
+        {
+            let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+            let error = packet(Kind::Error, Transport::Tcp, 0);
+            assert_eq!(owner(DRAINING, &error, &mut kernel), expected, "{retiring:?} {active:?}");
+        }
+    }
+
+    #[test]
+    fn datagrams_follow_a_connected_socket_or_what_was_learned() {
+        let udp = packet(Kind::Direct, Transport::Udp, 0);
+        let case = |udp_socket, learned| {
+            owner(DRAINING, &udp, &mut Given { udp: udp_socket, learned, ..Given::default() })
+        };
+        assert_eq!(case(true, None), Slot::A);
+        assert_eq!(case(false, Some(Slot::A)), Slot::A);
+        assert_eq!(case(false, Some(Slot::B)), Slot::B);
+        assert_eq!(case(false, None), Slot::B);
+    }
+
+    #[test]
+    fn later_fragments_follow_the_first() {
+        let later = packet(Kind::LaterFragment, Transport::Other, 0);
+        let case = |fragment| owner(DRAINING, &later, &mut Given { fragment, ..Given::default() });
+        assert_eq!(case(Some(Slot::A)), Slot::A);
+        assert_eq!(case(None), Slot::B);
+    }
+}

@@ -1,0 +1,164 @@
+//! Every exit of the programs has a counter, and every counter a name.
+//!
+//! The sum of the exits of a hook is the number of packets it saw. What happens to a packet on its way to an exit
+//! (learned, rewritten) is counted apart, as an [`Event`].
+
+/// Where a packet met a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Hook {
+    /// Ingress of an uplink: from the clients.
+    Uplink = 0,
+    /// Egress of a host-side veth: to a partition, from the host or from another partition.
+    ToPartition = 1,
+    /// Ingress of a host-side veth: from a partition.
+    FromPartition = 2,
+}
+
+/// All hooks, in the order of their counters.
+pub const HOOKS: [Hook; 3] = [Hook::Uplink, Hook::ToPartition, Hook::FromPartition];
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Verdict {
+    /// Not an address of this service; left to others.
+    NotOurs = 0,
+    /// Too short or inconsistent; left to the kernel, which drops and counts it as it would without us.
+    Malformed = 1,
+    /// Neighbour discovery for a service address; the host answers.
+    Neighbour = 2,
+    /// To slot A.
+    ToA = 3,
+    /// To slot B.
+    ToB = 4,
+    /// A probe of the agent; goes to the veth it was sent on.
+    Probe = 5,
+    /// No partition is there yet; left to the kernel's routes.
+    Unsteered = 6,
+    /// From a partition straight to an uplink's next hop.
+    Out = 7,
+    /// From a partition to the kernel's routes (local and unreachable destinations, other partitions).
+    OutByStack = 8,
+    /// From a standby that does not serve yet: dropped, unless it answers the host's own probe.
+    Quarantined = 9,
+}
+
+/// All verdicts, in the order of their counters.
+pub const VERDICTS: [Verdict; 10] = [
+    Verdict::NotOurs,
+    Verdict::Malformed,
+    Verdict::Neighbour,
+    Verdict::ToA,
+    Verdict::ToB,
+    Verdict::Probe,
+    Verdict::Unsteered,
+    Verdict::Out,
+    Verdict::OutByStack,
+    Verdict::Quarantined,
+];
+
+impl Verdict {
+    /// The name of its counter.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotOurs => "not_ours",
+            Self::Malformed => "malformed",
+            Self::Neighbour => "neighbour",
+            Self::ToA => "to_a",
+            Self::ToB => "to_b",
+            Self::Probe => "probe",
+            Self::Unsteered => "unsteered",
+            Self::Out => "out",
+            Self::OutByStack => "out_by_stack",
+            Self::Quarantined => "quarantined",
+        }
+    }
+}
+
+impl Hook {
+    /// The name of its group of counters.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Uplink => "uplink",
+            Self::ToPartition => "to_partition",
+            Self::FromPartition => "from_partition",
+        }
+    }
+}
+
+/// What happened to a packet before its exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Event {
+    /// A flow without a socket of its own was remembered or refreshed.
+    Learned = 0,
+    /// A flow could not be remembered: the table is full.
+    LearnFull = 1,
+    /// The source of an IPv4 reply was rewritten to the service address.
+    RewrittenV4 = 2,
+    /// The source of an IPv6 reply was rewritten to the service address.
+    RewrittenV6 = 3,
+    /// A rewrite was refused by the kernel; the packet went out as it was.
+    RewriteFailed = 4,
+    /// A later fragment came before its first; it went to the active partition.
+    FragmentUnknown = 5,
+    /// A packet went to the retiring partition: the flow is its own.
+    KeptByRetiring = 6,
+}
+
+/// All events, in the order of their counters.
+pub const EVENTS: [Event; 7] = [
+    Event::Learned,
+    Event::LearnFull,
+    Event::RewrittenV4,
+    Event::RewrittenV6,
+    Event::RewriteFailed,
+    Event::FragmentUnknown,
+    Event::KeptByRetiring,
+];
+
+impl Event {
+    /// The name of its counter.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Learned => "learned",
+            Self::LearnFull => "learn_full",
+            Self::RewrittenV4 => "rewritten_v4",
+            Self::RewrittenV6 => "rewritten_v6",
+            Self::RewriteFailed => "rewrite_failed",
+            Self::FragmentUnknown => "fragment_unknown",
+            Self::KeptByRetiring => "kept_by_retiring",
+        }
+    }
+
+    /// Index of its counter.
+    #[inline(always)]
+    pub const fn counter(self) -> u32 {
+        (HOOKS.len() * VERDICTS.len()) as u32 + self as u32
+    }
+}
+
+/// Index of the counter of a verdict at a hook.
+#[inline(always)]
+pub const fn counter(hook: Hook, verdict: Verdict) -> u32 {
+    hook as u32 * VERDICTS.len() as u32 + verdict as u32
+}
+
+/// How many counters there are.
+pub const COUNTERS: u32 = (HOOKS.len() * VERDICTS.len() + EVENTS.len()) as u32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_has_an_index_of_its_own() {
+        let mut seen = [false; COUNTERS as usize];
+        let verdicts = HOOKS.into_iter().flat_map(|h| VERDICTS.into_iter().map(move |v| counter(h, v)));
+        for index in verdicts.chain(EVENTS.into_iter().map(Event::counter)) {
+            assert!(!core::mem::replace(&mut seen[index as usize], true), "{index} twice");
+        }
+        assert!(seen.iter().all(|s| *s));
+    }
+}

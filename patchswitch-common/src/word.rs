@@ -1,0 +1,150 @@
+//! The phase word: the only truth about who serves.
+//!
+//! Eight bytes in a mapped array, written by one aligned store and read once per packet, so that no packet sees half
+//! of a change:
+//!
+//! ```text
+//!  63            32 31      24 23      16 15       8 7        0
+//! ┌────────────────┬──────────┬──────────┬──────────┬──────────┐
+//! │   generation   │ reserved │  flags   │  active  │  phase   │
+//! └────────────────┴──────────┴──────────┴──────────┴──────────┘
+//! ```
+//!
+//! The reserved byte is the share of a canary; it is 0, and every new flow goes to the active side.
+
+use crate::Slot;
+
+/// What happens to flows that the active partition does not own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// There are none: every packet goes to the active partition.
+    Steady = 0,
+    /// The other partition is retiring and keeps the flows it has.
+    Draining = 1,
+}
+
+/// The notice of the patent (step 2204): replies of the retiring partition get the service address as their source.
+const NOTICE: u8 = 1 << 0;
+/// Flows that the active partition answers and that have no socket of their own are remembered.
+const LEARN: u8 = 1 << 1;
+
+/// The phase word, in host byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct Word(pub u64);
+
+impl Word {
+    /// A steady word: `active` serves everything, nothing is learned or rewritten.
+    #[inline(always)]
+    pub const fn steady(active: Slot, generation: u32) -> Self {
+        Self((generation as u64) << 32 | (active as u64) << 8)
+    }
+
+    /// The phase. A value that this version does not know counts as [`Phase::Steady`]: deliver to the active side.
+    #[inline(always)]
+    pub const fn phase(self) -> Phase {
+        if self.0 as u8 == Phase::Draining as u8 { Phase::Draining } else { Phase::Steady }
+    }
+
+    /// The partition that gets new flows.
+    #[inline(always)]
+    pub const fn active(self) -> Slot {
+        Slot::from_bit((self.0 >> 8) as u8)
+    }
+
+    /// Counts the changes of this word; goes only forward.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// Whether replies of the retiring partition are rewritten.
+    #[inline(always)]
+    pub const fn notice(self) -> bool {
+        self.flags() & NOTICE != 0
+    }
+
+    /// Whether flows without a socket of their own are remembered.
+    #[inline(always)]
+    pub const fn learns(self) -> bool {
+        self.flags() & LEARN != 0
+    }
+
+    #[inline(always)]
+    const fn flags(self) -> u8 {
+        (self.0 >> 16) as u8
+    }
+
+    const fn with_flag(self, flag: u8, on: bool) -> Self {
+        let bit = (flag as u64) << 16;
+        Self(if on { self.0 | bit } else { self.0 & !bit }).next()
+    }
+
+    const fn next(self) -> Self {
+        let generation = self.generation().wrapping_add(1) as u64;
+        Self(self.0 & 0xffff_ffff | generation << 32)
+    }
+
+    /// The next word, with the notice on or off.
+    #[must_use]
+    pub const fn with_notice(self, on: bool) -> Self {
+        self.with_flag(NOTICE, on)
+    }
+
+    /// The next word, with learning on or off.
+    #[must_use]
+    pub const fn with_learning(self, on: bool) -> Self {
+        self.with_flag(LEARN, on)
+    }
+
+    /// The next word, in which `slot` gets the new flows and the other one keeps its own.
+    ///
+    /// Taking over and giving back are this one function with the roles exchanged. Learning ends: what is in flight
+    /// belongs to the side that retires.
+    #[must_use]
+    pub const fn taken_over_by(self, slot: Slot) -> Self {
+        let kept = self.with_flag(LEARN, false).0 & !0xffff;
+        Self(kept | (slot as u64) << 8 | Phase::Draining as u64)
+    }
+
+    /// The next word, in which nobody retires any more.
+    #[must_use]
+    pub const fn settled(self) -> Self {
+        Self(self.with_flag(NOTICE | LEARN, false).0 & !0xff)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_is_the_safe_word() {
+        let word = Word::default();
+        assert_eq!(
+            (word.phase(), word.active(), word.notice(), word.learns()),
+            (Phase::Steady, Slot::A, false, false)
+        );
+    }
+
+    #[test]
+    fn a_switch_and_its_reverse_go_through_the_same_words() {
+        let start = Word::steady(Slot::A, 7).with_learning(true).with_notice(true);
+        let there = start.taken_over_by(Slot::B);
+        assert_eq!((there.phase(), there.active()), (Phase::Draining, Slot::B));
+        assert!(there.notice() && !there.learns());
+        let back = there.taken_over_by(Slot::A);
+        assert_eq!((back.phase(), back.active()), (Phase::Draining, Slot::A));
+        let settled = back.settled();
+        assert_eq!(settled, Word::steady(Slot::A, settled.generation()));
+        assert!(start.generation() < there.generation() && there.generation() < back.generation());
+        assert!(back.generation() < settled.generation());
+    }
+
+    #[test]
+    fn an_unknown_phase_delivers_to_the_active_side() {
+        let word = Word(0xff | 1 << 8);
+        assert_eq!((word.phase(), word.active()), (Phase::Steady, Slot::B));
+    }
+}

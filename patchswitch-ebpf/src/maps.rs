@@ -1,0 +1,125 @@
+//! Every map: its key, its value, who writes it and who reads it. All are pinned by user space.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+};
+use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
+use patchswitch_common::word::Word;
+
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// The phase word. Written by user space with one 8-byte store; read once per packet.
+#[map]
+static WORD: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Where the two partitions are. Written by user space, never while the word points at the entry.
+#[map]
+static SLOTS: Array<SlotEntry> = Array::with_max_entries(2, 0);
+
+/// What does not change during a switch. Written by user space once.
+#[map]
+static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+/// The service addresses of both families; the value has no meaning. Written by user space once.
+#[map]
+static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+
+/// Links on which clients are; the value has no meaning. Written by user space.
+#[map]
+static UPLINKS: HashMap<u32, u32> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+
+/// Flows without a socket of their own that a partition answered. Written by `from_partition` while the word says so,
+/// emptied by user space. Not LRU: that evicts live entries far below its capacity. Preallocated: an allocation may
+/// fail under memory pressure, when it must not.
+#[map]
+static LEARNED: HashMap<FlowKey, FlowRecord> = HashMap::with_max_entries(65_536, 0);
+
+/// What was done with the first fragment of a datagram. LRU: an entry is of use for milliseconds, and nobody else
+/// would remove it.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentRecord> = LruHashMap::with_max_entries(16_384, 0);
+
+/// How often each exit was taken: see `patchswitch_common::verdict`. Written by the programs.
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
+
+/// The phase word, read once per packet: phase and direction out of two reads can disagree.
+#[inline(always)]
+pub fn word() -> Word {
+    match WORD.get_ptr(0) {
+        // SAFETY: the pointer is into the map's only entry; an aligned 8-byte read is one instruction.
+        Some(pointer) => Word(unsafe { core::ptr::read_volatile(pointer) }),
+        None => Word::default(),
+    }
+}
+
+/// Where a partition is; nothing if the slot is empty.
+#[inline(always)]
+pub fn slot(slot: Slot) -> Option<&'static SlotEntry> {
+    SLOTS.get(slot.index()).filter(|entry| entry.ifindex != 0)
+}
+
+/// The slot whose host-side link this is.
+#[inline(always)]
+pub fn slot_of(ifindex: u32) -> Option<Slot> {
+    let is = |s: Slot| slot(s).is_some_and(|entry| entry.ifindex == ifindex);
+    if is(Slot::A) {
+        Some(Slot::A)
+    } else if is(Slot::B) {
+        Some(Slot::B)
+    } else {
+        None
+    }
+}
+
+#[inline(always)]
+pub fn settings() -> Settings {
+    SETTINGS.get(0).copied().unwrap_or_default()
+}
+
+#[inline(always)]
+pub fn is_service(address: &Address) -> bool {
+    ADDRESSES.get_ptr(address).is_some()
+}
+
+#[inline(always)]
+pub fn is_uplink(ifindex: u32) -> bool {
+    UPLINKS.get_ptr(ifindex).is_some()
+}
+
+/// A learned flow. Values are replaced as a whole by `learn`, but in place, so a reader copies it at once.
+#[inline(always)]
+pub fn learned(key: &FlowKey) -> Option<FlowRecord> {
+    // SAFETY: the entry may be overwritten while it is copied; a mix of two records of one flow differs only in the
+    // time, and the memory itself stays valid for the length of the program (RCU).
+    unsafe { LEARNED.get(key) }.copied()
+}
+
+#[inline(always)]
+pub fn learn(key: &FlowKey, record: &FlowRecord) -> bool {
+    LEARNED.insert(key, record, 0).is_ok()
+}
+
+#[inline(always)]
+pub fn fragment(key: &FragmentKey) -> Option<FragmentRecord> {
+    // SAFETY: as for `learned`; a fragment's record never changes.
+    unsafe { FRAGMENTS.get(key) }.copied()
+}
+
+#[inline(always)]
+pub fn remember_fragment(key: &FragmentKey, record: &FragmentRecord) {
+    // A fragment that is not remembered costs the rest of its datagram, which UDP may lose anyway.
+    let _ = FRAGMENTS.insert(key, record, 0);
+}
+
+#[inline(always)]
+pub fn count(index: u32) {
+    if let Some(pointer) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: the entry is this processor's own, and programs on one hook do not interrupt each other.
+        unsafe { *pointer += 1 }
+    }
+}

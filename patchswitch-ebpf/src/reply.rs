@@ -1,0 +1,167 @@
+//! What a partition sends: remembered while a switch is prepared, rewritten while the notice is on, and handed to the
+//! next hop.
+
+use core::ffi::c_void;
+
+use aya_ebpf::bindings::bpf_redir_neigh;
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect_neigh};
+use aya_ebpf::programs::TcContext;
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{Address, FlowRecord, unmapped};
+use patchswitch_common::parse::{Kind, Network, Packet, Transport};
+use patchswitch_common::verdict::{Event, Hook, Verdict};
+use patchswitch_common::word::Phase;
+
+use crate::maps;
+use crate::owner::{flow_key, host_has_connection};
+use crate::packet::{self, Frame, is_ip};
+use crate::report::{DROP, NEXT, event, exit};
+use crate::rewrite;
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+/// `BPF_FIB_LOOKUP_SKIP_NEIGH`, since Linux 6.3. Where it is missing the lookup says `NO_NEIGH` instead.
+const SKIP_NEIGH: u32 = 1 << 2;
+/// `BPF_FIB_LKUP_RET_SUCCESS` and `BPF_FIB_LKUP_RET_NO_NEIGH`: both name the device and the next hop.
+const FOUND: i64 = 0;
+const FOUND_NO_NEIGHBOUR: i64 = 7;
+
+/// Set by the loader where the kernel knows [`SKIP_NEIGH`].
+#[unsafe(no_mangle)]
+static HAS_SKIP_NEIGH: u32 = 0;
+
+#[inline(always)]
+pub fn from_partition(ctx: &TcContext) -> i32 {
+    let frame = Frame(ctx);
+    let ethertype = frame.ethertype();
+    let (true, Some(slot)) = (is_ip(ethertype), maps::slot_of(frame.ifindex())) else {
+        return exit(Hook::FromPartition, Verdict::NotOurs, NEXT);
+    };
+    let mut network = Network::EMPTY;
+    if !packet::network(ctx, ethertype, &mut network) {
+        return exit(Hook::FromPartition, Verdict::Malformed, NEXT);
+    }
+    let word = maps::word();
+    if slot != word.active() && word.phase() == Phase::Steady {
+        return quarantine(ctx, &network);
+    }
+    let mut source = network.source;
+    let mut packet = Packet::EMPTY;
+    if (word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
+        if word.learns() && slot == word.active() {
+            learn(slot, &packet);
+        } else if word.notice() && word.phase() == Phase::Draining && slot != word.active() {
+            source = rewrite::reply(ctx, slot, &network, &packet);
+        }
+    }
+    match next_hop(ctx, &network, &source) {
+        Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
+        None => exit(Hook::FromPartition, Verdict::OutByStack, NEXT),
+    }
+}
+
+/// A standby reaches nothing but the host's own probes: a segment passes only if the host has a connection for it.
+#[inline(always)]
+fn quarantine(ctx: &TcContext, network: &Network) -> i32 {
+    let mut packet = Packet::EMPTY;
+    let answers = packet::inbound(ctx, network, &mut packet)
+        && packet.kind == Kind::Direct
+        && packet.transport == Transport::Tcp
+        && host_has_connection(ctx, &packet.flow, network.v6);
+    if answers {
+        exit(Hook::FromPartition, Verdict::OutByStack, NEXT)
+    } else {
+        exit(Hook::FromPartition, Verdict::Quarantined, DROP)
+    }
+}
+
+/// Remembers a flow that the serving partition answered and that no socket will tell of.
+#[inline(never)]
+fn learn(slot: Slot, packet: &Packet) {
+    if packet.kind != Kind::Direct
+        || packet.transport == Transport::Tcp
+        || !maps::is_service(&packet.flow.local)
+    {
+        return;
+    }
+    remember(slot, packet, &packet.flow.local);
+}
+
+/// Writes or refreshes a learned flow.
+#[inline(never)]
+pub fn remember(slot: Slot, packet: &Packet, local: &Address) {
+    // SAFETY: a helper without arguments.
+    let seen_ns = unsafe { bpf_ktime_get_boot_ns() };
+    let record = FlowRecord { seen_ns, local: *local, slot: slot.index(), pad: 0 };
+    let kept = maps::learn(&flow_key(&packet.flow), &record);
+    event(if kept { Event::Learned } else { Event::LearnFull });
+}
+
+/// `struct bpf_fib_lookup` of `linux/bpf.h`, as far as it is used.
+#[repr(C)]
+struct Fib {
+    family: u8,
+    l4_protocol: u8,
+    source_port: u16,
+    destination_port: u16,
+    total_length: u16,
+    ifindex: u32,
+    flow_info: u32,
+    source: Address,
+    destination: Address,
+    vlan: [u8; 4],
+    source_mac: [u8; 6],
+    destination_mac: [u8; 6],
+}
+const _: () = assert!(size_of::<Fib>() == 64);
+
+/// The way out, if the kernel's routes name an uplink; everything else is the kernel's own to do.
+#[inline(never)]
+fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32> {
+    let frame = Frame(ctx);
+    if !maps::is_service(source) {
+        return None;
+    }
+    let mut fib = Fib {
+        family: if network.v6 { AF_INET6 } else { AF_INET },
+        l4_protocol: network.protocol,
+        source_port: 0,
+        destination_port: 0,
+        total_length: 0,
+        ifindex: frame.ifindex(),
+        flow_info: 0,
+        source: if network.v6 { *source } else { leading(source) },
+        destination: if network.v6 { network.destination } else { leading(&network.destination) },
+        vlan: [0; 4],
+        source_mac: [0; 6],
+        destination_mac: [0; 6],
+    };
+    // SAFETY: a static that the loader writes before the program is loaded.
+    let skip = unsafe { core::ptr::read_volatile(&raw const HAS_SKIP_NEIGH) };
+    let flags = if skip != 0 { SKIP_NEIGH } else { 0 };
+    let params = (&raw mut fib).cast();
+    // SAFETY: `fib` has the layout and size that the helper is told.
+    let found =
+        unsafe { bpf_fib_lookup(ctx.skb.skb.cast::<c_void>(), params, size_of::<Fib>() as i32, flags) };
+    if !matches!(found, FOUND | FOUND_NO_NEIGHBOUR) || !maps::is_uplink(fib.ifindex) {
+        return None;
+    }
+    let mut neighbour = Neighbour { family: u32::from(fib.family), address: fib.destination };
+    let params = (&raw mut neighbour).cast::<bpf_redir_neigh>();
+    // SAFETY: `neighbour` has the layout and size that the helper is told.
+    Some(unsafe { bpf_redirect_neigh(fib.ifindex, params, size_of::<Neighbour>() as i32, 0) } as i32)
+}
+
+/// `struct bpf_redir_neigh` of `linux/bpf.h`.
+#[repr(C)]
+struct Neighbour {
+    family: u32,
+    address: Address,
+}
+
+/// An IPv4 address where the kernel's unions expect it: first.
+#[inline(always)]
+fn leading(address: &Address) -> Address {
+    let v4 = unmapped(address);
+    [v4[0], v4[1], v4[2], v4[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+}

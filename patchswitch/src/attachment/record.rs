@@ -1,0 +1,221 @@
+//! What an attachment consists of, written down before it is made.
+//!
+//! An attachment lives no longer than the kernel's own objects, so its record is in `/run` and goes with them at a
+//! boot. Its lock is held by whoever changes it.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::dataplane::{Hook, HookKind};
+use crate::host::linux::netns::NetnsRef;
+use crate::names::{Name, RUN_ROOT};
+
+/// Why a record could not be read, written or locked.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// No such attachment.
+    #[error("nothing is attached as {0}; `patchswitch status` lists what is")]
+    Unknown(Name),
+    /// There is one already.
+    #[error("{0} is attached already; `patchswitch detach {0}` removes it")]
+    Exists(Name),
+    /// Another process is changing it.
+    #[error("{0} is being changed by another process; try again when it is done")]
+    Busy(String),
+    /// A file operation failed.
+    #[error("failed to {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a record.
+    #[error("failed to read the record {}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where it is wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// How a partition's inner end of the veth pair is set up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Inside {
+    /// Somebody else's namespace: a link of our own beside theirs, and a routing table for what the service sends.
+    Guest {
+        /// The routing table, looked up for packets from the service addresses.
+        table: u32,
+    },
+    /// A partition of ours: the only link, the default route.
+    Owned {
+        /// Addresses that belong to this partition alone, at most one per family.
+        own: Vec<IpAddr>,
+    },
+}
+
+/// A partition in one of the two slots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotRecord {
+    /// Its namespace as the user named it.
+    pub netns: NetnsRef,
+    /// The bind mount that holds the namespace.
+    pub held: PathBuf,
+    /// The host-side link.
+    pub link: String,
+    /// The link inside.
+    pub inner_link: String,
+    /// How the inside is set up.
+    pub inside: Inside,
+}
+
+/// One attachment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub name: Name,
+    /// Device and inode of the host's network namespace.
+    pub host: (u64, u64),
+    /// The service addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Links on which the clients are.
+    pub uplinks: Vec<String>,
+    /// The partitions.
+    pub slots: [Option<SlotRecord>; 2],
+    /// How programs are attached on this kernel.
+    pub hook_kind: HookKind,
+    /// Programs on links, in the order in which they were attached.
+    pub hooks: Vec<Hook>,
+    /// Kernel settings that were changed, with their old values, in the order of the changes.
+    pub sysctls: Vec<(String, String)>,
+    /// Ports on which the retiring partition listened when the switch was made: flows to them are accepted ones.
+    pub service_ports: Vec<u16>,
+}
+
+fn directory() -> PathBuf {
+    Path::new(RUN_ROOT).join("attachments")
+}
+
+fn file(name: &Name) -> PathBuf {
+    directory().join(format!("{name}.json"))
+}
+
+fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordError {
+    move |source| RecordError::Io { action, path: path.to_owned(), source }
+}
+
+impl Record {
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// [`RecordError::Unknown`] if there is none.
+    pub fn load(name: &Name) -> Result<Self, RecordError> {
+        let path = file(name);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(RecordError::Unknown(name.clone()));
+            }
+            other => other.map_err(io("read", &path))?,
+        };
+        serde_json::from_str(&text).map_err(|source| RecordError::Parse { path, source })
+    }
+
+    /// All records, by name.
+    ///
+    /// # Errors
+    /// [`RecordError`] of the first that cannot be read.
+    pub fn all() -> Result<Vec<Self>, RecordError> {
+        let entries = match fs::read_dir(directory()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(io("read", &directory()))?,
+        };
+        let names = entries
+            .flatten()
+            .filter_map(|entry| Name::new(entry.file_name().to_str()?.strip_suffix(".json")?).ok());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names.iter().map(Self::load).collect()
+    }
+
+    /// Writes the record, all or nothing.
+    ///
+    /// # Errors
+    /// [`RecordError::Io`].
+    pub fn save(&self) -> Result<(), RecordError> {
+        let path = file(&self.name);
+        fs::create_dir_all(directory()).map_err(io("make", &directory()))?;
+        let text = serde_json::to_vec_pretty(self)
+            .map_err(|source| RecordError::Parse { path: path.clone(), source })?;
+        let new = path.with_extension("new");
+        fs::write(&new, text).map_err(io("write", &new))?;
+        fs::rename(&new, &path).map_err(io("write", &path))
+    }
+
+    /// Removes the record: the attachment is gone.
+    ///
+    /// # Errors
+    /// [`RecordError::Io`].
+    pub fn delete(&self) -> Result<(), RecordError> {
+        let path = file(&self.name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &path)(error)),
+            _ => {
+                // Only if this was the last one.
+                let _ = fs::remove_dir(directory());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// An exclusive lock, released when dropped or when the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock that protects settings which several attachments share. Waits for nobody.
+    ///
+    /// # Errors
+    /// [`RecordError::Busy`].
+    pub fn host() -> Result<Self, RecordError> {
+        Self::take("attachments")
+    }
+
+    /// Takes the lock of one attachment. Waits for nobody.
+    ///
+    /// # Errors
+    /// [`RecordError::Busy`].
+    pub fn of(name: &Name) -> Result<Self, RecordError> {
+        Self::take(&format!("attachment-{name}"))
+    }
+
+    fn take(name: &str) -> Result<Self, RecordError> {
+        let directory = Path::new(RUN_ROOT).join("lock");
+        fs::create_dir_all(&directory).map_err(io("make", &directory))?;
+        let path = directory.join(name);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(io("open", &path))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(RecordError::Busy(name.to_owned())),
+            Err(error) => Err(io("lock", &path)(error.into())),
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! The switch alone: `attach`, `switch`, `drain`, `flows`, `detach`, `status`.
+
+use std::fmt::Write;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use patchswitch::attachment::{
+    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, phase_name,
+};
+use patchswitch::dataplane::Dataplane;
+use patchswitch::exit::ExitCode;
+use patchswitch::host::linux::netns::NetnsRef;
+use patchswitch::names::Name;
+use patchswitch_common::Slot;
+use serde_json::{Value, json};
+
+use super::print;
+
+/// An attachment, by name.
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// Name of the attachment.
+    name: Name,
+}
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each namespace gets a veth of its own with the service address; nothing else in it is touched.
+A namespace is a name of `ip netns`, an absolute path such as /proc/PID/ns/net, or pid:NUMBER.
+
+Example, two namespaces behind eth0, the first one serving:
+  patchswitch attach web --address 192.0.2.80 --address 2001:db8::80 --uplink eth0 old new")]
+pub(crate) struct Attach {
+    /// Name of the attachment: lower-case letters, digits, dashes.
+    name: Name,
+    /// The namespace that serves.
+    first: NetnsRef,
+    /// The namespace that can take over; may be given later, to `switch`.
+    second: Option<NetnsRef>,
+    /// A service address; may be given several times, for both families.
+    #[arg(long = "address", required = true, value_name = "ADDRESS")]
+    addresses: Vec<IpAddr>,
+    /// A network device on which clients are; may be given several times.
+    #[arg(long = "uplink", required = true, value_name = "DEVICE")]
+    uplinks: Vec<String>,
+}
+
+impl Attach {
+    pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let spec = Spec {
+            name: self.name.clone(),
+            addresses: self.addresses.clone(),
+            uplinks: self.uplinks.clone(),
+            udp_idle: UDP_IDLE,
+        };
+        let first = Partition::guest(self.first.clone(), &self.name);
+        let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
+        let attachment = Attachment::create(&spec, &first, second.as_ref()).await?;
+        show(&attachment, json)?;
+        Ok(ExitCode::Done)
+    }
+}
+
+/// Arguments of `switch`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The switch is one 8-byte store. It is reversed by the same command with the roles exchanged:
+  patchswitch switch web            # to the other one, whichever serves now
+  patchswitch switch web --to old   # to this one; already so: nothing to do, exit 0")]
+pub(crate) struct Switch {
+    /// Name of the attachment.
+    name: Name,
+    /// The namespace that is to serve, as it was named at `attach`; default: the one that does not.
+    #[arg(long, value_name = "NAMESPACE")]
+    to: Option<NetnsRef>,
+}
+
+impl Switch {
+    pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let mut attachment = Attachment::open(&self.name)?;
+        let active = attachment.plane().word().active();
+        let to = match &self.to {
+            None => active.other(),
+            Some(netns) => slot_of(attachment.record(), netns)?,
+        };
+        if to == active {
+            print_switch(json, &attachment, to, None)?;
+            return Ok(ExitCode::Done);
+        }
+        let done = attachment.switch(to).await?;
+        print_switch(json, &attachment, to, Some(done))?;
+        Ok(ExitCode::Done)
+    }
+}
+
+fn print_switch(
+    json: bool,
+    attachment: &Attachment,
+    to: Slot,
+    done: Option<patchswitch::attachment::Switched>,
+) -> anyhow::Result<()> {
+    let serving = netns_name(attachment.record(), to);
+    if json {
+        return print::json(&json!({
+            "schema": "patchswitch.switch/1", "changed": done.is_some(), "serving": serving, "switch": done,
+        }));
+    }
+    match done {
+        None => print::text(&format!("{serving} serves already; nothing to do")),
+        Some(done) => print::text(&format!(
+            "{serving} serves new flows since now (store {:.1} µs, fence {:.0} µs, generation {})\n\
+             next: patchswitch drain {}",
+            done.flip_us,
+            done.fence_us,
+            done.generation,
+            attachment.record().name,
+        )),
+    }
+    Ok(())
+}
+
+fn slot_of(record: &Record, netns: &NetnsRef) -> anyhow::Result<Slot> {
+    let at = record.slots.iter().position(|slot| slot.as_ref().is_some_and(|slot| &slot.netns == netns));
+    match at {
+        Some(0) => Ok(Slot::A),
+        Some(_) => Ok(Slot::B),
+        None => anyhow::bail!(
+            "{} has no partition {netns}; it has {}",
+            record.name,
+            record.slots.iter().flatten().map(|s| s.netns.to_string()).collect::<Vec<_>>().join(" and "),
+        ),
+    }
+}
+
+fn netns_name(record: &Record, slot: Slot) -> String {
+    record.slots[slot as usize].as_ref().map_or_else(|| "nobody".to_owned(), |slot| slot.netns.to_string())
+}
+
+/// What to do with flows that are left at the deadline.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Late {
+    /// They stay with the old partition.
+    Keep,
+    /// The switch is reversed.
+    Abort,
+    /// They are reset.
+    Reset,
+}
+
+/// Arguments of `drain`.
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// Name of the attachment.
+    name: Name,
+    /// The longest time to wait, in seconds; default: for ever.
+    #[arg(long, value_name = "SECONDS")]
+    deadline: Option<f64>,
+    /// What happens to flows that are left then.
+    #[arg(long, value_enum, default_value = "keep", requires = "deadline")]
+    on_deadline: Late,
+}
+
+impl Drain {
+    pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let deadline = self.deadline.map(Duration::try_from_secs_f64).transpose()?;
+        let on_deadline = match self.on_deadline {
+            Late::Keep => OnDeadline::Keep,
+            Late::Abort => OnDeadline::Abort,
+            Late::Reset => OnDeadline::Reset,
+        };
+        let mut attachment = Attachment::open(&self.name)?;
+        let options = DrainOptions { deadline, on_deadline };
+        let report = attachment
+            .drain(&options, |left| {
+                if !json {
+                    print::progress(&format!("{left} flows left"));
+                }
+            })
+            .await?;
+        if json {
+            print::json(
+                &json!({"schema": "patchswitch.drain/1", "on_deadline": on_deadline, "drain": report}),
+            )?;
+        } else {
+            print::text(&match (report.settled, report.reset, on_deadline) {
+                (true, 0, _) => format!("drained in {:.1} s; the switch is over", report.seconds),
+                (true, reset, _) => format!("deadline: {reset} flows were reset; the switch is over"),
+                (false, _, OnDeadline::Abort) => {
+                    format!("deadline: {} flows left; the switch was reversed", report.left)
+                }
+                (false, ..) => format!(
+                    "deadline: {} flows left; they stay with the old partition\nnext: patchswitch drain {}",
+                    report.left, self.name
+                ),
+            });
+        }
+        Ok(match (report.settled, report.reset, on_deadline) {
+            (true, 0, _) => ExitCode::Done,
+            (true, ..) => ExitCode::DrainForced,
+            (false, _, OnDeadline::Abort) => ExitCode::GivenBack,
+            (false, ..) => ExitCode::Failed,
+        })
+    }
+}
+
+impl Named {
+    /// `flows`.
+    pub(crate) fn flows(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let attachment = Attachment::open(&self.name)?;
+        let active = attachment.plane().word().active();
+        let mut slots = Vec::new();
+        for slot in [active, active.other()] {
+            if attachment.record().slots[slot as usize].is_some() {
+                slots.push((slot, attachment.flows(slot)?));
+            }
+        }
+        if json {
+            let entries: Vec<Value> = slots
+                .iter()
+                .map(|(slot, flows)| {
+                    json!({"netns": netns_name(attachment.record(), *slot), "active": *slot == active, "flows": flows})
+                })
+                .collect();
+            print::json(&json!({"schema": "patchswitch.flows/1", "partitions": entries}))?;
+        } else {
+            for (slot, flows) in &slots {
+                let role = if *slot == active { "active" } else { "other" };
+                print::text(&flow_lines(&netns_name(attachment.record(), *slot), role, flows)?);
+            }
+        }
+        Ok(ExitCode::Done)
+    }
+}
+
+fn flow_lines(netns: &str, role: &str, flows: &Flows) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    writeln!(
+        text,
+        "{netns} ({role}): {} accepted, {} waiting for accept, {} outgoing, {} learned",
+        flows.accepted.len(),
+        flows.queued,
+        flows.outgoing.len(),
+        flows.learned
+    )?;
+    for (direction, list) in [("accepted", &flows.accepted), ("outgoing", &flows.outgoing)] {
+        for flow in list {
+            writeln!(text, "  {direction}  {:<12}  {} <- {}", flow.state, flow.local, flow.remote)?;
+        }
+    }
+    Ok(text)
+}
+
+/// Arguments of `detach`.
+#[derive(Debug, Args)]
+#[command(after_help = "The service address goes away with the attachment: connections that use it end.")]
+pub(crate) struct Detach {
+    /// Name of the attachment.
+    name: Name,
+    /// Detach although flows are left: they are cut.
+    #[arg(long)]
+    force: bool,
+}
+
+impl Detach {
+    pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        use patchswitch::attachment::{AttachError, RecordError};
+        let there = match Attachment::open(&self.name) {
+            Err(AttachError::Record(RecordError::Unknown(_))) => {
+                return self.done(json, false);
+            }
+            // Half of it is there: all the more reason to remove it.
+            Err(AttachError::Dataplane(_)) => None,
+            other => Some(other?),
+        };
+        if let Some(attachment) = there
+            && !self.force
+        {
+            let mut left = 0;
+            for slot in [Slot::A, Slot::B] {
+                if attachment.record().slots[slot as usize].is_some() {
+                    left += attachment.flows(slot).map_or(0, |flows| flows.accepted.len());
+                }
+            }
+            anyhow::ensure!(
+                left == 0,
+                "{} still has {left} flows, which would be cut; nothing was changed\n\
+                 next: patchswitch flows {0}, or patchswitch detach {0} --force",
+                self.name
+            );
+        }
+        Attachment::detach(&self.name).await?;
+        self.done(json, true)
+    }
+
+    fn done(&self, json: bool, changed: bool) -> anyhow::Result<ExitCode> {
+        if json {
+            print::json(&json!({"schema": "patchswitch.detach/1", "name": self.name, "changed": changed}))?;
+        } else if changed {
+            print::text(&format!("{} is detached", self.name));
+        } else {
+            print::text(&format!("nothing is attached as {}; nothing to do", self.name));
+        }
+        Ok(ExitCode::Done)
+    }
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Name of an attachment; default: all.
+    name: Option<Name>,
+}
+
+impl Status {
+    pub(crate) fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let records = match &self.name {
+            Some(name) => vec![Record::load(name)?],
+            None => Record::all()?,
+        };
+        let states = records.iter().map(state).collect::<anyhow::Result<Vec<_>>>()?;
+        if json {
+            print::json(&json!({"schema": "patchswitch.status/1", "attachments": states}))?;
+        } else if states.is_empty() {
+            print::text("nothing is attached");
+        } else {
+            for state in &states {
+                print::text(&lines(state)?);
+            }
+        }
+        Ok(ExitCode::Done)
+    }
+}
+
+fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
+    let state = state(attachment.record())?;
+    if json {
+        return print::json(&json!({"schema": "patchswitch.status/1", "attachments": [state]}));
+    }
+    print::text(&lines(&state)?);
+    Ok(())
+}
+
+fn state(record: &Record) -> anyhow::Result<Value> {
+    let plane = Dataplane::open(&record.name)?;
+    let word = plane.word();
+    let partitions: Vec<_> = [Slot::A, Slot::B]
+        .into_iter()
+        .filter_map(|slot| record.slots[slot as usize].as_ref().map(|entry| (slot, entry)))
+        .map(|(slot, entry)| {
+            let role = match (slot == word.active(), phase_name(word)) {
+                (true, _) => "active",
+                (false, "draining") => "retiring",
+                (false, _) => "standby",
+            };
+            json!({"netns": entry.netns, "role": role, "link": entry.link})
+        })
+        .collect();
+    Ok(json!({
+        "name": record.name,
+        "addresses": record.addresses,
+        "uplinks": record.uplinks,
+        "phase": phase_name(word),
+        "generation": word.generation(),
+        "notice": word.notice(),
+        "hook": record.hook_kind,
+        "partitions": partitions,
+        "counters": plane.counters()?,
+    }))
+}
+
+fn lines(state: &Value) -> anyhow::Result<String> {
+    let list = |key: &str| {
+        let items = state[key].as_array().into_iter().flatten().filter_map(Value::as_str);
+        items.collect::<Vec<_>>().join(", ")
+    };
+    let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
+    let mut text = String::new();
+    writeln!(
+        text,
+        "{}: {} (generation {}, hook {})",
+        word("name"),
+        word("phase"),
+        state["generation"],
+        word("hook")
+    )?;
+    writeln!(text, "  addresses  {}", list("addresses"))?;
+    writeln!(text, "  uplinks    {}", list("uplinks"))?;
+    for partition in state["partitions"].as_array().into_iter().flatten() {
+        let of = |key: &str| partition[key].as_str().unwrap_or("?");
+        writeln!(text, "  {:<9}  {} ({})", of("role"), of("netns"), of("link"))?;
+    }
+    Ok(text)
+}

@@ -1,0 +1,44 @@
+//! The only place that writes to standard output and standard error.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the one place")]
+
+use std::io::Write;
+
+use patchswitch::exit::ExitCode;
+use serde::Serialize;
+
+/// Writes lines for people. A closed pipe (`| head`) is not an error of ours.
+pub(crate) fn text(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+}
+
+/// Writes one JSON document.
+pub(crate) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
+    text(&serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Says on standard error what is going on.
+pub(crate) fn progress(text: &str) {
+    eprintln!("{text}");
+}
+
+/// Says what failed, with all causes.
+pub(crate) fn error(error: &anyhow::Error, code: ExitCode, as_json: bool) {
+    if as_json {
+        let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
+        let value = serde_json::json!({
+            "schema": "patchswitch.error/1",
+            "error": error.to_string(),
+            "causes": causes,
+            "exit_code": code.number(),
+        });
+        println!("{value:#}");
+    }
+    let mut causes = error.chain();
+    if let Some(first) = causes.next() {
+        eprintln!("patchswitch: {first}");
+    }
+    for cause in causes {
+        eprintln!("  because: {cause}");
+    }
+}

@@ -1,0 +1,158 @@
+//! The BPF object: where it comes from, how it gets into the kernel, and its pins.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfLoader};
+
+use super::attach::Point;
+use super::{DataplaneError, maps};
+
+/// The object that was built from `patchswitch-ebpf` and is checked in, so that no LLVM is needed to install.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/patchswitch.bpf.o");
+/// Names another object; for tests of one that was just built.
+const OBJECT_VARIABLE: &str = "PATCHSWITCH_BPF_OBJECT";
+
+/// The object to load: the built-in one, unless the environment names another.
+///
+/// # Errors
+/// [`DataplaneError::File`] if the one that is named cannot be read.
+pub fn object() -> Result<Cow<'static, [u8]>, DataplaneError> {
+    match std::env::var_os(OBJECT_VARIABLE) {
+        None => Ok(Cow::Borrowed(OBJECT)),
+        Some(path) => fs::read(&path).map(Cow::Owned).map_err(|source| DataplaneError::File {
+            action: "read BPF object",
+            path: path.into(),
+            source,
+        }),
+    }
+}
+
+/// Loads the object and pins all maps and programs below `directory`.
+pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
+    let mut ebpf = load()?;
+    for part in ["maps", "programs", "links"] {
+        let path = directory.join(part);
+        fs::create_dir_all(&path).map_err(|source| DataplaneError::File {
+            action: "make directory",
+            path,
+            source,
+        })?;
+    }
+    maps::pin_all(&ebpf, directory)?;
+    for point in Point::ALL {
+        let name = point.program();
+        let program = program(&mut ebpf, name)?;
+        program.load().map_err(|error| refused("load", name, &error))?;
+        let path = directory.join("programs").join(name);
+        program.pin(&path).map_err(|error| DataplaneError::Program {
+            action: "pin",
+            program: name.to_owned(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(())
+}
+
+fn load() -> Result<Ebpf, DataplaneError> {
+    let version = aya::util::KernelVersion::current().ok();
+    let at_least =
+        |major, minor| version.is_some_and(|v| v >= aya::util::KernelVersion::new(major, minor, 0));
+    // BPF_FIB_LOOKUP_SKIP_NEIGH came with 6.3.
+    let skip_neigh = u32::from(at_least(6, 3));
+    // BPF_F_IPV6 came with 6.16 and was taken into stable series; where it is not known, EINVAL would cost the packet,
+    // while its absence costs nothing for what a partition sends itself.
+    let csum_ipv6 = u32::from(at_least(6, 16));
+    let object = object()?;
+    EbpfLoader::new()
+        .override_global("HAS_SKIP_NEIGH", &skip_neigh, true)
+        .override_global("HAS_CSUM_IPV6", &csum_ipv6, true)
+        .load(&object)
+        .map_err(|error| DataplaneError::Load(Box::new(error)))
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
+    let missing = || DataplaneError::Missing(format!("program {name}"));
+    let program = ebpf.program_mut(name).ok_or_else(missing)?;
+    program.try_into().map_err(|_: ProgramError| missing())
+}
+
+/// Opens a pinned program.
+pub(super) fn open(directory: &Path, point: Point) -> Result<SchedClassifier, DataplaneError> {
+    let name = point.program();
+    let path = directory.join("programs").join(name);
+    SchedClassifier::from_pin(path).map_err(|error| refused("open", name, &error))
+}
+
+/// Names a program's failure; of the verifier's log the end, where the reason is.
+pub(super) fn refused(action: &'static str, program: &str, error: &ProgramError) -> DataplaneError {
+    let reason = match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<_> = log.lines().rev().take(12).collect();
+            let tail: Vec<_> = lines.into_iter().rev().collect();
+            format!("{io_error}; the verifier says at last:\n{}", tail.join("\n"))
+        }
+        other => chain(other),
+    };
+    DataplaneError::Program { action, program: program.to_owned(), reason }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+/// Removes all pins below `directory`, and the directories that are empty then.
+pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
+    let gone = |result: std::io::Result<()>, action, path: &Path| match result {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(DataplaneError::File { action, path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    };
+    let mut result = Ok(());
+    // Links first: they are what packets depend on.
+    for part in ["links", "programs", "maps"] {
+        let part = directory.join(part);
+        for entry in fs::read_dir(&part).into_iter().flatten().flatten() {
+            result = result.and(gone(fs::remove_file(entry.path()), "remove pin", &entry.path()));
+        }
+        result = result.and(gone(fs::remove_dir(&part), "remove directory", &part));
+    }
+    result = result.and(gone(fs::remove_dir(directory), "remove directory", directory));
+    // The shared directories above go with the last attachment; in use: they stay.
+    for parent in directory.ancestors().skip(1).take(2) {
+        let _ = fs::remove_dir(parent);
+    }
+    result
+}
+
+/// Mounts the BPF file system where it belongs, if it is not there yet; only root may look into it.
+///
+/// # Errors
+/// [`DataplaneError::File`] if it cannot be mounted.
+pub fn ensure_bpffs() -> Result<(), DataplaneError> {
+    use rustix::mount::{MountFlags, mount};
+    const BPFFS: &str = "/sys/fs/bpf";
+    /// `BPF_FS_MAGIC` of `linux/magic.h`.
+    const MAGIC: u64 = 0xcafe_4a11;
+    let failed = |source: rustix::io::Errno| DataplaneError::File {
+        action: "mount the BPF file system at",
+        path: BPFFS.into(),
+        source: source.into(),
+    };
+    let found = rustix::fs::statfs(BPFFS).map_err(failed)?;
+    if u64::try_from(found.f_type).is_ok_and(|kind| kind == MAGIC) {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("bpf", BPFFS, "bpf", flags, c"mode=0700").map_err(failed)
+}

@@ -1,0 +1,119 @@
+//! The pinned maps, one function for each thing that is done to one.
+
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+
+use super::DataplaneError;
+
+pub(super) const WORD: &str = "WORD";
+pub(super) const COUNTERS: &str = "COUNTERS";
+const SLOTS: &str = "SLOTS";
+const SETTINGS: &str = "SETTINGS";
+const ADDRESSES: &str = "ADDRESSES";
+const UPLINKS: &str = "UPLINKS";
+const LEARNED: &str = "LEARNED";
+const FRAGMENTS: &str = "FRAGMENTS";
+const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];
+
+pub(super) fn path(directory: &Path, map: &str) -> PathBuf {
+    directory.join("maps").join(map)
+}
+
+pub(super) fn failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> DataplaneError {
+    move |error| DataplaneError::Map { action, map, source: Box::new(error) }
+}
+
+pub(super) fn pin_all(ebpf: &Ebpf, directory: &Path) -> Result<(), DataplaneError> {
+    for name in ALL {
+        let map = ebpf.map(name).ok_or_else(|| DataplaneError::Missing(format!("map {name}")))?;
+        let pinned = map.pin(path(directory, name));
+        pinned.map_err(|error| DataplaneError::Program {
+            action: "pin the maps of",
+            program: name.to_owned(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(())
+}
+
+pub(super) fn open(directory: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
+    MapData::from_pin(path(directory, name)).map_err(failed("open", name))
+}
+
+fn array<V: aya::Pod>(directory: &Path, name: &'static str) -> Result<Array<MapData, V>, DataplaneError> {
+    Array::try_from(Map::Array(open(directory, name)?)).map_err(failed("open", name))
+}
+
+fn hash<K: aya::Pod, V: aya::Pod>(
+    directory: &Path,
+    name: &'static str,
+) -> Result<HashMap<MapData, K, V>, DataplaneError> {
+    HashMap::try_from(Map::HashMap(open(directory, name)?)).map_err(failed("open", name))
+}
+
+pub(super) fn write_settings(directory: &Path, settings: &Settings) -> Result<(), DataplaneError> {
+    array::<Settings>(directory, SETTINGS)?.set(0, settings, 0).map_err(failed("write", SETTINGS))
+}
+
+pub(super) fn write_slot(directory: &Path, slot: Slot, entry: &SlotEntry) -> Result<(), DataplaneError> {
+    array::<SlotEntry>(directory, SLOTS)?.set(slot.index(), entry, 0).map_err(failed("write", SLOTS))
+}
+
+pub(super) fn read_slot(directory: &Path, slot: Slot) -> Result<SlotEntry, DataplaneError> {
+    array(directory, SLOTS)?.get(&slot.index(), 0).map_err(failed("read", SLOTS))
+}
+
+pub(super) fn add_address(directory: &Path, address: &Address) -> Result<(), DataplaneError> {
+    hash::<Address, u32>(directory, ADDRESSES)?.insert(address, 1, 0).map_err(failed("write", ADDRESSES))
+}
+
+pub(super) fn add_uplink(directory: &Path, ifindex: u32) -> Result<(), DataplaneError> {
+    hash::<u32, u32>(directory, UPLINKS)?.insert(ifindex, 1, 0).map_err(failed("write", UPLINKS))
+}
+
+/// Counts the fresh flows of a slot and removes the stale ones of both.
+pub(super) fn count_learned(directory: &Path, slot: Slot) -> Result<usize, DataplaneError> {
+    let settings: Settings = array(directory, SETTINGS)?.get(&0, 0).map_err(failed("read", SETTINGS))?;
+    let mut flows = hash::<FlowKey, FlowRecord>(directory, LEARNED)?;
+    let now = boot_ns();
+    let (mut fresh, mut stale) = (0, Vec::new());
+    for entry in flows.iter() {
+        match entry {
+            Ok((key, record)) if now.saturating_sub(record.seen_ns) > settings.learned_idle_ns => {
+                stale.push(key);
+            }
+            Ok((_, record)) if record.slot == slot.index() => fresh += 1,
+            // The other slot's, or removed while it was read.
+            _ => {}
+        }
+    }
+    remove(&mut flows, &stale)?;
+    Ok(fresh)
+}
+
+pub(super) fn clear_learned(directory: &Path) -> Result<(), DataplaneError> {
+    let mut flows = hash::<FlowKey, FlowRecord>(directory, LEARNED)?;
+    let keys: Vec<FlowKey> = flows.keys().flatten().collect();
+    remove(&mut flows, &keys)
+}
+
+fn remove(flows: &mut HashMap<MapData, FlowKey, FlowRecord>, keys: &[FlowKey]) -> Result<(), DataplaneError> {
+    for key in keys {
+        match flows.remove(key) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+            other => other.map_err(failed("write", LEARNED))?,
+        }
+    }
+    Ok(())
+}
+
+/// `CLOCK_BOOTTIME` in nanoseconds, the clock of `bpf_ktime_get_boot_ns`.
+fn boot_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default()
+}

@@ -1,0 +1,245 @@
+//! The data path: the only code that names aya.
+//!
+//! ```text
+//!  load ─► pin maps and programs ─► attach (replies first, clients last) ─► Dataplane
+//!                                                                            │ word: one 8-byte store, then the fence
+//!  /sys/fs/bpf/patchswitch/v1/NAME/{maps,programs,links}  ◄── open ──────────┘ counters, learned flows
+//! ```
+//!
+//! Everything is pinned, so the path of a packet does not depend on any process: a [`Dataplane`] is a view on the
+//! pins, made anew by each command. Killing the agent at any moment changes no packet's fate.
+
+mod attach;
+mod counters;
+mod fence;
+mod load;
+mod maps;
+mod self_test;
+mod word;
+
+pub use attach::{Hook, HookKind, Point};
+pub use counters::Counters;
+pub use load::{ensure_bpffs, object};
+pub use self_test::SelfTestError;
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
+use patchswitch_common::word::Word;
+
+use crate::names::{self, Name};
+
+/// The mark of the agent's own probes (`SO_MARK`).
+pub const PROBE_MARK: u32 = 0x7073_7072;
+
+/// Why the data path could not be built, changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// The object could not be read into the kernel.
+    #[error("failed to load the BPF object")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The kernel refused a program.
+    #[error("failed to {action} BPF program {program}: {reason}")]
+    Program {
+        /// `load`, `pin`, `attach`, `detach` or `open`.
+        action: &'static str,
+        /// Its name.
+        program: String,
+        /// What the kernel said; of the verifier, the end of its log, where the reason is.
+        reason: String,
+    },
+    /// The kernel refused a map.
+    #[error("failed to {action} BPF map {map}")]
+    Map {
+        /// `pin`, `open`, `read` or `write`.
+        action: &'static str,
+        /// Its name.
+        map: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+    /// A file system operation on the pins or on the object failed.
+    #[error("failed to {action} {}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The object is not the one this version was built for.
+    #[error("the BPF object has no {0}")]
+    Missing(String),
+    /// Nothing is pinned under that name.
+    #[error("nothing is attached as {0}")]
+    NotAttached(Name),
+    /// A system call of the fence failed.
+    #[error("failed to wait for the packets under way")]
+    Fence(#[source] std::io::Error),
+    /// Somebody else changed the word meanwhile.
+    #[error("the phase word was changed by another process")]
+    Changed,
+    /// The programs do not do what they should.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
+}
+
+/// The pinned data path of one attachment.
+#[derive(Debug)]
+pub struct Dataplane {
+    directory: PathBuf,
+    word: word::MappedWord,
+}
+
+impl Dataplane {
+    /// Loads the object, pins everything below `/sys/fs/bpf/patchswitch/v1/NAME` and fills the maps that do not change.
+    ///
+    /// Nothing is attached yet and the word is steady on slot A.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; what was pinned until then stays and is removed by [`Dataplane::remove`].
+    pub fn create(name: &Name, addresses: &[IpAddr], settings: &Settings) -> Result<Self, DataplaneError> {
+        let directory = names::pin_dir(name);
+        load::load_and_pin(&directory)?;
+        let plane = Self { word: word::MappedWord::open(&maps::path(&directory, maps::WORD))?, directory };
+        maps::write_settings(&plane.directory, settings)?;
+        for address in addresses {
+            maps::add_address(&plane.directory, &to_wire(*address))?;
+        }
+        Ok(plane)
+    }
+
+    /// Opens what is pinned.
+    ///
+    /// # Errors
+    /// [`DataplaneError::NotAttached`] if nothing is.
+    pub fn open(name: &Name) -> Result<Self, DataplaneError> {
+        let directory = names::pin_dir(name);
+        let word = maps::path(&directory, maps::WORD);
+        if !word.exists() {
+            return Err(DataplaneError::NotAttached(name.clone()));
+        }
+        Ok(Self { word: word::MappedWord::open(&word)?, directory })
+    }
+
+    /// Removes every pin of a name. Nothing there: nothing to do.
+    ///
+    /// # Errors
+    /// [`DataplaneError::File`] of the first pin that stays; the others are removed all the same.
+    pub fn remove(name: &Name) -> Result<(), DataplaneError> {
+        load::remove_pins(&names::pin_dir(name))
+    }
+
+    /// The phase word as the programs read it now.
+    pub fn word(&self) -> Word {
+        self.word.load()
+    }
+
+    /// Stores the next phase word, if nobody changed it since `old` was read. This one store is the switch.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Changed`].
+    pub fn store(&self, old: Word, new: Word) -> Result<(), DataplaneError> {
+        if self.word.exchange(old, new) { Ok(()) } else { Err(DataplaneError::Changed) }
+    }
+
+    /// Returns when no packet is under way that saw an older word.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Fence`].
+    pub fn fence(&self) -> Result<(), DataplaneError> {
+        fence::wait().map_err(DataplaneError::Fence)
+    }
+
+    /// Says where a partition is. Never to be called for a slot that the word points at.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_slot(&self, slot: Slot, entry: &SlotEntry) -> Result<(), DataplaneError> {
+        maps::write_slot(&self.directory, slot, entry)
+    }
+
+    /// Where a partition is.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn slot(&self, slot: Slot) -> Result<SlotEntry, DataplaneError> {
+        maps::read_slot(&self.directory, slot)
+    }
+
+    /// Lets replies go straight to a link's next hops.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn add_uplink(&self, ifindex: u32) -> Result<(), DataplaneError> {
+        maps::add_uplink(&self.directory, ifindex)
+    }
+
+    /// Attaches the program of a point to a link of this namespace.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`].
+    pub fn attach(&self, hook: &Hook) -> Result<(), DataplaneError> {
+        attach::attach(&self.directory, hook)
+    }
+
+    /// Detaches what [`Dataplane::attach`] attached, by name alone. Not attached: nothing to do.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`] or [`DataplaneError::File`].
+    pub fn detach(name: &Name, hook: &Hook) -> Result<(), DataplaneError> {
+        attach::detach(&names::pin_dir(name), hook)
+    }
+
+    /// What the programs counted since they were loaded.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn counters(&self) -> Result<Counters, DataplaneError> {
+        counters::read(&self.directory)
+    }
+
+    /// How many flows without a socket of their own are remembered of a slot, those that are idle for too long left
+    /// out and removed.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn learned(&self, slot: Slot) -> Result<usize, DataplaneError> {
+        maps::count_learned(&self.directory, slot)
+    }
+
+    /// Forgets all learned flows.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn forget_learned(&self) -> Result<(), DataplaneError> {
+        maps::clear_learned(&self.directory)
+    }
+
+    /// Sends packets through the programs, in the kernel but not on any wire, and checks who would get them.
+    ///
+    /// # Errors
+    /// [`DataplaneError::SelfTest`] if a packet would go to the wrong partition.
+    pub fn self_test(&self, ends: &[self_test::End<'_>]) -> Result<(), DataplaneError> {
+        self_test::run(self, ends)
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+}
+
+pub use self_test::End;
+
+/// An address as the maps have it.
+pub fn to_wire(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}

@@ -1,0 +1,176 @@
+//! Sends packets through the loaded programs before anything depends on them.
+//!
+//! A wrong namespace id makes every lookup find nothing: the switch would look fine and reset every old connection.
+//! So before the uplink is attached, a connected socket is opened in each partition, the word is set as if the other
+//! one served, and a packet of that flow must still go to the socket's owner, and a packet of an unknown flow must
+//! not. The packets run through the program in the kernel (`BPF_PROG_TEST_RUN`) and touch no wire.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use aya::programs::{TestRun, TestRunOptions};
+use patchswitch_common::Slot;
+use patchswitch_common::verdict::{Hook, Verdict};
+use patchswitch_common::word::Word;
+use pnet::packet::ethernet::{EtherTypes, MutableEthernetPacket};
+use pnet::packet::ip::IpNextHeaderProtocols;
+use pnet::packet::ipv4::{self, MutableIpv4Packet};
+use pnet::packet::ipv6::MutableIpv6Packet;
+use pnet::packet::udp::MutableUdpPacket;
+
+use super::attach::Point;
+use super::load::{open, refused};
+use super::{Dataplane, DataplaneError};
+use crate::host::linux::netns::{Netns, NetnsError};
+
+const ETHERNET: usize = 14;
+const UDP: usize = 8;
+/// A peer that exists nowhere: documentation addresses (RFC 5737, RFC 3849), never sent to.
+const PEER_PORT: u16 = 9;
+
+/// A partition and an address that it holds.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// Its slot.
+    pub slot: Slot,
+    /// Its network namespace.
+    pub netns: &'a Netns,
+    /// A service address that it has.
+    pub address: IpAddr,
+}
+
+/// The programs would deliver to the wrong place.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfTestError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// No socket in the partition.
+    #[error("failed to open a test socket on {address} in network namespace {netns}")]
+    Socket {
+        /// The service address.
+        address: IpAddr,
+        /// The namespace.
+        netns: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A packet would go to the wrong partition.
+    #[error("self-test failed: a packet of {what} to {address} would go {got} instead of {wanted}")]
+    Wrong {
+        /// Which flow.
+        what: &'static str,
+        /// The service address.
+        address: IpAddr,
+        /// The verdict that was counted.
+        got: String,
+        /// The verdict that is right.
+        wanted: &'static str,
+    },
+}
+
+pub(super) fn run(plane: &Dataplane, ends: &[End<'_>]) -> Result<(), DataplaneError> {
+    let before = plane.word();
+    let result = ends.iter().try_for_each(|end| check(plane, end));
+    let now = plane.word();
+    plane.store(now, before)?;
+    result
+}
+
+fn check(plane: &Dataplane, end: &End<'_>) -> Result<(), DataplaneError> {
+    let peer = match end.address {
+        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 9]),
+        IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9]),
+    };
+    let open_socket = || -> io::Result<UdpSocket> {
+        let socket = UdpSocket::bind(SocketAddr::new(end.address, 0))?;
+        socket.connect(SocketAddr::new(peer, PEER_PORT))?;
+        Ok(socket)
+    };
+    let failed =
+        |source| SelfTestError::Socket { address: end.address, netns: end.netns.to_string(), source };
+    let socket = end.netns.run(open_socket).map_err(SelfTestError::Netns)?.map_err(failed)?;
+    let port = socket.local_addr().map_err(failed)?.port();
+    let now = plane.word();
+    let other = end.slot.other();
+    plane.store(now, Word::steady(end.slot, now.generation()).taken_over_by(other))?;
+    expect(plane, end.address, "a flow with a socket", &packet(peer, end.address, port), verdict(end.slot))?;
+    // Port 1 is privileged and was not given to the socket above.
+    expect(plane, end.address, "an unknown flow", &packet(peer, end.address, 1), verdict(other))
+}
+
+const fn verdict(slot: Slot) -> Verdict {
+    match slot {
+        Slot::A => Verdict::ToA,
+        Slot::B => Verdict::ToB,
+    }
+}
+
+fn expect(
+    plane: &Dataplane,
+    address: IpAddr,
+    what: &'static str,
+    frame: &[u8],
+    wanted: Verdict,
+) -> Result<(), DataplaneError> {
+    let before = plane.counters()?;
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(frame);
+    let program = open(plane.directory(), Point::Uplink)?;
+    program.test_run(options).map_err(|error| refused("test", Point::Uplink.program(), &error))?;
+    let after = plane.counters()?;
+    let count = |verdict| after.packets(Hook::Uplink, verdict) - before.packets(Hook::Uplink, verdict);
+    if count(wanted) == 1 {
+        return Ok(());
+    }
+    let got = patchswitch_common::verdict::VERDICTS.into_iter().filter(|v| count(*v) > 0).map(Verdict::name);
+    let got = got.collect::<Vec<_>>().join(", ");
+    Err(SelfTestError::Wrong { what, address, got, wanted: wanted.name() }.into())
+}
+
+/// A UDP datagram without payload, addressed to the loopback device's MAC (all zeroes), on which the kernel runs tests.
+fn packet(peer: IpAddr, service: IpAddr, port: u16) -> Vec<u8> {
+    let header = if service.is_ipv4() { 20 } else { 40 };
+    let mut frame = vec![0; ETHERNET + header + UDP];
+    if let Some(mut ethernet) = MutableEthernetPacket::new(&mut frame) {
+        ethernet.set_ethertype(if service.is_ipv4() { EtherTypes::Ipv4 } else { EtherTypes::Ipv6 });
+    }
+    network(&mut frame[ETHERNET..], peer, service);
+    if let Some(mut udp) = MutableUdpPacket::new(&mut frame[ETHERNET + header..]) {
+        udp.set_source(PEER_PORT);
+        udp.set_destination(port);
+        udp.set_length(UDP as u16);
+    }
+    frame
+}
+
+fn network(bytes: &mut [u8], peer: IpAddr, service: IpAddr) {
+    let length = bytes.len();
+    match (peer, service) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            if let Some(mut ip) = MutableIpv4Packet::new(bytes) {
+                ip.set_version(4);
+                ip.set_header_length(5);
+                ip.set_total_length(length as u16);
+                ip.set_ttl(64);
+                ip.set_next_level_protocol(IpNextHeaderProtocols::Udp);
+                ip.set_source(from);
+                ip.set_destination(to);
+                let sum = ipv4::checksum(&ip.to_immutable());
+                ip.set_checksum(sum);
+            }
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            if let Some(mut ip) = MutableIpv6Packet::new(bytes) {
+                ip.set_version(6);
+                ip.set_payload_length(UDP as u16);
+                ip.set_next_header(IpNextHeaderProtocols::Udp);
+                ip.set_hop_limit(64);
+                ip.set_source(from);
+                ip.set_destination(to);
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,445 @@
+//! Links, addresses, routes, rules, neighbours and namespace ids: the only place that speaks rtnetlink.
+//!
+//! A [`Netlink`] belongs to the network namespace in which its socket was opened. Every change is idempotent: what is
+//! already so is no error, and neither is what is already gone.
+
+use std::io;
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, CacheInfo};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
+use netlink_packet_route::route::{RouteProtocol, RouteScope};
+use netlink_packet_route::rule::RuleAttribute;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::netns::{Netns, NetnsError};
+
+/// The origin of every route that patchswitch makes (`rtm_protocol`, a number from the range left to users).
+pub const ROUTE_PROTOCOL: u8 = 117;
+
+/// Why a change of the network failed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// No socket.
+    #[error("failed to open a netlink socket")]
+    Open(#[source] io::Error),
+    /// The kernel refused a request.
+    #[error("failed to {action}")]
+    Request {
+        /// What was asked, with the objects' names.
+        action: String,
+        /// What the kernel said.
+        #[source]
+        source: Box<rtnetlink::Error>,
+    },
+    /// There is no such link.
+    #[error("there is no network device {0:?}; `ip link` lists those there are")]
+    NoLink(String),
+    /// The kernel did not tell a namespace's id.
+    #[error("failed to get an id for network namespace {0}")]
+    NoNsid(String),
+}
+
+/// A link, as far as it matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Index in its namespace.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// Link-layer address.
+    pub mac: [u8; 6],
+    /// Largest packet, in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+}
+
+/// A netlink connection into one network namespace.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+/// Names an action for an error, unless the kernel said that there was nothing to do.
+fn unless(
+    tolerated: i32,
+    action: impl FnOnce() -> String,
+) -> impl FnOnce(rtnetlink::Error) -> Result<(), NetlinkError> {
+    move |error| match &error {
+        rtnetlink::Error::NetlinkError(message) if message.to_io().raw_os_error() == Some(tolerated) => {
+            Ok(())
+        }
+        _ => Err(NetlinkError::Request { action: action(), source: Box::new(error) }),
+    }
+}
+
+fn failed(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetlinkError {
+    move |error| NetlinkError::Request { action: action.into(), source: Box::new(error) }
+}
+
+fn width(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+impl Netlink {
+    /// Opens a connection in a namespace. Must be called inside a tokio runtime, which then drives it.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Netns`] or [`NetlinkError::Open`].
+    pub fn open(netns: &Netns) -> Result<Self, NetlinkError> {
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = netns
+            .run(|| {
+                let _entered = runtime.enter();
+                rtnetlink::new_connection()
+            })?
+            .map_err(NetlinkError::Open)?;
+        runtime.spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// All links of the namespace.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        let messages = self.handle.link().get().execute();
+        let found: Vec<_> = messages.try_collect().await.map_err(failed("list network devices"))?;
+        Ok(found.into_iter().map(link).collect())
+    }
+
+    /// The link with this name.
+    ///
+    /// # Errors
+    /// [`NetlinkError::NoLink`] or [`NetlinkError::Request`].
+    pub async fn link(&self, name: &str) -> Result<Link, NetlinkError> {
+        let found = self.links().await?.into_iter().find(|link| link.name == name);
+        found.ok_or_else(|| NetlinkError::NoLink(name.to_owned()))
+    }
+
+    /// Makes a veth pair, both ends here and down.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`], also if one of the names is taken.
+    pub async fn add_veth(&self, name: &str, peer: &str) -> Result<(), NetlinkError> {
+        let message = LinkVeth::new(name, peer).build();
+        self.handle.link().add(message).execute().await.map_err(failed(format!("make veth {name}")))
+    }
+
+    /// Moves a link into another namespace and gives it a new name there.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`], e.g. if the name is taken there.
+    pub async fn move_link(&self, index: u32, to: &Netns, name: &str) -> Result<(), NetlinkError> {
+        let message =
+            LinkUnspec::new_with_index(index).setns_by_fd(to.raw_fd()).name(name.to_owned()).build();
+        let action = format!("move a link into network namespace {to} as {name}");
+        self.handle.link().set(message).execute().await.map_err(failed(action))
+    }
+
+    /// Sets what must be set while a link is down: its link-layer address, its MTU and a text for people.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn dress(&self, link: &Link, mac: [u8; 6], mtu: u32, alias: &str) -> Result<(), NetlinkError> {
+        let message =
+            LinkUnspec::new_with_index(link.index).address(mac.to_vec()).mtu(mtu).alias(alias).build();
+        let action = format!("set address and MTU of {}", link.name);
+        self.handle.link().set(message).execute().await.map_err(failed(action))
+    }
+
+    /// Sets a link up or down.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn set_up(&self, link: &Link, up: bool) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(link.index);
+        let message = if up { message.up() } else { message.down() }.build();
+        let action = format!("set {} {}", link.name, if up { "up" } else { "down" });
+        self.handle.link().set(message).execute().await.map_err(failed(action))
+    }
+
+    /// Removes a link, and with a veth its other end.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn delete_link(&self, name: &str) -> Result<(), NetlinkError> {
+        let link = match self.link(name).await {
+            Err(NetlinkError::NoLink(_)) => return Ok(()),
+            other => other?,
+        };
+        let done = self.handle.link().del(link.index).execute().await;
+        done.or_else(unless(libc::ENODEV, || format!("remove network device {name}")))
+    }
+
+    /// All addresses of the namespace.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn addresses(&self) -> Result<Vec<IpAddr>, NetlinkError> {
+        let messages = self.handle.address().get().execute();
+        let found: Vec<_> = messages.try_collect().await.map_err(failed("list addresses"))?;
+        let address = |attribute| match attribute {
+            AddressAttribute::Local(ip) | AddressAttribute::Address(ip) => Some(ip),
+            _ => None,
+        };
+        Ok(found.into_iter().flat_map(|m| m.attributes.into_iter().filter_map(address)).collect())
+    }
+
+    /// Adds a host address (/32 or /128) without duplicate address detection; `preferred` if it may be chosen as a
+    /// source (IPv6 only: IPv4 ignores it).
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn add_address(
+        &self,
+        link: &Link,
+        address: IpAddr,
+        preferred: bool,
+    ) -> Result<(), NetlinkError> {
+        let mut request = self.handle.address().add(link.index, address, width(address)).replace();
+        let message = request.message_mut();
+        if address.is_ipv6() {
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            let mut lifetime = CacheInfo::default();
+            lifetime.ifa_valid = u32::MAX;
+            lifetime.ifa_preferred = if preferred { u32::MAX } else { 0 };
+            message.attributes.push(AddressAttribute::CacheInfo(lifetime));
+        }
+        let action = format!("add {address} to {}", link.name);
+        request.execute().await.map_err(failed(action))
+    }
+
+    /// Routes one host address to a link, instead of wherever it was routed in the main table.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn route_host(&self, address: IpAddr, link: &Link) -> Result<(), NetlinkError> {
+        let builder = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(address, width(address))
+            .map_err(|_| NetlinkError::NoLink(link.name.clone()))?
+            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+            .output_interface(link.index);
+        let builder = if address.is_ipv4() { builder.scope(RouteScope::Link) } else { builder };
+        let action = format!("route {address} to {}", link.name);
+        self.handle.route().add(builder.build()).replace().execute().await.map_err(failed(action))
+    }
+
+    /// Removes the host route of an address that [`Netlink::route_host`] made.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn unroute_host(&self, address: IpAddr) -> Result<(), NetlinkError> {
+        let builder = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(address, width(address))
+            .map_err(|_| NetlinkError::NoLink(address.to_string()))?
+            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
+        let builder = if address.is_ipv4() { builder.scope(RouteScope::NoWhere) } else { builder };
+        let done = self.handle.route().del(builder.build()).execute().await;
+        done.or_else(unless(libc::ESRCH, || format!("remove the route of {address}")))
+    }
+
+    /// Sets the default route of a table through a gateway that is on the link whatever its address is.
+    ///
+    /// `source` is the address that unbound sockets get: what the kernel chooses per packet for UDP.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn default_route(
+        &self,
+        table: u32,
+        gateway: IpAddr,
+        link: &Link,
+        source: Option<IpAddr>,
+    ) -> Result<(), NetlinkError> {
+        let unspecified = match gateway {
+            IpAddr::V4(_) => IpAddr::from([0; 4]),
+            IpAddr::V6(_) => IpAddr::from([0; 16]),
+        };
+        let bad = |_| NetlinkError::NoLink(link.name.clone());
+        let mut builder = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(unspecified, 0)
+            .map_err(bad)?
+            .gateway(gateway)
+            .map_err(bad)?
+            .output_interface(link.index)
+            .table_id(table)
+            .onlink()
+            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
+        if let Some(source) = source {
+            builder = builder.pref_source(source).map_err(bad)?;
+        }
+        let action = format!("set the default route through {}", link.name);
+        self.handle.route().add(builder.build()).replace().execute().await.map_err(failed(action))
+    }
+
+    /// What comes from `source` is routed by `table`.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn add_rule(&self, source: IpAddr, table: u32, priority: u32) -> Result<(), NetlinkError> {
+        let add = self.handle.rule().add().table_id(table).priority(priority);
+        let done = match source {
+            IpAddr::V4(v4) => add.v4().source_prefix(v4, 32).action(to_table()).execute().await,
+            IpAddr::V6(v6) => add.v6().source_prefix(v6, 128).action(to_table()).execute().await,
+        };
+        done.or_else(unless(libc::EEXIST, || format!("add a rule for packets from {source}")))
+    }
+
+    /// Removes the rules of [`Netlink::add_rule`] for a source.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn delete_rules(&self, source: IpAddr, table: u32, priority: u32) -> Result<(), NetlinkError> {
+        let family = if source.is_ipv4() { rtnetlink::IpVersion::V4 } else { rtnetlink::IpVersion::V6 };
+        let found: Vec<_> =
+            self.handle.rule().get(family).execute().try_collect().await.map_err(failed("list rules"))?;
+        for rule in found {
+            let ours = rule.attributes.contains(&RuleAttribute::Source(source))
+                && rule.attributes.contains(&RuleAttribute::Priority(priority))
+                && (rule.attributes.contains(&RuleAttribute::Table(table))
+                    || u32::from(rule.header.table) == table);
+            if ours {
+                let done = self.handle.rule().del(rule).execute().await;
+                done.or_else(unless(libc::ENOENT, || format!("remove the rule for packets from {source}")))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says for good which link-layer address a neighbour has.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn add_neighbour(
+        &self,
+        link: &Link,
+        address: IpAddr,
+        mac: [u8; 6],
+    ) -> Result<(), NetlinkError> {
+        let request = self
+            .handle
+            .neighbours()
+            .add(link.index, address)
+            .link_layer_address(&mac)
+            .state(NeighbourState::Permanent)
+            .replace();
+        request.execute().await.map_err(failed(format!("add neighbour {address} on {}", link.name)))
+    }
+
+    /// Makes the host answer ARP or NDP for exactly this address on a link.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn add_proxy(&self, link: &Link, address: IpAddr) -> Result<(), NetlinkError> {
+        let request =
+            self.handle.neighbours().add(link.index, address).flags(NeighbourFlags::Proxy).replace();
+        request.execute().await.map_err(failed(format!("answer for {address} on {}", link.name)))
+    }
+
+    /// Ends [`Netlink::add_proxy`].
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn delete_proxy(&self, link: &Link, address: IpAddr) -> Result<(), NetlinkError> {
+        let mut request = self.handle.neighbours().add(link.index, address).flags(NeighbourFlags::Proxy);
+        let message = request.message_mut().clone();
+        let done = self.handle.neighbours().del(message).execute().await;
+        done.or_else(unless(libc::ENOENT, || format!("stop answering for {address} on {}", link.name)))
+    }
+
+    /// Gives a namespace an id as seen from this one, or asks for the id that it has.
+    ///
+    /// To be called *before* a veth leads there: making one allocates an id by itself. Not to be read off the order
+    /// of links.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`], [`NetlinkError::NoNsid`].
+    pub async fn nsid(&self, netns: &Netns, wanted: i32) -> Result<i32, NetlinkError> {
+        if let Some(id) = self.get_nsid(netns).await? {
+            return Ok(id);
+        }
+        let message = nsid_message(netns, Some(wanted));
+        let done = self.request(RouteNetlinkMessage::NewNsId(message)).await;
+        // Somebody else was quicker, or the number is taken: ask again for what the namespace has now.
+        done.map(|_| ())
+            .or_else(unless(libc::EEXIST, || format!("set an id for network namespace {netns}")))?;
+        self.get_nsid(netns).await?.ok_or_else(|| NetlinkError::NoNsid(netns.to_string()))
+    }
+
+    async fn get_nsid(&self, netns: &Netns) -> Result<Option<i32>, NetlinkError> {
+        let message = RouteNetlinkMessage::GetNsId(nsid_message(netns, None));
+        let answer = self.request(message).await.map_err(failed("ask for a namespace's id"))?;
+        let id = answer.into_iter().find_map(|message| match message {
+            RouteNetlinkMessage::NewNsId(m) => m.attributes.into_iter().find_map(|a| match a {
+                NsidAttribute::Id(id) => Some(id),
+                _ => None,
+            }),
+            _ => None,
+        });
+        Ok(id.filter(|id| *id >= 0))
+    }
+
+    async fn request(
+        &self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, rtnetlink::Error> {
+        use futures_util::StreamExt;
+        let mut packet = NetlinkMessage::from(message);
+        packet.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        let mut handle = self.handle.clone();
+        let mut answers = handle.request(packet)?;
+        let mut inner = Vec::new();
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::Error(error) if error.code.is_some() => {
+                    return Err(rtnetlink::Error::NetlinkError(error));
+                }
+                NetlinkPayload::InnerMessage(message) => inner.push(message),
+                _ => {}
+            }
+        }
+        Ok(inner)
+    }
+}
+
+fn to_table() -> netlink_packet_route::rule::RuleAction {
+    netlink_packet_route::rule::RuleAction::ToTable
+}
+
+fn nsid_message(netns: &Netns, id: Option<i32>) -> NsidMessage {
+    let mut message = NsidMessage::default();
+    message.header.family = AddressFamily::Unspec;
+    message.attributes.push(NsidAttribute::Fd(netns.raw_fd().unsigned_abs()));
+    message.attributes.extend(id.map(NsidAttribute::Id));
+    message
+}
+
+fn link(message: LinkMessage) -> Link {
+    let mut found = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: [0; 6],
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => found.name = name,
+            LinkAttribute::Mtu(mtu) => found.mtu = mtu,
+            LinkAttribute::Address(mac) => found.mac = mac.try_into().unwrap_or_default(),
+            _ => {}
+        }
+    }
+    found
+}

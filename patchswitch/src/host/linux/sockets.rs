@@ -1,0 +1,199 @@
+//! The kernel's list of TCP sockets (`sock_diag(7)`), and the end of one by force.
+
+use std::io;
+use std::net::SocketAddr;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+
+use super::netns::{Netns, NetnsError};
+
+/// `SOCK_DESTROY` of `linux/sock_diag.h`.
+const SOCK_DESTROY: u16 = 21;
+/// A dump's answers come in datagrams of at most this size.
+const DATAGRAM: usize = 64 * 1024;
+
+/// Why sockets could not be listed or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketsError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The kernel refused.
+    #[error("failed to {action} TCP sockets by sock_diag")]
+    Io {
+        /// `list` or `end`.
+        action: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel's answer was not understood.
+    #[error("failed to read the kernel's answer on sockets: {0}")]
+    Answer(String),
+}
+
+/// A TCP socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// State as the kernel numbers it.
+    pub state: u8,
+    /// Of a listener: connections that nobody has accepted yet. Else bytes received and not read.
+    pub receive_queue: u32,
+    id: SocketId,
+}
+
+impl TcpSocket {
+    /// Whether it is a listener.
+    pub fn is_listener(&self) -> bool {
+        u32::from(self.state) == patchswitch_common::decide::tcp_state::LISTEN
+    }
+
+    fn new(header: InetResponseHeader) -> Self {
+        let id = header.socket_id;
+        Self {
+            local: SocketAddr::new(id.source_address.to_canonical(), id.source_port),
+            remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
+            state: header.state,
+            receive_queue: header.recv_queue,
+            id,
+        }
+    }
+}
+
+/// Every TCP socket of a namespace but those in `TIME_WAIT` and `CLOSE`, which carry no flow any more.
+///
+/// # Errors
+/// [`SocketsError`].
+pub fn tcp_sockets(netns: &Netns) -> Result<Vec<TcpSocket>, SocketsError> {
+    netns.run(|| {
+        let mut found = dump(AF_INET)?;
+        found.extend(dump(AF_INET6)?);
+        Ok(found)
+    })?
+}
+
+/// Ends connections with a reset to both ends. Those that are gone already are not counted.
+///
+/// # Errors
+/// [`SocketsError`]; the kernel must be built with `CONFIG_INET_DIAG_DESTROY`.
+pub fn reset(netns: &Netns, sockets: &[TcpSocket]) -> Result<usize, SocketsError> {
+    netns.run(|| sockets.iter().map(destroy).sum())?
+}
+
+fn request(family: u8, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
+    let extensions = ExtensionFlags::empty();
+    SockDiagMessage::InetRequest(InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id })
+}
+
+fn dump(family: u8) -> Result<Vec<TcpSocket>, SocketsError> {
+    let io = |source| SocketsError::Io { action: "list", source };
+    let states = StateFlags::all() & !(StateFlags::TIME_WAIT | StateFlags::CLOSE);
+    let id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let socket = send(header, request(family, states, id), None).map_err(io)?;
+    let mut found = Vec::new();
+    loop {
+        let mut datagram = Vec::with_capacity(DATAGRAM);
+        socket.recv(&mut datagram, 0).map_err(io)?;
+        if parse(&datagram, &mut found)? {
+            return Ok(found);
+        }
+    }
+}
+
+/// Reads one datagram of a dump; true if it was the last one.
+fn parse(mut bytes: &[u8], found: &mut Vec<TcpSocket>) -> Result<bool, SocketsError> {
+    let bad = |error: &dyn std::fmt::Display| SocketsError::Answer(error.to_string());
+    while !bytes.is_empty() {
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(|e| bad(&e))?;
+        let length = (message.header.length as usize).next_multiple_of(4);
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+                found.push(TcpSocket::new(response.header));
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) => return Err(bad(&error)),
+            _ => {}
+        }
+        bytes = bytes.get(length.max(1)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+fn destroy(target: &TcpSocket) -> Result<usize, SocketsError> {
+    let io = |source| SocketsError::Io { action: "end", source };
+    let family = if target.id.source_address.is_ipv4() { AF_INET } else { AF_INET6 };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    let message = request(family, StateFlags::all(), target.id.clone());
+    let socket = send(header, message, Some(SOCK_DESTROY)).map_err(io)?;
+    let mut answer = Vec::with_capacity(DATAGRAM);
+    socket.recv(&mut answer, 0).map_err(io)?;
+    let message = NetlinkMessage::<SockDiagMessage>::deserialize(&answer)
+        .map_err(|error| SocketsError::Answer(error.to_string()))?;
+    match message.payload {
+        NetlinkPayload::Error(error) if error.code.is_some() => match error.to_io() {
+            gone if gone.raw_os_error() == Some(libc::ENOENT) => Ok(0),
+            refused => Err(io(refused)),
+        },
+        _ => Ok(1),
+    }
+}
+
+/// Sends one request on a socket of the calling thread's namespace.
+fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> io::Result<Socket> {
+    let mut packet = NetlinkMessage::new(header, message.into());
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+    if let Some(kind) = kind {
+        // The library knows the message only as a query; the type is bytes 4 and 5 of the header.
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+    }
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    socket.send(&bytes, 0)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_listener_and_both_ends_of_a_connection_are_listed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let found = tcp_sockets(&Netns::own().unwrap()).unwrap();
+        let service = listener.local_addr().unwrap();
+        let waiting = found.iter().find(|s| s.is_listener() && s.local == service).unwrap();
+        assert_eq!(waiting.receive_queue, 1, "one connection waits for accept");
+        let (near, far) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        assert!(found.iter().any(|s| (s.local, s.remote) == (near, far)));
+        assert!(found.iter().any(|s| (s.local, s.remote) == (far, near)));
+    }
+
+    #[test]
+    fn garbage_is_an_error_and_not_a_panic() {
+        for length in 1..40 {
+            let mut found = Vec::new();
+            let bytes = vec![0xa5; length];
+            assert!(parse(&bytes, &mut found).is_err() || found.is_empty());
+        }
+    }
+}

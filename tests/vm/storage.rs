@@ -9,4 +9,5 @@ mod death;
 mod full;
 mod lab;
 mod meter;
+mod power;
 mod refusals;

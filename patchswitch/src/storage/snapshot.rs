@@ -1,5 +1,8 @@
 //! Clones all disks of a partition in one instant, and discards the clones again.
 //!
+//! This is the copying of system disk and application disk of the patent (Fig. 7, steps 703 and 704), in the time of
+//! one suspend instead of one copy, whatever the size.
+//!
 //! The order of things is what keeps a clone right, so it is written in types: [`Loaded`] is what has its tables
 //! waiting, and the only way to make a snapshot come alive is [`Loaded::cut`], which does it while the origins stand
 //! still, or [`reopen`], which does it before there is an origin device at all. See the module
@@ -180,6 +183,14 @@ impl<'c> Loaded<'c> {
         let cutter = Cutter::fork(dm, &active, &clone)?;
         let before = SystemTime::now();
         let window = cutter.cut()?;
+        for one in self.0 {
+            let lines = dm.table(&one.of.active)?;
+            let origin = Table::Origin { device: one.origin.device() };
+            // Nobody should have changed it. But a clone whose origin keeps nothing for it would be silently wrong.
+            if Table::recognise(&lines, one.of.sectors) != Some(origin) {
+                return Err(other_table(&one.of.active, &lines, "the origin of the clone"));
+            }
+        }
         let clones = clone.iter().map(|&name| cloned(dm, name)).collect::<Result<_, _>>()?;
         let marks = active.iter().zip(window.written).map(|(&name, written)| {
             let info = dm.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
@@ -312,7 +323,9 @@ impl NotMapped {
 
 /// Makes the clones of before a reboot usable again, with their disks: until commit or discard both sides are there.
 ///
-/// Right also if they are usable already.
+/// Right also if they are usable already. Only for clones on record as existing: after a boot that goes back to the
+/// old side, [`discard`] (or [`free_cow`]) comes **before** the old side writes; else a store is left that looks whole,
+/// and is a clone of a disk that has changed under it.
 ///
 /// # Errors
 /// [`StorageError::CowEmpty`] if there is no clone in the store, [`StorageError::CloneLost`],

@@ -21,6 +21,7 @@
 //! | agent, after `go` | the cutter finishes as if nothing had happened |
 //! | cutter | the guard at once (the lease's other end is gone), and the agent |
 //! | cutter waits for a write that never ends | its own alarm after 1.3 s; the guard after 1.5 s |
+//! | cutter waits for a file system to freeze | the guard, after 1.5 s, all disks but that one; that one when it comes to rest |
 //! | guard, before `go` | the cutter refuses to begin |
 //! | guard, after `go` | the cutter finishes; if it dies as well, the agent resumes |
 //! | agent and cutter | the guard |
@@ -82,6 +83,12 @@ pub enum CutError {
     /// The process that cut died or did not end in time.
     #[error("the cutter died or did not end in time; every origin has been resumed")]
     Died,
+    /// The process that cut was killed and cannot end, because a device does not come to rest: the kernel does not
+    /// let go of a process that freezes a file system.
+    #[error(
+        "a disk does not come to rest (is its device very slow or gone?); it is resumed when it does, the others have been"
+    )]
+    Stuck,
 }
 
 /// What a cut was like.
@@ -188,8 +195,7 @@ impl<'dm> Cutter<'dm> {
                     return self.judge(report).map(|length| Window { length, written });
                 }
                 Ok(None) | Err(_) => {
-                    self.rescue();
-                    return Err(CutError::Died);
+                    return Err(if self.rescue() { CutError::Died } else { CutError::Stuck });
                 }
             }
         }
@@ -208,21 +214,24 @@ impl<'dm> Cutter<'dm> {
         Err(CutError::Refused { verb, name, source: io::Error::from_raw_os_error(report.errno) })
     }
 
-    /// What the guard does as well: both may, in any order.
-    fn rescue(&self) {
+    /// What the guard does as well: both may, in any order. Says whether the cutter has ended.
+    fn rescue(&self) -> bool {
         self.cutter.kill();
-        let resume = || {
-            for origin in &self.origins {
-                // Clearing may fail where there is no device any more; then so does resuming, and rightly.
-                let cleared = self.dm.clear(origin);
-                if let Err(error) = self.dm.resume(origin).and(cleared) {
-                    tracing::error!(%origin, %error, "failed to resume after a broken cut");
-                }
+        for origin in &self.origins {
+            // Clearing may fail where there is no device any more; then so does resuming, and rightly.
+            let cleared = self.dm.clear(origin);
+            if let Err(error) = self.dm.resume(origin).and(cleared) {
+                tracing::error!(%origin, %error, "failed to resume after a broken cut");
             }
-        };
-        resume();
-        self.cutter.wait(REAP_LIMIT);
-        resume();
+        }
+        let ended = self.cutter.wait(REAP_LIMIT);
+        // What the cutter was at when it was killed.
+        for origin in &self.origins {
+            if let Err(error) = self.dm.resume(origin) {
+                tracing::error!(%origin, %error, "failed to resume after a broken cut");
+            }
+        }
+        ended
     }
 }
 
@@ -235,8 +244,12 @@ impl Drop for Cutter<'_> {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if !self.wait(REAP_LIMIT) {
-            tracing::error!(pid = %self.pid, "a process of the cutter does not end");
+        if self.wait(REAP_LIMIT) {
+            return;
+        }
+        tracing::error!(pid = %self.pid, "a process of the cutter does not end; the agent waits for it in the background");
+        if let Ok(handle) = self.handle.try_clone() {
+            std::thread::spawn(move || reap(&handle, Duration::MAX));
         }
     }
 }
@@ -268,21 +281,26 @@ impl Child {
 
     /// Waits for the end of the process and reaps it.
     fn wait(&self, limit: Duration) -> bool {
-        if !readable(&self.handle, limit).unwrap_or(false) {
-            return false;
-        }
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-        let reaped = rustix::process::waitid(WaitId::PidFd(self.handle.as_fd()), options);
-        matches!(reaped, Ok(_) | Err(rustix::io::Errno::CHILD))
+        reap(&self.handle, limit)
     }
 }
 
+fn reap(handle: &OwnedFd, limit: Duration) -> bool {
+    if !readable(handle, limit).unwrap_or(false) {
+        return false;
+    }
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let reaped = rustix::process::waitid(WaitId::PidFd(handle.as_fd()), options);
+    matches!(reaped, Ok(_) | Err(rustix::io::Errno::CHILD))
+}
+
 fn readable(fd: &impl AsFd, limit: Duration) -> io::Result<bool> {
-    let end = Instant::now() + limit;
+    // Without an end where the limit is beyond the clock.
+    let end = Instant::now().checked_add(limit);
     loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let left = left.try_into().map_err(io::Error::other)?;
-        match rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.map(TryInto::try_into).transpose().map_err(io::Error::other)?;
+        match rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], left.as_ref()) {
             Err(rustix::io::Errno::INTR) => {}
             count => return Ok(count? > 0),
         }

@@ -19,8 +19,8 @@ use super::dm_ioctl::CALL;
 /// How long devices may be suspended before the cutter gives up by itself; the guard comes a little later.
 const ALARM: libc::timeval = libc::timeval { tv_sec: 1, tv_usec: 300_000 };
 const GUARD_MILLIS: i64 = 1_500;
-/// How long the guard waits for a cutter that it has killed.
-const LAST_WAIT_MILLIS: i64 = 10_000;
+/// For as long as it takes.
+const FOR_EVER: i64 = -1;
 
 const STARTED: u8 = b's';
 const DONE: u8 = b'd';
@@ -263,9 +263,13 @@ fn guard(script: &Script, ends: GuardEnds) -> i32 {
     kill(ends.cutter);
     rescue(script);
     send(ends.report, Report::of(Stage::Rescued));
-    // A cutter that was in a call that cannot be interrupted may have suspended one more device since.
-    wait_readable(ends.cutter, LAST_WAIT_MILLIS);
-    rescue(script);
+    // Freezing a file system cannot be interrupted. A cutter that was at it is dead only when its device has come to
+    // rest, and then the device is suspended; until then resuming it does nothing (do_resume).
+    wait_readable(ends.cutter, FOR_EVER);
+    // Only resumed: much later a table may be waiting that somebody else has loaded, and he wants it.
+    for origin in &script.origins {
+        call(script.control, &origin.resume).ok();
+    }
     1
 }
 
@@ -360,8 +364,10 @@ fn receive(fd: RawFd) -> Option<u8> {
 fn wait_readable(fd: RawFd, millis: i64) -> bool {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let limit = libc::timespec { tv_sec: millis / 1000, tv_nsec: (millis % 1000) * 1_000_000 };
-    // SAFETY: one live `pollfd`, one live `timespec`, no signal mask. All signals are blocked, so it is not cut short.
-    unsafe { libc::ppoll(&raw mut poll, 1, &raw const limit, std::ptr::null()) > 0 }
+    let limit = if millis == FOR_EVER { std::ptr::null() } else { &raw const limit };
+    // SAFETY: one live `pollfd`, one live `timespec` or none, no signal mask. The guard has all signals blocked, so it
+    // is not cut short.
+    unsafe { libc::ppoll(&raw mut poll, 1, limit, std::ptr::null()) > 0 }
 }
 
 fn kill(pidfd: RawFd) {

@@ -9,21 +9,23 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::block::DeviceNumber;
 use super::dm_ioctl::{self as wire, Answer, Call, Command};
 use super::ioctl;
 
+mod error;
+mod node;
+
 pub use super::dm_ioctl::{Malformed, Target};
+pub use error::DmError;
 
 /// What the UUID of every device of ours begins with.
 pub const UUID_PREFIX: &str = "PATCHSWITCH-";
 
 const CONTROL: &str = "/dev/mapper/control";
-const NODES: &str = "/dev/mapper";
 /// Room for an answer: what is tried first, and what no answer of ours can need.
 const ROOM: usize = 16 << 10;
 const ROOM_LIMIT: usize = 16 << 20;
@@ -86,65 +88,6 @@ pub struct Info {
     pub inactive: bool,
     /// Whether it goes with its last user.
     pub deferred: bool,
-}
-
-/// Why device-mapper did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum DmError {
-    /// The kernel has no device-mapper, or its module is not loaded.
-    #[error("failed to open {CONTROL} (is device-mapper there? try: modprobe -a dm_mod dm_snapshot)")]
-    NoDeviceMapper(#[source] io::Error),
-    /// The name is taken by a device that is not ours.
-    #[error("device-mapper device {0} exists and was not made by patchswitch")]
-    NotOurs(String),
-    /// There is no such device of ours.
-    #[error("there is no device-mapper device {0} of patchswitch")]
-    NoDevice(String),
-    /// Somebody has the device open.
-    #[error(
-        "device-mapper device {name} is still open {open_count} times after {waited:?} (a mount, perhaps in another mount namespace)"
-    )]
-    Busy {
-        /// The device.
-        name: String,
-        /// How many have it open.
-        open_count: u32,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// The kernel refused.
-    #[error("failed to {verb} device-mapper device {name} (the kernel log may say more)")]
-    Call {
-        /// What was asked for.
-        verb: &'static str,
-        /// Of which device.
-        name: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// A name or a table that cannot be put into a call, or an answer that cannot be read.
-    #[error("failed to {verb} device-mapper device {name}")]
-    Malformed {
-        /// What was asked for.
-        verb: &'static str,
-        /// Of which device.
-        name: String,
-        /// What is wrong with it.
-        #[source]
-        source: Malformed,
-    },
-    /// The device's node in `/dev/mapper` could not be made or removed.
-    #[error("failed to {verb} {}", path.display())]
-    Node {
-        /// What was tried.
-        verb: &'static str,
-        /// The node.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// The way to device-mapper.
@@ -297,12 +240,12 @@ impl Dm {
     /// [`DmError::Busy`] if somebody has, [`DmError::Call`].
     pub fn remove(&self, name: &str) -> Result<Done, DmError> {
         match self.remove_with(name, 0) {
-            Ok(_answer) => remove_node(name).map(|()| Done::Changed),
+            Ok(_answer) => node::remove(name).map(|()| Done::Changed),
             // A node that still leads to a device is somebody else's.
-            Err(DmError::NoDevice(_)) if DeviceNumber::of_path(&node_path(name)).is_ok() => {
+            Err(DmError::NoDevice(_)) if DeviceNumber::of_path(&node::path_of(name)).is_ok() => {
                 Ok(Done::AlreadySo)
             }
-            Err(DmError::NoDevice(_)) => remove_node(name).map(|()| Done::AlreadySo),
+            Err(DmError::NoDevice(_)) => node::remove(name).map(|()| Done::AlreadySo),
             Err(DmError::Call { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
                 let open_count = self.info(name)?.map_or(0, |info| info.open_count);
                 Err(DmError::Busy { name: name.to_owned(), open_count, waited: Duration::ZERO })
@@ -323,7 +266,7 @@ impl Dm {
             Err(DmError::NoDevice(_)) => return Ok(Removal::Gone),
             Err(error) => return Err(error),
         };
-        remove_node(name).map(|()| removal)
+        node::remove(name).map(|()| removal)
     }
 
     /// Waits until nobody has the device open, then removes it.
@@ -379,9 +322,9 @@ impl Dm {
     /// [`DmError::NoDevice`], [`DmError::Node`].
     pub fn node(&self, name: &str) -> Result<PathBuf, DmError> {
         let info = self.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
-        let path = node_path(name);
-        if !leads_to(&path, info.device) {
-            make_node(&path, info.device).map_err(node_error("make", &path))?;
+        let path = node::path_of(name);
+        if !node::leads_to(&path, info.device) {
+            node::make(&path, info.device)?;
         }
         Ok(path)
     }
@@ -475,41 +418,4 @@ fn uuid(name: &str) -> String {
 
 fn malformed<'n>(verb: &'static str, name: &'n str) -> impl Fn(Malformed) -> DmError + 'n {
     move |source| DmError::Malformed { verb, name: name.to_owned(), source }
-}
-
-fn node_error<'p>(verb: &'static str, path: &'p Path) -> impl Fn(io::Error) -> DmError + 'p {
-    move |source| DmError::Node { verb, path: path.to_owned(), source }
-}
-
-fn node_path(name: &str) -> PathBuf {
-    Path::new(NODES).join(name)
-}
-
-fn leads_to(path: &Path, device: DeviceNumber) -> bool {
-    std::fs::metadata(path)
-        .is_ok_and(|data| data.file_type().is_block_device() && data.rdev() == device.to_stat())
-}
-
-/// Makes the node under another name and renames it, so that the path never leads to a wrong device.
-fn make_node(path: &Path, device: DeviceNumber) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}", std::process::id()));
-    let kind = rustix::fs::FileType::BlockDevice;
-    let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    match rustix::fs::mknodat(rustix::fs::CWD, &temporary, kind, mode, device.to_stat()) {
-        Err(rustix::io::Errno::EXIST) => {
-            std::fs::remove_file(&temporary)?;
-            rustix::fs::mknodat(rustix::fs::CWD, &temporary, kind, mode, device.to_stat())?;
-        }
-        done => done?,
-    }
-    std::fs::rename(&temporary, path)
-}
-
-fn remove_node(name: &str) -> Result<(), DmError> {
-    let path = node_path(name);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(node_error("remove", &path)(error)),
-        _ => Ok(()),
-    }
 }

@@ -1,7 +1,7 @@
 //! The scan of a clone before anything is put into it (patent step 702): what is scanned is what boots.
 //!
 //! Two checks, on the clone's root mounted read-only: its files against the digests of its own package database
-//! ([`packages`]), and a command of the administrator ([`hook`]), e.g. a virus scanner. No program of the clone is
+//! (`packages`), and a command of the administrator (`hook`), e.g. a virus scanner. No program of the clone is
 //! ever run, and nothing is opened but regular files inside it. The database lies in the clone, so the first check
 //! finds what is broken or was replaced carelessly, not an intruder who rewrote the database as well; that is what
 //! the command is for.

@@ -147,6 +147,51 @@ fn a_package_is_read_by_dpkg_deb_where_there_is_one() {
     }
 }
 
+/// A member of an `ar` archive (`deb(5)`).
+fn member(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut bytes =
+        format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100_644, content.len()).into_bytes();
+    bytes.extend_from_slice(content);
+    bytes.resize(bytes.len().next_multiple_of(2), b'\n');
+    bytes
+}
+
+/// A tar archive with one file (POSIX `ustar`).
+fn tar(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut head = vec![0_u8; 512];
+    let mut put = |at: usize, text: &str| head[at..at + text.len()].copy_from_slice(text.as_bytes());
+    put(0, name);
+    put(100, "0000644\x000000000\x000000000\0");
+    put(124, &format!("{:011o}\x0000000000000\0        0", content.len()));
+    put(257, "ustar\x0000");
+    let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
+    head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    head.extend_from_slice(content);
+    head.resize(head.len().next_multiple_of(512) + 1024, 0);
+    head
+}
+
+#[test]
+fn a_package_says_what_it_is() {
+    let mut host = Host::new();
+    let control = "Package: nginx\nVersion: 1.22.1-9+deb12u11\nArchitecture: all\nMaintainer: x <x@example.org>\n\
+                   Description: none\n";
+    let archive = [
+        b"!<arch>\n".to_vec(),
+        member("debian-binary", b"2.0\n"),
+        member("control.tar", &tar("./control", control.as_bytes())),
+        member("data.tar", &[0; 1024]),
+    ];
+    let path = host.dir.path().join("nginx_1.22.1-9+deb12u11_all.deb");
+    std::fs::write(&path, archive.concat()).unwrap();
+    let patch = host.add(&path, "security", true).unwrap().patch;
+    assert_eq!(patch.driver, Driver::Deb);
+    let said =
+        patch.package.map(|package| format!("{} {} {}", package.name, package.version, package.architecture));
+    let expected = Program::DpkgDeb.find().map(|_| "nginx 1.22.1-9+deb12u11 all".to_owned());
+    assert_eq!(said, expected);
+}
+
 #[test]
 fn one_bad_name_among_several_adds_none() {
     let mut host = Host::new();

@@ -1,6 +1,5 @@
 //! Observe, and give back: the service is watched through its own address (patent step 2205).
 
-use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
@@ -92,7 +91,8 @@ impl TakenOver {
             job.attachment.switch(slot.other()).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
             let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
-            drain_new_side(job, slot).await.map_err(person)?;
+            let _ = job.manager.store.unset_applied(job.job).map_err(at(Phase::GiveBack)).map_err(person)?;
+            drain_new_side(job).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             Ok(((), json!({})))
         })
@@ -102,8 +102,7 @@ impl TakenOver {
 }
 
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
-async fn drain_new_side(job: &mut Context<'_>, slot: Slot) -> Result<(), Failure> {
-    let _ = slot;
+async fn drain_new_side(job: &mut Context<'_>) -> Result<(), Failure> {
     let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
     let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::GiveBack))?;
     job.report.drain = Some(report);

@@ -45,6 +45,7 @@ impl Verified {
             job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
             let switched = job.attachment.switch(clone.slot).await;
             let switched = switched.map_err(at(Phase::TakeOver))?;
+            let _ = job.manager.store.set_applied(job.job).map_err(at(Phase::TakeOver))?;
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
             let outcome = json!({

@@ -9,7 +9,7 @@ use crate::attachment::Attachment;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError};
 use crate::names::{Name, RUN_ROOT};
-use crate::store::{JobLock, NewJob, boot_id};
+use crate::store::{JobId, JobLock, NewJob, boot_id};
 
 /// Who watches a job.
 #[derive(Clone, Copy)]
@@ -72,6 +72,9 @@ pub async fn roll_back(
     let last = last_switch(manager, service)?;
     let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
     let result = rollback(&mut job, last.as_ref().and_then(|(at, _)| at.as_ref())).await;
+    if let (Ok(_), Some(patched)) = (&result, last_apply(job.manager, service)?) {
+        let _ = job.manager.store.unset_applied(patched)?;
+    }
     end(job, result, lock)
 }
 
@@ -145,9 +148,14 @@ type LastSwitch = (Option<super::report::AtSwitch>, Option<super::Loss>);
 
 /// What the last job that switched has kept for a rollback or a commit.
 fn last_switch(manager: &Manager, service: &Name) -> Result<Option<LastSwitch>, ManagerError> {
-    let jobs = manager.store.jobs(Some(service), 100)?;
-    match jobs.iter().rev().find(|job| job.kind == "apply") {
+    match last_apply(manager, service)? {
         None => Ok(None),
-        Some(job) => at_switch(manager.state(), job.id),
+        Some(job) => at_switch(manager.state(), job),
     }
+}
+
+/// The last job that patched the service.
+fn last_apply(manager: &Manager, service: &Name) -> Result<Option<JobId>, ManagerError> {
+    let jobs = manager.store.jobs(Some(service), 100)?;
+    Ok(jobs.iter().rev().find(|job| job.kind == "apply").map(|job| job.id))
 }

@@ -394,4 +394,3 @@ pub(super) fn live_table(dm: &Dm, name: &str) -> Result<Vec<Target>, StorageErro
         lines => Ok(lines?),
     }
 }
-pub fn close(_: &Dm, _: &[CloneOf], _: Duration) -> Result<(), Unfinished> { Ok(()) }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use patchswitch::host::linux::dm::Done;
 use patchswitch::storage::disk::{Room, activate};
-use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard, reopen};
+use patchswitch::storage::snapshot::{WhenBusy, clone_disks, close, discard, reopen};
 use patchswitch::storage::table::CHUNK;
 
 use super::lab::{self, LIMIT, Lab, Writer, assert_clean, device_digest, digests, records, sh};
@@ -97,8 +97,21 @@ fn clones_are_reopened_when_their_tables_are_gone() {
     let clone = lab.mount(&cut.clones[0].path, "b");
     sh(&format!("echo old > {}/side; echo new > {}/side; sync", mount.0.display(), clone.0.display()));
     let (old, new) = (digests(&mount.0), digests(&clone.0));
+    let refused = close(&lab.dm, &clones, Duration::from_millis(200)).unwrap_err();
+    assert!(refused.to_string().contains("still open"), "{refused}");
+    assert_eq!(lab.kind(&clones[0].clone), "snapshot", "the clone must not go before its disk");
     mount.unmount();
+    // The disk goes, the clone is in use and stays; then the disk comes back beside it.
+    close(&lab.dm, &clones, Duration::from_millis(200)).unwrap_err();
+    assert_eq!((lab.kind(&clones[0].active), lab.kind(&clones[0].clone)), (String::new(), "snapshot".into()));
+    reopen(&lab.dm, &clones).unwrap();
+    assert_eq!(lab.kind(&clones[0].active), "snapshot-origin");
     clone.unmount();
+    for _ in 0..2 {
+        close(&lab.dm, &clones, LIMIT).unwrap();
+        assert_eq!((lab.kind(&clones[0].active), lab.kind(&clones[0].clone)), (String::new(), String::new()));
+    }
+    reopen(&lab.dm, &clones).unwrap();
     // What a reboot takes away.
     sh(&format!("dmsetup remove {}; dmsetup remove {}", clones[0].clone, clones[0].active));
 

@@ -1,6 +1,6 @@
 //! Disks on real device-mapper: the cut, the discard, the commit, and everything that can break them.
 //!
-//! What is expected is looked at with `dmsetup`, `losetup`, `e2fsck`, `sha256sum` and the mount table, not with
+//! What is expected is looked at with `dmsetup`, `losetup`, `e2fsck`, `md5sum` and the mount table, not with
 //! patchswitch's own eyes; and every test ends with those lists being as they were.
 
 mod commit;

@@ -312,6 +312,28 @@ pub(super) fn remove(
     }
 }
 
+/// Takes disks and clones out of the kernel and keeps both: [`reopen`] brings them back with everything in them. For
+/// `down`, and before a reboot of the host. Both sides must have been stopped and unmounted.
+///
+/// The disk goes first: without its snapshot it would take writes that are not kept for the clone. So if the disk is
+/// still open, its clone is not touched. If only the clone is still open, it goes on without the disk, which is safe:
+/// it never writes to the origin.
+///
+/// Right also if some or all of it has been done.
+///
+/// # Errors
+/// [`Unfinished`] with everything that is still open; the rest is closed.
+pub fn close(dm: &Dm, clones: &[CloneOf], limit: Duration) -> Result<(), Unfinished> {
+    let one = |of: &CloneOf| {
+        dm.remove_when_closed(&of.active, limit)?;
+        dm.remove_when_closed(&of.clone, limit)?;
+        of.cow.detach()?;
+        of.origin.detach()?;
+        Ok::<_, StorageError>(())
+    };
+    Unfinished::check(clones.iter().rev().filter_map(|of| one(of).err()).collect())
+}
+
 /// Proof that no device writes to an origin through device-mapper, so that a snapshot of it may come alive.
 struct NotMapped(());
 
@@ -323,7 +345,9 @@ impl NotMapped {
 
 /// Makes the clones of before a reboot usable again, with their disks: until commit or discard both sides are there.
 ///
-/// Right also if they are usable already. Only for clones on record as existing: after a boot that goes back to the
+/// Right also if they are usable already, or if only the disk's device is missing: it is made after its snapshot and
+/// reads the chunk size from it. If only the **clone's** device is missing, what the disk took since is not kept for it,
+/// and this is refused. Only for clones on record as existing: after a boot that goes back to the
 /// old side, [`discard`] (or [`free_cow`]) comes **before** the old side writes; else a store is left that looks whole,
 /// and is a clone of a disk that has changed under it.
 ///

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use patchswitch::host::linux::dm::Done;
 use patchswitch::storage::disk::{Room, activate};
-use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard, reopen};
+use patchswitch::storage::snapshot::{WhenBusy, clone_disks, close, discard, reopen};
 use patchswitch::storage::table::CHUNK;
 
 use super::lab::{self, LIMIT, Lab, Writer, assert_clean, device_digest, digests, records, sh};
@@ -21,7 +21,7 @@ fn two_disks_are_cut_in_one_instant_under_a_writer() {
     let writer = Writer::start(&[&root_mount.0, &data_mount.0]);
     let clones = [lab.clone_of(&root, "b", "root"), lab.clone_of(&data, "b", "data")];
 
-    for round in 0..5 {
+    for round in 0..3 {
         let so_far = writer.acknowledged();
         lab::wait_until("the writer writes", LIMIT, || writer.acknowledged() > so_far + 20);
         let before = writer.acknowledged();
@@ -58,22 +58,22 @@ fn two_disks_are_cut_in_one_instant_under_a_writer() {
 #[test]
 fn a_clone_keeps_the_content_of_the_cut_under_big_writes() {
     let lab = Lab::new();
-    let (disk, active) = lab.disk("a", "root", 96);
+    let (disk, active) = lab.disk("a", "root", 48);
     let path = active.path.display();
-    sh(&format!("dd if=/dev/urandom of={path} bs=1M count=96 oflag=direct status=none"));
+    sh(&format!("dd if=/dev/urandom of={path} bs=1M count=48 oflag=direct status=none"));
     let before = device_digest(&active.path);
 
     let clones = [lab.clone_of(&disk, "b", "root")];
     let cut = clone_disks(&lab.dm, &clones).unwrap();
-    sh(&format!("dd if=/dev/urandom of={path} bs=1M count=64 oflag=direct status=none"));
-    sh(&format!("dd if=/dev/urandom of={path} bs=68K seek=997 count=97 oflag=direct status=none"));
+    sh(&format!("dd if=/dev/urandom of={path} bs=1M count=32 oflag=direct status=none"));
+    sh(&format!("dd if=/dev/urandom of={path} bs=68K seek=497 count=97 oflag=direct status=none"));
     assert_eq!(device_digest(&cut.clones[0].path), before, "the clone has changed with its origin");
     let now = device_digest(&active.path);
     assert_ne!(now, before);
 
     // And the other way round.
     sh(&format!(
-        "dd if=/dev/urandom of={} bs=1M count=32 seek=48 oflag=direct status=none",
+        "dd if=/dev/urandom of={} bs=1M count=16 seek=24 oflag=direct status=none",
         cut.clones[0].path.display()
     ));
     assert_eq!(device_digest(&active.path), now, "the origin has changed with its clone");
@@ -97,8 +97,21 @@ fn clones_are_reopened_when_their_tables_are_gone() {
     let clone = lab.mount(&cut.clones[0].path, "b");
     sh(&format!("echo old > {}/side; echo new > {}/side; sync", mount.0.display(), clone.0.display()));
     let (old, new) = (digests(&mount.0), digests(&clone.0));
+    let refused = close(&lab.dm, &clones, Duration::from_millis(200)).unwrap_err();
+    assert!(refused.to_string().contains("still open"), "{refused}");
+    assert_eq!(lab.kind(&clones[0].clone), "snapshot", "the clone must not go before its disk");
     mount.unmount();
+    // The disk goes, the clone is in use and stays; then the disk comes back beside it.
+    close(&lab.dm, &clones, Duration::from_millis(200)).unwrap_err();
+    assert_eq!((lab.kind(&clones[0].active), lab.kind(&clones[0].clone)), (String::new(), "snapshot".into()));
+    reopen(&lab.dm, &clones).unwrap();
+    assert_eq!(lab.kind(&clones[0].active), "snapshot-origin");
     clone.unmount();
+    for _ in 0..2 {
+        close(&lab.dm, &clones, LIMIT).unwrap();
+        assert_eq!((lab.kind(&clones[0].active), lab.kind(&clones[0].clone)), (String::new(), String::new()));
+    }
+    reopen(&lab.dm, &clones).unwrap();
     // What a reboot takes away.
     sh(&format!("dmsetup remove {}; dmsetup remove {}", clones[0].clone, clones[0].active));
 

@@ -209,12 +209,12 @@ fn shell(script: &str) -> std::process::Output {
 
 /// Names and digests of all files below a directory.
 pub(super) fn digests(root: &Path) -> String {
-    sh(&format!("cd {} && find . -xdev -type f -exec sha256sum {{}} + | sort -k2", root.display()))
+    sh(&format!("cd {} && find . -xdev -type f -exec md5sum {{}} + | sort -k2", root.display()))
 }
 
-/// The digest of a whole device, read past the page cache.
+/// The digest of a whole device, read past the page cache. The cheapest one: the processor is emulated.
 pub(super) fn device_digest(path: &Path) -> String {
-    sh(&format!("dd if={} bs=1M iflag=direct status=none | sha256sum", path.display()))
+    sh(&format!("dd if={} bs=1M iflag=direct status=none | md5sum", path.display()))
 }
 
 /// A file system is clean, by its own checker.

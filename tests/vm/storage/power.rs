@@ -45,16 +45,16 @@ fn patience(merge: Duration) -> Patience {
 fn a_merge_goes_on_after_a_power_cut() {
     let lab = Lab::new();
     if vm::phase().is_empty() {
-        let (disk, active) = lab.disk("a", "root", 96);
+        let (disk, active) = lab.disk("a", "root", 72);
         sh(&format!(
-            "dd if=/dev/urandom of={} bs=1M count=96 oflag=direct status=none",
+            "dd if=/dev/urandom of={} bs=1M count=72 oflag=direct status=none",
             active.path.display()
         ));
         let clones = vec![lab.clone_of(&disk, "b", "root")];
         let cut = clone_disks(&lab.dm, &clones).unwrap();
         let path = &cut.clones[0].path;
         sh(&format!(
-            "dd if=/dev/urandom of={} bs=1M count=80 seek=8 oflag=direct status=none",
+            "dd if=/dev/urandom of={} bs=1M count=64 seek=8 oflag=direct status=none",
             path.display()
         ));
         let expected = vec![device_digest(path)];

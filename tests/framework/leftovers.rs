@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::netlab::Ns;
+
 /// A list of the kernel, or of the system around it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -116,6 +118,18 @@ impl Snapshot {
         let mut snapshot = Self::default();
         network::read(&mut snapshot)?;
         machine::read(&mut snapshot)?;
+        Ok(snapshot)
+    }
+
+    /// Reads only the lists of some namespaces: for tests that share their machine with others.
+    ///
+    /// # Errors
+    /// As [`Snapshot::take`].
+    pub fn of(namespaces: &[&Ns]) -> anyhow::Result<Self> {
+        let mut snapshot = Self::default();
+        for namespace in namespaces {
+            network::read_named(&mut snapshot, namespace.name())?;
+        }
         Ok(snapshot)
     }
 

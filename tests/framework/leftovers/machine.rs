@@ -191,7 +191,7 @@ fn files(snapshot: &mut Snapshot) {
 }
 
 /// The names in a directory, in order; none if it is not there.
-fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();

@@ -38,7 +38,8 @@ pub struct SlotEntry {
 pub struct Settings {
     /// After this many nanoseconds without an answer a learned flow is forgotten.
     pub learned_idle_ns: u64,
-    /// The mark of the agent's own probes: they go to the veth they were sent on, whoever serves. 0: no such mark.
+    /// The mark of the agent's own probes of slot A, an even number; slot B's is one more. Probes go to the veth they
+    /// were sent on, whoever serves. 0: no such mark.
     pub probe_mark: u32,
     /// Padding, 0.
     pub pad: u32,

@@ -40,12 +40,21 @@ pub enum Verdict {
     Out = 7,
     /// From a partition to the kernel's routes (local and unreachable destinations, other partitions).
     OutByStack = 8,
-    /// From a standby that does not serve yet: dropped, unless it answers the host's own probe.
+    /// From or to a standby that does not serve: dropped. Only the agent's probes and their answers pass.
     Quarantined = 9,
+    /// From a partition with a source address that is not its own: dropped.
+    Spoofed = 10,
+    /// A packet of a partition that this hook has judged already and that the kernel now takes as if it came from the
+    /// link to which its routes point (see [`AGAIN_MARK`]).
+    Again = 11,
 }
 
+/// The mark of a packet on its way from one of our hooks to another one, which takes it off again. A partition cannot set
+/// it: the kernel clears marks where a packet leaves a network namespace.
+pub const AGAIN_MARK: u32 = 0x7073_6167;
+
 /// All verdicts, in the order of their counters.
-pub const VERDICTS: [Verdict; 10] = [
+pub const VERDICTS: [Verdict; 12] = [
     Verdict::NotOurs,
     Verdict::Malformed,
     Verdict::Neighbour,
@@ -56,6 +65,8 @@ pub const VERDICTS: [Verdict; 10] = [
     Verdict::Out,
     Verdict::OutByStack,
     Verdict::Quarantined,
+    Verdict::Spoofed,
+    Verdict::Again,
 ];
 
 impl Verdict {
@@ -72,6 +83,8 @@ impl Verdict {
             Self::Out => "out",
             Self::OutByStack => "out_by_stack",
             Self::Quarantined => "quarantined",
+            Self::Spoofed => "spoofed",
+            Self::Again => "again",
         }
     }
 }

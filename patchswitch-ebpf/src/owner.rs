@@ -105,19 +105,28 @@ fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
     lookup_tcp(ctx, entry.nsid as u64, flow, ask)
 }
 
-/// Whether the namespace of the hook's own device has a connection of a flow (seen from its end).
+/// Whether the host has a connection for a flow (seen from its end) that is bound to the hook's own device, as the
+/// agent's probes are. A connection of anybody else's on the host is none of a standby's business.
 #[inline(never)]
-pub fn host_has_connection(ctx: &TcContext, flow: &Flow, v6: bool) -> bool {
-    lookup_tcp(ctx, OWN_NAMESPACE, flow, Ask { v6, cookie: false }) == Socket::Connection
+pub fn answers_probe(ctx: &TcContext, flow: &Flow, v6: bool) -> bool {
+    let sk = find_tcp(ctx, OWN_NAMESPACE, flow, v6);
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: not null, and referenced until released below; both fields may be read of any socket.
+    let (state, device) = unsafe { ((*sk).state, (*sk).bound_dev_if) };
+    // SAFETY: the reference taken by the lookup, released once.
+    unsafe { bpf_sk_release(sk.cast()) };
+    !matches!(state, tcp_state::LISTEN | tcp_state::CLOSE) && device == Frame(ctx).ifindex()
 }
 
 /// Any negative id: the namespace of the packet's device.
 const OWN_NAMESPACE: u64 = -1i64 as u64;
 
 #[inline(always)]
-fn lookup_tcp(ctx: &TcContext, netns: u64, flow: &Flow, ask: Ask) -> Socket {
+fn find_tcp(ctx: &TcContext, netns: u64, flow: &Flow, v6: bool) -> *mut bpf_sock {
     let skb = ctx.skb.skb.cast::<c_void>();
-    let sk = if ask.v6 {
+    if v6 {
         let mut tuple = tuple6(flow);
         // SAFETY: the tuple is valid for the given size.
         unsafe { bpf_skc_lookup_tcp(skb, as_tuple(&mut tuple), size_of::<Tuple6>() as u32, netns, 0) }
@@ -125,7 +134,12 @@ fn lookup_tcp(ctx: &TcContext, netns: u64, flow: &Flow, ask: Ask) -> Socket {
         let mut tuple = tuple4(flow);
         // SAFETY: as above.
         unsafe { bpf_skc_lookup_tcp(skb, as_tuple(&mut tuple), size_of::<Tuple4>() as u32, netns, 0) }
-    };
+    }
+}
+
+#[inline(always)]
+fn lookup_tcp(ctx: &TcContext, netns: u64, flow: &Flow, ask: Ask) -> Socket {
+    let sk = find_tcp(ctx, netns, flow, ask.v6);
     if sk.is_null() {
         return Socket::None;
     }

@@ -3,17 +3,19 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::bpf_redir_neigh;
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect_neigh};
+use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
+use aya_ebpf::helpers::generated::{
+    bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh,
+};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
 use patchswitch_common::parse::{Kind, Network, Packet, Transport};
-use patchswitch_common::verdict::{Event, Hook, Verdict};
+use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::Phase;
 
 use crate::maps;
-use crate::owner::{flow_key, host_has_connection};
+use crate::owner::{answers_probe, flow_key};
 use crate::packet::{self, Frame, is_ip};
 use crate::report::{DROP, NEXT, event, exit};
 use crate::rewrite;
@@ -25,6 +27,8 @@ const SKIP_NEIGH: u32 = 1 << 2;
 /// `BPF_FIB_LKUP_RET_SUCCESS` and `BPF_FIB_LKUP_RET_NO_NEIGH`: both name the device and the next hop.
 const FOUND: i64 = 0;
 const FOUND_NO_NEIGHBOUR: i64 = 7;
+/// `BPF_FIB_LKUP_RET_FRAG_NEEDED`: the device is named as well.
+const FRAGMENTATION_NEEDED: i64 = 8;
 
 /// Set by the loader where the kernel knows [`SKIP_NEIGH`].
 #[unsafe(no_mangle)]
@@ -37,42 +41,88 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     let (true, Some(slot)) = (is_ip(ethertype), maps::slot_of(frame.ifindex())) else {
         return exit(Hook::FromPartition, Verdict::NotOurs, NEXT);
     };
+    if frame.mark() == AGAIN_MARK {
+        ctx.set_mark(0);
+        return exit(Hook::FromPartition, Verdict::Again, NEXT);
+    }
     let mut network = Network::EMPTY;
     if !packet::network(ctx, ethertype, &mut network) {
         return exit(Hook::FromPartition, Verdict::Malformed, NEXT);
     }
     let word = maps::word();
     if slot != word.active() && word.phase() == Phase::Steady {
-        return quarantine(ctx, &network);
+        return quarantine(ctx, slot, &network);
+    }
+    let origin = origin(slot, &network);
+    match origin {
+        Origin::Forged => return exit(Hook::FromPartition, Verdict::Spoofed, DROP),
+        Origin::Link => return exit(Hook::FromPartition, Verdict::OutByStack, NEXT),
+        Origin::Service | Origin::Own => {}
     }
     let mut source = network.source;
+    let mut from_service = origin == Origin::Service;
     let mut packet = Packet::EMPTY;
     if (word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
         if word.learns() && slot == word.active() {
             learn(slot, &packet);
         } else if word.notice() && word.phase() == Phase::Draining && slot != word.active() {
-            source = rewrite::reply(ctx, slot, &network, &packet);
+            from_service |= rewrite::reply(ctx, slot, &network, &packet, &mut source);
         }
+    }
+    if !from_service {
+        return exit(Hook::FromPartition, Verdict::OutByStack, NEXT);
     }
     match next_hop(ctx, &network, &source) {
         Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
-        None => exit(Hook::FromPartition, Verdict::OutByStack, NEXT),
+        None => exit(Hook::FromPartition, Verdict::OutByStack, by_the_route(ctx, &network, &source)),
     }
 }
 
-/// A standby reaches nothing but the host's own probes: a segment passes only if the host has a connection for it.
+/// Whose address a packet of a partition has as its source.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// The service's.
+    Service,
+    /// Its own.
+    Own,
+    /// None that is valid beyond the link (neighbour discovery, listener reports); the kernel never forwards it.
+    Link,
+    /// Somebody else's.
+    Forged,
+}
+
+#[inline(never)]
+fn origin(slot: Slot, network: &Network) -> Origin {
+    let source = &network.source;
+    let Some(entry) = maps::slot(slot) else { return Origin::Forged };
+    let own = if network.v6 { &entry.own6 } else { &entry.own4 };
+    let (zero, first) = (*source == [0; 16], u16::from_be_bytes([source[0], source[1]]));
+    if zero || first & 0xffc0 == 0xfe80 {
+        Origin::Link
+    } else if maps::is_service(source) {
+        Origin::Service
+    } else if source == own {
+        Origin::Own
+    } else {
+        Origin::Forged
+    }
+}
+
+/// A standby reaches nothing but the agent's probes: a segment passes only if the host has a connection for it that is
+/// bound to this very link.
 #[inline(always)]
-fn quarantine(ctx: &TcContext, network: &Network) -> i32 {
+fn quarantine(ctx: &TcContext, slot: Slot, network: &Network) -> i32 {
     let mut packet = Packet::EMPTY;
     let answers = packet::inbound(ctx, network, &mut packet)
         && packet.kind == Kind::Direct
         && packet.transport == Transport::Tcp
-        && host_has_connection(ctx, &packet.flow, network.v6);
-    if answers {
-        exit(Hook::FromPartition, Verdict::OutByStack, NEXT)
-    } else {
-        exit(Hook::FromPartition, Verdict::Quarantined, DROP)
+        && answers_probe(ctx, &packet.flow, network.v6);
+    if !answers {
+        return exit(Hook::FromPartition, Verdict::Quarantined, DROP);
     }
+    // With the mark the host's check of the way back (rp_filter) asks the table of the probes, which names this link.
+    ctx.set_mark(maps::settings().probe_mark | slot.index());
+    exit(Hook::FromPartition, Verdict::Probe, NEXT)
 }
 
 /// Remembers a flow that the serving partition answered and that no socket will tell of.
@@ -115,34 +165,42 @@ struct Fib {
 }
 const _: () = assert!(size_of::<Fib>() == 64);
 
+impl Fib {
+    #[inline(always)]
+    fn new(ctx: &TcContext, network: &Network, source: &Address, destination: &Address) -> Self {
+        Self {
+            family: if network.v6 { AF_INET6 } else { AF_INET },
+            l4_protocol: network.protocol,
+            source_port: 0,
+            destination_port: 0,
+            total_length: 0,
+            ifindex: Frame(ctx).ifindex(),
+            flow_info: 0,
+            source: if network.v6 { *source } else { leading(source) },
+            destination: if network.v6 { *destination } else { leading(destination) },
+            vlan: [0; 4],
+            source_mac: [0; 6],
+            destination_mac: [0; 6],
+        }
+    }
+
+    /// Asks the kernel's routes; `ifindex` and `destination` are the link and the next hop then.
+    #[inline(always)]
+    fn look_up(&mut self, ctx: &TcContext) -> i64 {
+        // SAFETY: a static that the loader writes before the program is loaded.
+        let skip = unsafe { core::ptr::read_volatile(&raw const HAS_SKIP_NEIGH) };
+        let flags = if skip != 0 { SKIP_NEIGH } else { 0 };
+        let params = core::ptr::from_mut(self).cast();
+        // SAFETY: `self` has the layout and size that the helper is told.
+        unsafe { bpf_fib_lookup(ctx.skb.skb.cast::<c_void>(), params, size_of::<Self>() as i32, flags) }
+    }
+}
+
 /// The way out, if the kernel's routes name an uplink; everything else is the kernel's own to do.
 #[inline(never)]
 fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32> {
-    let frame = Frame(ctx);
-    if !maps::is_service(source) {
-        return None;
-    }
-    let mut fib = Fib {
-        family: if network.v6 { AF_INET6 } else { AF_INET },
-        l4_protocol: network.protocol,
-        source_port: 0,
-        destination_port: 0,
-        total_length: 0,
-        ifindex: frame.ifindex(),
-        flow_info: 0,
-        source: if network.v6 { *source } else { leading(source) },
-        destination: if network.v6 { network.destination } else { leading(&network.destination) },
-        vlan: [0; 4],
-        source_mac: [0; 6],
-        destination_mac: [0; 6],
-    };
-    // SAFETY: a static that the loader writes before the program is loaded.
-    let skip = unsafe { core::ptr::read_volatile(&raw const HAS_SKIP_NEIGH) };
-    let flags = if skip != 0 { SKIP_NEIGH } else { 0 };
-    let params = (&raw mut fib).cast();
-    // SAFETY: `fib` has the layout and size that the helper is told.
-    let found =
-        unsafe { bpf_fib_lookup(ctx.skb.skb.cast::<c_void>(), params, size_of::<Fib>() as i32, flags) };
+    let mut fib = Fib::new(ctx, network, source, &network.destination);
+    let found = fib.look_up(ctx);
     if !matches!(found, FOUND | FOUND_NO_NEIGHBOUR) || !maps::is_uplink(fib.ifindex) {
         return None;
     }
@@ -150,6 +208,24 @@ fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32>
     let params = (&raw mut neighbour).cast::<bpf_redir_neigh>();
     // SAFETY: `neighbour` has the layout and size that the helper is told.
     Some(unsafe { bpf_redirect_neigh(fib.ifindex, params, size_of::<Neighbour>() as i32, 0) } as i32)
+}
+
+/// Hands a packet to the kernel on the link to which its route for the service points.
+///
+/// Both partitions have the service address, but only one of them can have the host's route to it. On the other's link
+/// the kernel would drop what comes with that source (`rp_filter`; a firewall's check of the reverse path for IPv6).
+#[inline(never)]
+fn by_the_route(ctx: &TcContext, network: &Network, source: &Address) -> i32 {
+    let mut fib = Fib::new(ctx, network, &network.destination, source);
+    let found = fib.look_up(ctx);
+    let here = Frame(ctx).ifindex();
+    let routed = matches!(found, FOUND | FOUND_NO_NEIGHBOUR | FRAGMENTATION_NEEDED);
+    if !routed || fib.ifindex == here || maps::slot_of(fib.ifindex).is_none() {
+        return NEXT;
+    }
+    ctx.set_mark(AGAIN_MARK);
+    // SAFETY: a helper on plain numbers.
+    unsafe { bpf_redirect(fib.ifindex, u64::from(BPF_F_INGRESS)) as i32 }
 }
 
 /// `struct bpf_redir_neigh` of `linux/bpf.h`.

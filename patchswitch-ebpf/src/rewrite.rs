@@ -22,17 +22,24 @@ const BPF_F_IPV6: u64 = 1 << 7;
 #[unsafe(no_mangle)]
 static HAS_CSUM_IPV6: u32 = 0;
 
-/// Rewrites the source of a reply if it belongs to a learned flow, and returns the source that the packet has now.
+/// Rewrites the source of a reply if it belongs to a learned flow; then `source` is what it is now.
 #[inline(never)]
-pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet) -> Address {
-    let Some(local) = service_of(slot, network, packet) else { return network.source };
+pub fn reply(
+    ctx: &TcContext,
+    slot: Slot,
+    network: &Network,
+    packet: &Packet,
+    source: &mut Address,
+) -> bool {
+    let Some(local) = service_of(slot, network, packet) else { return false };
     let done = if network.v6 { rewrite6(ctx, network, &local) } else { rewrite4(ctx, network, &local) };
     if done.is_none() {
         event(Event::RewriteFailed);
-        return network.source;
+        return false;
     }
     event(if network.v6 { Event::RewrittenV6 } else { Event::RewrittenV4 });
-    local
+    *source = local;
+    true
 }
 
 /// The service address that the client of this reply asked; nothing if the packet is not such a reply.

@@ -12,7 +12,7 @@ use patchswitch_common::word::{Phase, Word};
 use crate::maps;
 use crate::owner::Sockets;
 use crate::packet::{self, Frame, is_ip};
-use crate::report::{NEXT, event, exit};
+use crate::report::{DROP, NEXT, event, exit};
 
 /// A client's packet: into the namespace of its owner, byte for byte as it came. The frame is addressed to the host
 /// already, and IP does not look at the MAC, so nothing has to be stored.
@@ -39,12 +39,15 @@ pub fn from_uplink(ctx: &TcContext) -> i32 {
 #[inline(always)]
 pub fn from_host(ctx: &TcContext) -> i32 {
     let frame = Frame(ctx);
-    let mark = frame.mark();
-    if mark != 0 && mark == maps::settings().probe_mark {
+    let probe = maps::settings().probe_mark;
+    if probe != 0 && frame.mark() & !1 == probe {
         // A dead standby must not look healthy because the active one answered.
         return exit(Hook::ToPartition, Verdict::Probe, NEXT);
     }
     match choose(&frame) {
+        Err(Verdict::NotOurs) if is_ip(frame.ethertype()) && is_quarantined(frame.ifindex()) => {
+            exit(Hook::ToPartition, Verdict::Quarantined, DROP)
+        }
         Err(verdict) => exit(Hook::ToPartition, verdict, NEXT),
         Ok(slot) => match maps::slot(slot) {
             Some(entry) if entry.ifindex != frame.ifindex() => {
@@ -55,6 +58,13 @@ pub fn from_host(ctx: &TcContext) -> i32 {
             None => exit(Hook::ToPartition, Verdict::Unsteered, NEXT),
         },
     }
+}
+
+/// Whether a link leads to a partition that does not serve.
+#[inline(always)]
+fn is_quarantined(ifindex: u32) -> bool {
+    let word = maps::word();
+    word.phase() == Phase::Steady && maps::slot_of(ifindex).is_some_and(|slot| slot != word.active())
 }
 
 #[inline(always)]

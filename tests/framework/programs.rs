@@ -23,14 +23,16 @@ pub fn find(program: &str) -> Option<PathBuf> {
     PATH.split(':').map(|dir| Path::new(dir).join(program)).find(|path| path.is_file())
 }
 
-/// Where cargo put a program of this workspace: next to the test that is running.
+/// Where a program of this workspace was built: in the directory that `PATCHSWITCH_BIN_DIR` names, else where cargo
+/// puts it, next to the test that is running.
 ///
 /// # Errors
 /// If it is not there. Cargo builds only the binaries of the package under test, so the caller (`cargo xtask
 /// test`) builds the workspace first.
 pub fn built(program: &str) -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe().context("failed to find the running test")?;
-    let directories = test.ancestors().skip(1).take(2);
+    let named = std::env::var_os("PATCHSWITCH_BIN_DIR").map(PathBuf::from);
+    let directories = named.iter().map(PathBuf::as_path).chain(test.ancestors().skip(1).take(2));
     let found = directories.map(|dir| dir.join(program)).find(|path| path.is_file());
     found.with_context(|| {
         format!(
@@ -46,8 +48,10 @@ fn command(argv: &[&str]) -> anyhow::Result<Command> {
     let path = find(program).with_context(|| format!("{program} is not installed"))?;
     let mut command = Command::new(path);
     command.args(arguments).env_clear().env("PATH", PATH).env("LC_ALL", "C");
-    if let Some(value) = std::env::var_os("RUST_BACKTRACE") {
-        command.env("RUST_BACKTRACE", value);
+    for name in ["RUST_BACKTRACE", "PATCHSWITCH_BPF_OBJECT"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
     }
     command.stdin(Stdio::null());
     Ok(command)

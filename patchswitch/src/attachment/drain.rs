@@ -1,14 +1,14 @@
 //! Which flows a partition still has, and waiting until they have ended.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment};
-use crate::host::linux::sockets::{self, TcpSocket};
+use super::{AttachError, Attachment, ServicePorts};
+use crate::host::linux::sockets::{self, Protocol, Socket};
 
 /// The kernel is asked this often while a partition drains.
 const POLL: Duration = Duration::from_millis(250);
@@ -25,12 +25,14 @@ pub struct Flows {
     /// Learned flows that are not idle for too long: UDP and ICMP.
     pub learned: usize,
     #[serde(skip)]
-    sockets: Vec<TcpSocket>,
+    sockets: Vec<Socket>,
 }
 
 /// One connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Flow {
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
     /// The partition's end.
     pub local: SocketAddr,
     /// The other end.
@@ -102,19 +104,24 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Sockets`].
     pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
-        let sockets = sockets::tcp_sockets(&self.netns(slot)?)?;
-        let mut ports = self.record().service_ports.clone();
-        ports.extend(listeners(&sockets));
+        let all = sockets::all(&self.netns(slot)?)?;
+        let now = ports(&all, &self.record().addresses);
+        let known = &self.record().service_ports;
+        let serves = |socket: &Socket| match socket.protocol {
+            Protocol::Tcp => [&known.tcp, &now.tcp],
+            Protocol::Udp => [&known.udp, &now.udp],
+        }
+        .iter()
+        .any(|ports| ports.contains(&socket.local.port()));
+        let ours = |socket: &Socket| self.record().addresses.contains(&socket.local.ip());
         let mut flows = Flows { learned: self.plane().learned(slot)?, ..Flows::default() };
-        for socket in sockets {
-            let ours = |s: &TcpSocket| self.record().addresses.contains(&s.local.ip());
+        for socket in all {
             if socket.is_listener() {
                 let wide = socket.local.ip().is_unspecified() || ours(&socket);
                 flows.queued += if wide { socket.receive_queue } else { 0 };
-            } else if ours(&socket) {
-                let flow =
-                    Flow { local: socket.local, remote: socket.remote, state: state_name(socket.state) };
-                if ports.contains(&socket.local.port()) {
+            } else if socket.is_connected() && ours(&socket) {
+                let flow = flow(&socket);
+                if serves(&socket) {
                     flows.accepted.push(flow);
                     flows.sockets.push(socket);
                 } else {
@@ -125,11 +132,12 @@ impl Attachment {
         Ok(flows)
     }
 
-    pub(super) fn listening_ports(&self, slot: Slot) -> Result<Vec<u16>, AttachError> {
+    /// The ports on which a partition serves now.
+    pub(super) fn service_ports(&self, slot: Slot) -> Result<ServicePorts, AttachError> {
         if self.record().slots[slot as usize].is_none() {
-            return Ok(Vec::new());
+            return Ok(ServicePorts::default());
         }
-        Ok(listeners(&sockets::tcp_sockets(&self.netns(slot)?)?))
+        Ok(ports(&sockets::all(&self.netns(slot)?)?, &self.record().addresses))
     }
 
     /// Waits until the retiring partition has no accepted flow left, and ends the switch then.
@@ -211,9 +219,24 @@ impl Attachment {
     }
 }
 
-fn listeners(sockets: &[TcpSocket]) -> Vec<u16> {
-    let mut ports: Vec<u16> = sockets.iter().filter(|s| s.is_listener()).map(|s| s.local.port()).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    ports
+fn flow(socket: &Socket) -> Flow {
+    let protocol = match socket.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    Flow { protocol, local: socket.local, remote: socket.remote, state: state_name(socket.state) }
+}
+
+/// The ports on which somebody waits for flows to one of the addresses.
+fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
+    let of = |protocol| {
+        let waits = |s: &&Socket| s.protocol == protocol && !s.is_connected();
+        let hears = |s: &&Socket| s.local.ip().is_unspecified() || addresses.contains(&s.local.ip());
+        let waiting = sockets.iter().filter(waits).filter(hears);
+        let mut ports: Vec<u16> = waiting.map(|s| s.local.port()).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    };
+    ServicePorts { tcp: of(Protocol::Tcp), udp: of(Protocol::Udp) }
 }

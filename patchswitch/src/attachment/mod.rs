@@ -12,30 +12,39 @@
 //! The record of an attachment is in `/run/patchswitch/attachments`, its programs, maps and links are pinned, and no
 //! process has to live for it to work.
 
+mod build;
 mod drain;
+mod lock;
+mod preflight;
+mod probe;
 mod record;
+mod remove;
+mod settings;
 mod wiring;
 
-pub use drain::{DrainOptions, DrainReport, Flows, OnDeadline};
-pub use record::{Inside, Lock, Record, RecordError, SlotRecord};
+pub use drain::{DrainOptions, DrainReport, Flow, Flows, OnDeadline};
+pub use lock::Lock;
+pub use probe::Prober;
+pub use record::{Inside, Record, RecordError, ServicePorts, SlotRecord};
 
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Settings, SlotEntry};
+use patchswitch_common::maps::SlotEntry;
+use patchswitch_common::verdict::Event;
 use patchswitch_common::word::{Phase, Word};
 
-use crate::dataplane::{self, Dataplane, DataplaneError, End, Hook, HookKind, Point};
-use crate::host::linux::netlink::{Link, Netlink, NetlinkError};
+use self::record::identity;
+use self::settings::Settings;
+use crate::dataplane::{Dataplane, DataplaneError, HookKind};
+use crate::exit::ExitCode;
+use crate::host::linux::netlink::{Netlink, NetlinkError};
 use crate::host::linux::netns::{Netns, NetnsError, NetnsRef};
 use crate::host::linux::sockets::SocketsError;
-use crate::host::linux::sysctl::{self, SysctlError};
+use crate::host::linux::sysctl::SysctlError;
 use crate::names::{self, Name};
 
-/// Ids of namespaces begin here: the kernel's own choice is the lowest free number, so a high base keeps clear of it.
-const NSID_BASE: u32 = 0x5053_0000;
 /// Default of [`Spec::udp_idle`].
 pub const UDP_IDLE: Duration = Duration::from_secs(125);
 
@@ -63,6 +72,24 @@ pub enum AttachError {
     /// The request makes no sense on this host; nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// Not permitted; nothing was changed.
+    #[error("this changes network namespaces and loads BPF programs, which only root may")]
+    NotRoot,
+    /// Whoever made it was killed before it was done.
+    #[error("{0} was not made to its end; `patchswitch detach {0}` removes what is there of it")]
+    Incomplete(Name),
+    /// Flows were in flight that could not be remembered: they would be lost by the switch. Nothing was changed.
+    #[error("{packets} packets of flows without a socket found the table of learned flows full; these flows would be cut")]
+    LearnFull {
+        /// Packets that found no room since the learning began.
+        packets: u64,
+    },
+    /// The switch is made, new flows go to the new partition, but something that belongs to it failed.
+    #[error("the switch is made, but not everything that belongs to it: {}", causes.join("; "))]
+    AfterSwitch {
+        /// What failed.
+        causes: Vec<String>,
+    },
     /// Building failed and was undone, or the undoing failed as well.
     #[error("failed to attach {name}; {undone}")]
     Undone {
@@ -84,6 +111,29 @@ pub enum AttachError {
     },
 }
 
+impl AttachError {
+    /// What a command that ends with it says.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Record(RecordError::Busy(_)) => ExitCode::Busy,
+            Self::Record(RecordError::Exists(_)) => ExitCode::CannotCreate,
+            Self::NotRoot => ExitCode::Permission,
+            Self::LearnFull { .. } => ExitCode::GateFailed,
+            Self::AfterSwitch { .. } => ExitCode::Io,
+            Self::Undone { cause, .. } => cause.exit_code(),
+            other if is_denied(other) => ExitCode::Permission,
+            _ => ExitCode::Failed,
+        }
+    }
+}
+
+/// Whether the kernel said that this is not permitted, at any depth.
+fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
+    let own = error.downcast_ref::<std::io::Error>();
+    own.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_denied)
+}
+
 /// What to attach.
 #[derive(Clone, Debug)]
 pub struct Spec {
@@ -95,6 +145,8 @@ pub struct Spec {
     pub uplinks: Vec<String>,
     /// After this time without an answer a flow without a socket of its own is forgotten.
     pub udp_idle: Duration,
+    /// How programs are attached; nothing: the best that this kernel has.
+    pub hook: Option<HookKind>,
 }
 
 /// Who goes into a slot.
@@ -112,15 +164,24 @@ impl Partition {
     /// Somebody else's namespace.
     pub fn guest(netns: NetnsRef, name: &Name) -> Self {
         let inner_link = names::host_link(name, 0);
-        Self { netns, inner_link, inside: Inside::Guest { table: guest_table(name) } }
+        Self { netns, inner_link, inside: Inside::Guest { table: wiring::guest_table(name) } }
     }
 }
 
-/// A routing table of its own for each attachment, well away from those that people number by hand.
-fn guest_table(name: &Name) -> u32 {
-    use sha2::{Digest, Sha256};
-    let digest = Sha256::digest(name.as_str().as_bytes());
-    0x7073_0000 | u32::from(u16::from_be_bytes([digest[0], digest[1]]))
+/// What a switch does beside the switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwitchOptions {
+    /// Give replies of the retiring partition that carry its own address the service's: the notice of the patent. Off
+    /// only to show what it is good for.
+    pub notice: bool,
+    /// Switch although flows without a socket could not all be remembered.
+    pub despite_unlearned: bool,
+}
+
+impl Default for SwitchOptions {
+    fn default() -> Self {
+        Self { notice: true, despite_unlearned: false }
+    }
 }
 
 /// What a switch did.
@@ -155,27 +216,27 @@ impl Attachment {
         first: &Partition,
         second: Option<&Partition>,
     ) -> Result<Self, AttachError> {
+        preflight::root()?;
         let shared = Lock::host()?;
         let lock = Lock::of(&spec.name)?;
         let own = Netns::own()?;
         let host = Netlink::open(&own)?;
-        let links = preflight(spec, &own, &host, first, second).await?;
-        let mut record = Record {
-            name: spec.name.clone(),
-            host: identity(&own)?,
-            addresses: spec.addresses.clone(),
-            uplinks: spec.uplinks.clone(),
-            slots: [None, None],
-            hook_kind: HookKind::of_this_kernel(),
-            hooks: Vec::new(),
-            sysctls: Vec::new(),
-            service_ports: Vec::new(),
-        };
+        if let Ok(unfinished) = Record::load(&spec.name)
+            && !unfinished.ready
+        {
+            tracing::info!(name = %spec.name, "removing what a killed process left");
+            remove::remove(&unfinished, &Netlink::open(&here(&unfinished)?)?, &shared).await?;
+        }
+        let partitions: Vec<&Partition> = std::iter::once(first).chain(second).collect();
+        let links = preflight::check(spec, &own, &host, &partitions).await?;
+        let mut record = Record::new(spec, identity(&own)?);
         record.save()?;
-        match build(&mut record, spec, &host, &links, first, second).await {
+        let mut settings = Settings::load(record.host, &shared)?;
+        let plan = (links.as_slice(), partitions.as_slice());
+        match build::build(&mut record, spec, &host, &mut settings, plan).await {
             Ok(plane) => Ok(Self { record, plane, host, _lock: lock }),
             Err(cause) => {
-                let undone = match remove(&record, &host, &shared).await {
+                let undone = match remove::remove(&record, &host, &shared).await {
                     Ok(()) => "everything was undone".to_owned(),
                     Err(error) => error.to_string(),
                 };
@@ -187,12 +248,16 @@ impl Attachment {
     /// Opens an attachment for changes.
     ///
     /// # Errors
-    /// [`RecordError::Unknown`], [`RecordError::Busy`], or [`AttachError::Refused`] from another network namespace.
+    /// [`RecordError::Unknown`], [`RecordError::Busy`], [`AttachError::Incomplete`], [`DataplaneError::NotAttached`] if
+    /// its pins are gone, or [`AttachError::Refused`] from another network namespace.
     pub fn open(name: &Name) -> Result<Self, AttachError> {
+        preflight::root()?;
         let lock = Lock::of(name)?;
         let record = Record::load(name)?;
-        let own = here(&record)?;
-        let host = Netlink::open(&own)?;
+        let host = Netlink::open(&here(&record)?)?;
+        if !record.ready {
+            return Err(AttachError::Incomplete(name.clone()));
+        }
         Ok(Self { plane: Dataplane::open(name)?, record, host, _lock: lock })
     }
 
@@ -229,9 +294,9 @@ impl Attachment {
         if self.record.slots[slot as usize].is_some() {
             return Err(AttachError::Refused(format!("both slots of {} are taken", self.record.name)));
         }
-        let mtu = mtu(&self.host, &self.record.uplinks).await?;
-        let joined = join(&mut self.record, &self.plane, &self.host, slot, partition, mtu).await;
-        if let Err(cause) = joined {
+        preflight::check_join(&self.record, &Netns::own()?, &self.host, partition).await?;
+        let joined = build::join(&mut self.record, &self.plane, &self.host, slot, partition).await;
+        if let Err(cause) = joined.and_then(|()| build::self_test(&self.record, &self.plane)) {
             let undone = match self.leave(slot).await {
                 Ok(()) => "the slot is empty again".to_owned(),
                 Err(error) => error.to_string(),
@@ -261,34 +326,53 @@ impl Attachment {
         for hook in self.record.hooks.iter().filter(|hook| hook.link == entry.link) {
             errors.extend(Dataplane::detach(&self.record.name, hook).err().map(AttachError::Dataplane));
         }
-        errors.extend(wiring::remove_slot(&self.host, &self.record, &entry).await);
-        removal(&self.record.name, &errors)?;
+        errors.extend(wiring::disown(&self.host, &self.record, &entry).await);
+        errors.extend(wiring::remove_slot(&self.host, &self.record, slot, &entry).await);
+        remove::removal(&self.record.name, &errors)?;
         self.record.hooks.retain(|hook| hook.link != entry.link);
         self.record.slots[slot as usize] = None;
         Ok(self.record.save()?)
     }
 
-    /// Gives new flows to a slot; flows that exist stay where they are. The same for there and back.
-    ///
-    /// The order: notice on, flip (one store), fence, then what the slow paths say.
+    /// [`Attachment::switch_with`] the default options.
     ///
     /// # Errors
-    /// [`AttachError`]; before the store nothing has changed, after it the switch is done whatever else fails.
+    /// As there.
     pub async fn switch(&mut self, to: Slot) -> Result<Switched, AttachError> {
+        self.switch_with(to, SwitchOptions::default()).await
+    }
+
+    /// Gives new flows to a slot; flows that exist stay where they are. The same for there and back.
+    ///
+    /// The order: notice on, flip (one store), fence, then what the slow paths say. A partition that takes over again
+    /// gets the service address as its source before the flip: until then the notice rewrites its replies.
+    ///
+    /// # Errors
+    /// [`AttachError::AfterSwitch`] if the switch is made but not all that belongs to it; with any other error nothing
+    /// was switched.
+    pub async fn switch_with(
+        &mut self,
+        to: Slot,
+        options: SwitchOptions,
+    ) -> Result<Switched, AttachError> {
         let (from, target) = (to.other(), self.slot(to)?.clone());
-        self.record.service_ports = self.listening_ports(from)?;
+        self.all_learned(options)?;
+        self.record.service_ports = self.service_ports(from)?;
         self.record.save()?;
-        let ready = self.plane.word().with_notice(true);
-        self.plane.store(self.plane.word(), ready)?;
+        wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
+        let word = self.plane.word();
+        let ready = word.with_notice(options.notice);
+        self.plane.store(word, ready)?;
         let start = Instant::now();
         self.plane.store(ready, ready.taken_over_by(to))?;
         let stored = Instant::now();
-        self.plane.fence()?;
+        let fence = self.plane.fence();
         let fenced = Instant::now();
-        wiring::slow_path(&self.host, &self.record, &target).await?;
-        wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
-        if let Ok(retiring) = self.slot(from) {
-            wiring::prefer_source(&self.record, retiring, &self.netns(from)?, false).await?;
+        let mut errors: Vec<AttachError> = fence.err().map(AttachError::Dataplane).into_iter().collect();
+        errors.extend(wiring::slow_path(&self.host, &self.record, &target).await.err());
+        errors.extend(self.retire(from).await.err());
+        if !errors.is_empty() {
+            return Err(AttachError::AfterSwitch { causes: errors.iter().map(remove::text).collect() });
         }
         Ok(Switched {
             generation: self.plane.word().generation(),
@@ -297,11 +381,31 @@ impl Attachment {
         })
     }
 
-    /// Begins to remember the flows of the serving partition that no socket tells of.
+    /// What a partition begins from now on, it begins with its own address.
+    async fn retire(&self, slot: Slot) -> Result<(), AttachError> {
+        let Some(entry) = &self.record.slots[slot as usize] else { return Ok(()) };
+        wiring::prefer_source(&self.record, entry, &self.netns(slot)?, false).await
+    }
+
+    fn all_learned(&self, options: SwitchOptions) -> Result<(), AttachError> {
+        if !self.plane.word().learns() || options.despite_unlearned {
+            return Ok(());
+        }
+        let full = self.plane.counters()?.events(Event::LearnFull);
+        match full.saturating_sub(self.record.learn_full) {
+            0 => Ok(()),
+            packets => Err(AttachError::LearnFull { packets }),
+        }
+    }
+
+    /// Begins to remember the flows of the serving partition that no socket tells of. For a switch to keep them it has
+    /// to be begun a whole idle time-out before; [`Attachment::switch`] ends it.
     ///
     /// # Errors
-    /// [`AttachError::Dataplane`].
-    pub fn learn(&self) -> Result<(), AttachError> {
+    /// [`AttachError::Dataplane`], [`AttachError::Record`].
+    pub fn learn(&mut self) -> Result<(), AttachError> {
+        self.record.learn_full = self.plane.counters()?.events(Event::LearnFull);
+        self.record.save()?;
         let word = self.plane.word();
         Ok(self.plane.store(word, word.with_learning(true))?)
     }
@@ -312,7 +416,7 @@ impl Attachment {
     /// [`AttachError::Dataplane`].
     pub fn settle(&self) -> Result<(), AttachError> {
         let word = self.plane.word();
-        if word != word.settled() && word.phase() != Phase::Steady || word.notice() || word.learns() {
+        if word.phase() != Phase::Steady || word.notice() || word.learns() {
             self.plane.store(word, word.settled())?;
         }
         self.plane.fence()?;
@@ -322,13 +426,21 @@ impl Attachment {
     /// Detaches everything, whatever of it is there.
     ///
     /// # Errors
-    /// [`AttachError::Removal`] with all that could not be removed; the record stays, and detaching again goes on.
+    /// [`RecordError::Unknown`] if there is nothing of that name, [`AttachError::Removal`] with all that could not be
+    /// removed; the record stays then, and detaching again goes on.
     pub async fn detach(name: &Name) -> Result<(), AttachError> {
+        preflight::root()?;
         let shared = Lock::host()?;
         let _lock = Lock::of(name)?;
-        let record = Record::load(name)?;
+        let record = match Record::load(name) {
+            // Without a record, what is pinned still tells what there is.
+            Err(RecordError::Unknown(_)) if names::pin_dir(name).exists() => {
+                remove::remains(name, &Netlink::open(&Netns::own()?)?).await?
+            }
+            other => other?,
+        };
         let host = Netlink::open(&here(&record)?)?;
-        remove(&record, &host, &shared).await
+        remove::remove(&record, &host, &shared).await
     }
 }
 
@@ -338,13 +450,6 @@ pub fn phase_name(word: Word) -> &'static str {
         Phase::Steady => "steady",
         Phase::Draining => "draining",
     }
-}
-
-fn identity(netns: &Netns) -> Result<(u64, u64), AttachError> {
-    use std::os::fd::AsFd;
-    let stat = rustix::fs::fstat(netns.as_fd());
-    let stat = stat.map_err(|e| NetnsError::Open { reference: netns.to_string(), source: e.into() })?;
-    Ok((stat.st_dev, stat.st_ino))
 }
 
 /// The caller's namespace, if it is the one in which the attachment was made.
@@ -357,254 +462,4 @@ fn here(record: &Record) -> Result<Netns, AttachError> {
         "{} was attached in another network namespace; run this there",
         record.name
     )))
-}
-
-/// Everything that can be known beforehand. Returns the host's links.
-async fn preflight(
-    spec: &Spec,
-    own: &Netns,
-    host: &Netlink,
-    first: &Partition,
-    second: Option<&Partition>,
-) -> Result<Vec<Link>, AttachError> {
-    let refuse = |text: String| Err(AttachError::Refused(text));
-    if names::pin_dir(&spec.name).exists() || Record::load(&spec.name).is_ok() {
-        return Err(RecordError::Exists(spec.name.clone()).into());
-    }
-    if spec.addresses.is_empty() || spec.uplinks.is_empty() {
-        return refuse("a service needs at least one address and one uplink".to_owned());
-    }
-    let held = host.addresses().await?;
-    for address in &spec.addresses {
-        if address.is_loopback() || address.is_multicast() || address.is_unspecified() {
-            return refuse(format!("{address} cannot be a service address"));
-        }
-        if held.contains(address) {
-            return refuse(format!(
-                "service address {address} belongs to this host itself; take it off its link first"
-            ));
-        }
-        for other in Record::all()?.iter().filter(|record| record.addresses.contains(address)) {
-            return refuse(format!("service address {address} is attached already, as {}", other.name));
-        }
-    }
-    let links = host.links().await?;
-    for uplink in &spec.uplinks {
-        if !links.iter().any(|link| &link.name == uplink) {
-            return Err(NetlinkError::NoLink(uplink.clone()).into());
-        }
-    }
-    let mut seen: Vec<Netns> = Vec::new();
-    for partition in std::iter::once(first).chain(second) {
-        let netns = Netns::open(&partition.netns)?;
-        let same = |other: &Netns| netns.is_same(other).unwrap_or(false);
-        if same(own) {
-            return refuse(format!("{} is the host's own network namespace", partition.netns));
-        }
-        if seen.iter().any(same) {
-            return refuse("both partitions are the same network namespace".to_owned());
-        }
-        seen.push(netns);
-    }
-    Ok(links)
-}
-
-async fn mtu(host: &Netlink, uplinks: &[String]) -> Result<u32, AttachError> {
-    let mut smallest = u32::from(u16::MAX);
-    for uplink in uplinks {
-        smallest = smallest.min(host.link(uplink).await?.mtu);
-    }
-    Ok(smallest)
-}
-
-/// The order of things: replies before clients, so that no connection ever has one direction on each path.
-async fn build(
-    record: &mut Record,
-    spec: &Spec,
-    host: &Netlink,
-    links: &[Link],
-    first: &Partition,
-    second: Option<&Partition>,
-) -> Result<Dataplane, AttachError> {
-    let settings = Settings {
-        learned_idle_ns: u64::try_from(spec.udp_idle.as_nanos()).unwrap_or(u64::MAX),
-        probe_mark: dataplane::PROBE_MARK,
-        pad: 0,
-    };
-    dataplane::ensure_bpffs()?;
-    let plane = Dataplane::create(&spec.name, &spec.addresses, &settings)?;
-    let mtu = mtu(host, &spec.uplinks).await?;
-    for uplink in &spec.uplinks {
-        plane.add_uplink(host.link(uplink).await?.index)?;
-    }
-    change_settings(record, &wiring::settings(record, links))?;
-    join(record, &plane, host, Slot::A, first, mtu).await?;
-    if let Some(second) = second {
-        join(record, &plane, host, Slot::B, second, mtu).await?;
-    }
-    self_test(record, &plane)?;
-    let serving = record.slots[0].clone();
-    if let Some(slot) = &serving {
-        wiring::slow_path(host, record, slot).await?;
-    }
-    for uplink in spec.uplinks.clone() {
-        attach(record, &plane, Point::Uplink, uplink)?;
-    }
-    wiring::answer(host, record).await?;
-    Ok(plane)
-}
-
-/// Writes settings, each recorded with its old value before it is changed.
-fn change_settings(record: &mut Record, wanted: &[(String, &str)]) -> Result<(), AttachError> {
-    for (key, value) in wanted {
-        let old = sysctl::read(key)?;
-        if old != *value {
-            record.sysctls.push((key.clone(), old));
-            record.save()?;
-            sysctl::write(key, value)?;
-        }
-    }
-    Ok(())
-}
-
-async fn join(
-    record: &mut Record,
-    plane: &Dataplane,
-    host: &Netlink,
-    slot: Slot,
-    partition: &Partition,
-    mtu: u32,
-) -> Result<(), AttachError> {
-    let netns = Netns::open(&partition.netns)?;
-    let entry = SlotRecord {
-        netns: partition.netns.clone(),
-        held: names::held_netns(&record.name, slot as u8),
-        link: names::host_link(&record.name, slot as u8),
-        inner_link: partition.inner_link.clone(),
-        inside: partition.inside.clone(),
-    };
-    record.slots[slot as usize] = Some(entry.clone());
-    record.save()?;
-    netns.hold(&entry.held)?;
-    // Before the veth: making one would give the namespace an id of the kernel's choice.
-    let nsid = host.nsid(&netns, wanted_nsid(&record.name, slot)).await?;
-    let link = wiring::make_slot(host, record, &entry, &netns, mtu).await?;
-    let own = |v4: bool| match &entry.inside {
-        Inside::Owned { own } => own.iter().copied().find(|a| a.is_ipv4() == v4).map(dataplane::to_wire),
-        Inside::Guest { .. } => None,
-    };
-    let value = SlotEntry {
-        ifindex: link.index,
-        nsid,
-        own4: own(true).unwrap_or_default(),
-        own6: own(false).unwrap_or_default(),
-    };
-    plane.set_slot(slot, &value)?;
-    attach(record, plane, Point::FromPartition, entry.link.clone())?;
-    attach(record, plane, Point::ToPartition, entry.link.clone())?;
-    wiring::host_side(host, record, &entry).await?;
-    wiring::own_addresses(host, record, &entry).await
-}
-
-fn wanted_nsid(name: &Name, slot: Slot) -> i32 {
-    let id = NSID_BASE | (guest_table(name) & 0x7fff) << 1 | slot.index();
-    i32::try_from(id & 0x7fff_ffff).unwrap_or(i32::MAX)
-}
-
-fn attach(record: &mut Record, plane: &Dataplane, point: Point, link: String) -> Result<(), AttachError> {
-    let hook = Hook { point, link, kind: record.hook_kind };
-    record.hooks.push(hook.clone());
-    record.save()?;
-    Ok(plane.attach(&hook)?)
-}
-
-fn self_test(record: &Record, plane: &Dataplane) -> Result<(), AttachError> {
-    let mut namespaces = Vec::new();
-    for (index, slot) in record.slots.iter().enumerate() {
-        if let Some(slot) = slot {
-            let netns = Netns::open(&NetnsRef::Path(slot.held.clone()))?;
-            namespaces.push((Slot::from_bit(u8::from(index == 1)), netns));
-        }
-    }
-    // With one partition there is nobody to confuse it with.
-    if namespaces.len() < 2 {
-        return Ok(());
-    }
-    let ends: Vec<End<'_>> = namespaces
-        .iter()
-        .flat_map(|(slot, netns)| {
-            record.addresses.iter().map(|address| End { slot: *slot, netns, address: *address })
-        })
-        .collect();
-    Ok(plane.self_test(&ends)?)
-}
-
-/// Takes everything of a record away, clients first. Goes on after errors and reports them all.
-async fn remove(record: &Record, host: &Netlink, _shared: &Lock) -> Result<(), AttachError> {
-    let mut errors: Vec<AttachError> = Vec::new();
-    for hook in record.hooks.iter().rev() {
-        errors.extend(Dataplane::detach(&record.name, hook).err().map(AttachError::Dataplane));
-    }
-    errors.extend(wiring::remove_host_side(host, record).await);
-    for slot in record.slots.iter().flatten() {
-        errors.extend(wiring::remove_slot(host, record, slot).await);
-    }
-    errors.extend(restore_settings(record));
-    errors.extend(Dataplane::remove(&record.name).err().map(AttachError::Dataplane));
-    removal(&record.name, &errors)?;
-    record.delete()?;
-    // Empty directories go with the last attachment.
-    for directory in ["netns", ""] {
-        let _ = std::fs::remove_dir(Path::new(names::RUN_ROOT).join(directory));
-    }
-    Ok(())
-}
-
-/// Puts settings back, the last one first. One that another attachment needs as well is handed over to it.
-fn restore_settings(record: &Record) -> Vec<AttachError> {
-    let mut errors = Vec::new();
-    let others = Record::all().unwrap_or_default();
-    for (key, old) in record.sysctls.iter().rev() {
-        let heir = others
-            .iter()
-            .find(|other| other.name != record.name && other.host == record.host && needs(other, key));
-        let done = match heir {
-            Some(heir) => hand_over(heir, key, old),
-            // The link of the setting is gone: nothing to put back.
-            None if sysctl::read(key).is_err() => Ok(()),
-            None => sysctl::write(key, old).map_err(AttachError::Sysctl),
-        };
-        errors.extend(done.err());
-    }
-    errors
-}
-
-fn needs(record: &Record, key: &str) -> bool {
-    let of_an_uplink = record.uplinks.iter().any(|uplink| key.contains(&format!("/{uplink}/")));
-    let of_ipv6 = key.starts_with("ipv6/") && record.addresses.iter().any(IpAddr::is_ipv6);
-    let shared = key.contains("/all/") || key.ends_with("/accept_ra");
-    (of_an_uplink && (key.starts_with("ipv4/") || of_ipv6)) || (shared && of_ipv6)
-}
-
-fn hand_over(heir: &Record, key: &str, old: &str) -> Result<(), AttachError> {
-    let mut heir = Record::load(&heir.name)?;
-    heir.sysctls.push((key.to_owned(), old.to_owned()));
-    Ok(heir.save()?)
-}
-
-fn removal(name: &Name, errors: &[AttachError]) -> Result<(), AttachError> {
-    if errors.is_empty() {
-        return Ok(());
-    }
-    let text = |error: &AttachError| match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    };
-    Err(AttachError::Removal { name: name.clone(), causes: errors.iter().map(text).collect() })
-}
-pub fn probe_socket(link: &str, address: std::net::SocketAddr) -> std::io::Result<std::os::fd::OwnedFd> {
-    let fd = crate::verify::plain_socket(address)?;
-
-    let _ = link;
-    Ok(fd)
 }

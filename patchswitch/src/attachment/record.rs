@@ -1,18 +1,18 @@
 //! What an attachment consists of, written down before it is made.
 //!
 //! An attachment lives no longer than the kernel's own objects, so its record is in `/run` and goes with them at a
-//! boot. Its lock is held by whoever changes it.
+//! boot. Whoever changes it holds its [`Lock`](super::Lock).
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::Spec;
 use crate::dataplane::{Hook, HookKind};
-use crate::host::linux::netns::NetnsRef;
+use crate::host::linux::netns::{Netns, NetnsError, NetnsRef};
 use crate::names::{Name, RUN_ROOT};
 
 /// Why a record could not be read, written or locked.
@@ -97,10 +97,21 @@ pub struct Record {
     pub hook_kind: HookKind,
     /// Programs on links, in the order in which they were attached.
     pub hooks: Vec<Hook>,
-    /// Kernel settings that were changed, with their old values, in the order of the changes.
-    pub sysctls: Vec<(String, String)>,
-    /// Ports on which the retiring partition listened when the switch was made: flows to them are accepted ones.
-    pub service_ports: Vec<u16>,
+    /// Ports on which the retiring partition served when the switch was made: flows to them are accepted ones.
+    pub service_ports: ServicePorts,
+    /// How many packets had not been learned for want of room when the learning began.
+    pub learn_full: u64,
+    /// Whether it was made to its end. If not, its maker was killed, and the next one removes what is there first.
+    pub ready: bool,
+}
+
+/// Ports of a service, by protocol.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePorts {
+    /// With a listener.
+    pub tcp: Vec<u16>,
+    /// With an unconnected socket.
+    pub udp: Vec<u16>,
 }
 
 fn directory() -> PathBuf {
@@ -111,11 +122,30 @@ fn file(name: &Name) -> PathBuf {
     directory().join(format!("{name}.json"))
 }
 
-fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordError {
+pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordError {
     move |source| RecordError::Io { action, path: path.to_owned(), source }
 }
 
 impl Record {
+    /// The record of something that is not made yet.
+    pub(super) fn new(spec: &Spec, host: (u64, u64)) -> Self {
+        let mut uplinks = spec.uplinks.clone();
+        uplinks.sort();
+        uplinks.dedup();
+        Self {
+            name: spec.name.clone(),
+            host,
+            addresses: spec.addresses.clone(),
+            uplinks,
+            slots: [None, None],
+            hook_kind: spec.hook.unwrap_or_else(HookKind::of_this_kernel),
+            hooks: Vec::new(),
+            service_ports: ServicePorts::default(),
+            learn_full: 0,
+            ready: false,
+        }
+    }
+
     /// Reads a record.
     ///
     /// # Errors
@@ -155,11 +185,7 @@ impl Record {
     pub fn save(&self) -> Result<(), RecordError> {
         let path = file(&self.name);
         fs::create_dir_all(directory()).map_err(io("make", &directory()))?;
-        let text = serde_json::to_vec_pretty(self)
-            .map_err(|source| RecordError::Parse { path: path.clone(), source })?;
-        let new = path.with_extension("new");
-        fs::write(&new, text).map_err(io("write", &new))?;
-        fs::rename(&new, &path).map_err(io("write", &path))
+        write_json(&path, self)
     }
 
     /// Removes the record: the attachment is gone.
@@ -173,49 +199,26 @@ impl Record {
             _ => {
                 // Only if this was the last one.
                 let _ = fs::remove_dir(directory());
+                let _ = fs::remove_dir(RUN_ROOT);
                 Ok(())
             }
         }
     }
 }
 
-/// An exclusive lock, released when dropped or when the process ends.
-#[derive(Debug)]
-pub struct Lock {
-    _file: File,
+/// Device and inode of a network namespace.
+pub(super) fn identity(netns: &Netns) -> Result<(u64, u64), NetnsError> {
+    use std::os::fd::AsFd;
+    let stat = rustix::fs::fstat(netns.as_fd());
+    let stat = stat.map_err(|e| NetnsError::Open { reference: netns.to_string(), source: e.into() })?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
-impl Lock {
-    /// Takes the lock that protects settings which several attachments share. Waits for nobody.
-    ///
-    /// # Errors
-    /// [`RecordError::Busy`].
-    pub fn host() -> Result<Self, RecordError> {
-        Self::take("attachments")
-    }
-
-    /// Takes the lock of one attachment. Waits for nobody.
-    ///
-    /// # Errors
-    /// [`RecordError::Busy`].
-    pub fn of(name: &Name) -> Result<Self, RecordError> {
-        Self::take(&format!("attachment-{name}"))
-    }
-
-    fn take(name: &str) -> Result<Self, RecordError> {
-        let directory = Path::new(RUN_ROOT).join("lock");
-        fs::create_dir_all(&directory).map_err(io("make", &directory))?;
-        let path = directory.join(name);
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(io("open", &path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(RecordError::Busy(name.to_owned())),
-            Err(error) => Err(io("lock", &path)(error.into())),
-        }
-    }
+/// Writes a file as a whole or not at all.
+pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordError> {
+    let text = serde_json::to_vec_pretty(value)
+        .map_err(|source| RecordError::Parse { path: path.to_owned(), source })?;
+    let new = path.with_extension("new");
+    fs::write(&new, text).map_err(io("write", &new))?;
+    fs::rename(&new, path).map_err(io("write", path))
 }

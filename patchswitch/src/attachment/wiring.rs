@@ -14,21 +14,47 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use patchswitch_common::Slot;
 use sha2::{Digest, Sha256};
 
 use super::AttachError;
 use super::record::{Inside, Record, SlotRecord};
-use crate::host::linux::netlink::{Link, Netlink};
+use super::settings::Wanted;
+use crate::dataplane;
+use crate::host::linux::netlink::{Link, MAIN_TABLE, Netlink, Selector};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::sysctl::{self, SysctlError};
 use crate::names::Name;
 
 const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
-/// Priority of the rule that sends a guest's service packets to our table: before the main table (32766).
+/// Priority of our routing rules: before the main table (32766).
 const RULE_PRIORITY: u32 = 1117;
-/// The main routing table.
-const MAIN: u32 = 254;
+/// The halves of the ports that the kernel gives to outgoing connections. Two partitions of ours with one address in
+/// common must never choose the same one.
+const PORTS: [&str; 2] = ["32768 46883", "46884 60999"];
+
+/// A number in the range of one attachment, well away from those that people give by hand.
+fn number(name: &Name) -> u32 {
+    let digest = Sha256::digest(name.as_str().as_bytes());
+    u32::from(u16::from_be_bytes([digest[0], digest[1]]) & 0x7fff)
+}
+
+/// The routing table of what a guest sends from the service addresses.
+pub(super) fn guest_table(name: &Name) -> u32 {
+    0x7073_0000 | number(name)
+}
+
+/// The routing table of the probes of a slot.
+fn probe_table(name: &Name, slot: Slot) -> u32 {
+    0x7074_0000 | number(name) << 1 | slot.index()
+}
+
+/// The id that a partition's network namespace gets, unless it has one. The kernel's own choice is the lowest free
+/// number, so a high base keeps clear of it.
+pub(super) fn nsid(name: &Name, slot: Slot) -> i32 {
+    i32::try_from(0x5053_0000 | number(name) << 1 | slot.index()).unwrap_or(i32::MAX)
+}
 
 /// Locally administered addresses, the same for both slots of an attachment.
 fn mac(name: &Name, last: u8) -> [u8; 6] {
@@ -50,28 +76,32 @@ fn host_mac(name: &Name) -> [u8; 6] {
 pub(super) async fn make_slot(
     host: &Netlink,
     record: &Record,
-    slot: &SlotRecord,
+    slot: Slot,
+    entry: &SlotRecord,
     netns: &Netns,
     mtu: u32,
 ) -> Result<Link, AttachError> {
     // A name that the inner end has only on its way into the namespace.
-    let passage = format!("{}i", slot.link);
-    host.add_veth(&slot.link, &passage).await?;
-    let (outer, inner) = (host.link(&slot.link).await?, host.link(&passage).await?);
+    let passage = format!("{}i", entry.link);
+    host.add_veth(&entry.link, &passage).await?;
+    let (outer, inner) = (host.link(&entry.link).await?, host.link(&passage).await?);
     let alias = format!("patchswitch {}", record.name);
     host.dress(&outer, host_mac(&record.name), mtu, &alias).await?;
     host.dress(&inner, inner_mac(&record.name), mtu, &alias).await?;
-    quiet(&slot.link)?;
-    host.move_link(inner.index, netns, &slot.inner_link).await?;
-    inside(record, slot, netns).await?;
+    quiet(&entry.link)?;
+    host.move_link(inner.index, netns, &entry.inner_link).await?;
+    inside(record, slot, entry, netns).await?;
     Ok(outer)
 }
 
 /// A host-side link has no address, asks for none and listens to no router.
 fn quiet(link: &str) -> Result<(), SysctlError> {
     sysctl::write(&format!("ipv4/conf/{link}/rp_filter"), "0")?;
+    // The host's check of the way back asks the probes' table for what answers a probe.
+    sysctl::write(&format!("ipv4/conf/{link}/src_valid_mark"), "1")?;
     sysctl::write(&format!("ipv4/conf/{link}/forwarding"), "1")?;
     if has_ipv6() {
+        sysctl::write(&format!("ipv6/conf/{link}/forwarding"), "1")?;
         sysctl::write(&format!("ipv6/conf/{link}/addr_gen_mode"), "1")?;
         sysctl::write(&format!("ipv6/conf/{link}/accept_ra"), "0")?;
     }
@@ -82,18 +112,21 @@ fn has_ipv6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
-async fn inside(record: &Record, slot: &SlotRecord, netns: &Netns) -> Result<(), AttachError> {
+async fn inside(record: &Record, slot: Slot, entry: &SlotRecord, netns: &Netns) -> Result<(), AttachError> {
     let nl = Netlink::open(netns)?;
-    let link = nl.link(&slot.inner_link).await?;
+    let link = nl.link(&entry.inner_link).await?;
     let settings = || -> Result<(), SysctlError> {
         if has_ipv6() {
-            sysctl::write(&format!("ipv6/conf/{}/accept_ra", slot.inner_link), "0")?;
-            sysctl::write(&format!("ipv6/conf/{}/accept_dad", slot.inner_link), "0")?;
+            sysctl::write(&format!("ipv6/conf/{}/accept_ra", entry.inner_link), "0")?;
+            sysctl::write(&format!("ipv6/conf/{}/accept_dad", entry.inner_link), "0")?;
+        }
+        if matches!(entry.inside, Inside::Owned { .. }) {
+            sysctl::write("ipv4/ip_local_port_range", PORTS[slot as usize])?;
         }
         Ok(())
     };
     netns.run(settings).map_err(AttachError::Netns)??;
-    if matches!(slot.inside, Inside::Owned { .. })
+    if matches!(entry.inside, Inside::Owned { .. })
         && let Ok(loopback) = nl.link("lo").await
     {
         nl.set_up(&loopback, true).await?;
@@ -102,22 +135,28 @@ async fn inside(record: &Record, slot: &SlotRecord, netns: &Netns) -> Result<(),
     for address in &record.addresses {
         nl.add_address(&link, *address, true).await?;
     }
-    if let Inside::Owned { own } = &slot.inside {
-        for address in own {
-            // Not a source for anything before the partition retires.
-            nl.add_address(&link, *address, false).await?;
-        }
+    for address in own(entry) {
+        // Not a source for anything before the partition retires.
+        nl.add_address(&link, *address, false).await?;
     }
     for gateway in gateways(&record.addresses) {
         nl.add_neighbour(&link, gateway, host_mac(&record.name)).await?;
     }
-    routes(&nl, record, slot, &link, &record.addresses).await?;
-    if let Inside::Guest { table } = slot.inside {
+    routes(&nl, record, entry, &link, &record.addresses).await?;
+    if let Inside::Guest { table } = entry.inside {
         for address in &record.addresses {
-            nl.add_rule(*address, table, RULE_PRIORITY).await?;
+            nl.add_rule(Selector::From(*address), table, RULE_PRIORITY).await?;
         }
     }
     Ok(())
+}
+
+/// The addresses that belong to one partition alone.
+fn own(entry: &SlotRecord) -> &[IpAddr] {
+    match &entry.inside {
+        Inside::Owned { own } => own,
+        Inside::Guest { .. } => &[],
+    }
 }
 
 /// One gateway for each family that the service has.
@@ -138,7 +177,7 @@ async fn routes(
         let source = sources.iter().find(|a| a.is_ipv4() == gateway.is_ipv4()).copied();
         let (table, source) = match slot.inside {
             Inside::Guest { table } => (table, None),
-            Inside::Owned { .. } => (MAIN, source),
+            Inside::Owned { .. } => (MAIN_TABLE, source),
         };
         nl.default_route(table, gateway, link, source).await?;
     }
@@ -155,7 +194,10 @@ pub(super) async fn prefer_source(
     netns: &Netns,
     serving: bool,
 ) -> Result<(), AttachError> {
-    let Inside::Owned { own } = &slot.inside else { return Ok(()) };
+    let own = own(slot);
+    if own.is_empty() {
+        return Ok(());
+    }
     let nl = Netlink::open(netns)?;
     let link = nl.link(&slot.inner_link).await?;
     for address in &record.addresses {
@@ -166,21 +208,28 @@ pub(super) async fn prefer_source(
         nl.add_address(&link, *address, !serving).await?;
     }
     // Without an own address in a family the service address stays the source.
-    let mut sources = if serving { Vec::new() } else { own.clone() };
+    let mut sources = if serving { Vec::new() } else { own.to_vec() };
     sources.extend(&record.addresses);
     routes(&nl, record, slot, &link, &sources).await
 }
 
-/// Makes the host know where the service and the own addresses are.
-pub(super) async fn host_side(host: &Netlink, record: &Record, slot: &SlotRecord) -> Result<(), AttachError> {
-    let link = host.link(&slot.link).await?;
+/// Makes the host know where the service and the own addresses are, and how its probes get there.
+pub(super) async fn host_side(
+    host: &Netlink,
+    record: &Record,
+    slot: Slot,
+    entry: &SlotRecord,
+) -> Result<(), AttachError> {
+    let link = host.link(&entry.link).await?;
     host.set_up(&link, true).await?;
-    let own: &[IpAddr] = match &slot.inside {
-        Inside::Owned { own } => own,
-        Inside::Guest { .. } => &[],
-    };
-    for address in record.addresses.iter().chain(own) {
+    for address in record.addresses.iter().chain(own(entry)) {
         host.add_neighbour(&link, *address, inner_mac(&record.name)).await?;
+    }
+    let (table, mark) = (probe_table(&record.name, slot), dataplane::probe_mark(slot));
+    for address in &record.addresses {
+        host.route_host(table, *address, &link).await?;
+        let selector = Selector::Mark { mark, v6: address.is_ipv6() };
+        host.add_rule(selector, table, RULE_PRIORITY).await?;
     }
     Ok(())
 }
@@ -189,12 +238,11 @@ pub(super) async fn host_side(host: &Netlink, record: &Record, slot: &SlotRecord
 pub(super) async fn own_addresses(
     host: &Netlink,
     record: &Record,
-    slot: &SlotRecord,
+    entry: &SlotRecord,
 ) -> Result<(), AttachError> {
-    let Inside::Owned { own } = &slot.inside else { return Ok(()) };
-    let link = host.link(&slot.link).await?;
-    for address in own {
-        host.route_host(*address, &link).await?;
+    let link = host.link(&entry.link).await?;
+    for address in own(entry) {
+        host.route_host(MAIN_TABLE, *address, &link).await?;
         for uplink in &record.uplinks {
             host.add_proxy(&host.link(uplink).await?, *address).await?;
         }
@@ -206,7 +254,7 @@ pub(super) async fn own_addresses(
 pub(super) async fn slow_path(host: &Netlink, record: &Record, slot: &SlotRecord) -> Result<(), AttachError> {
     let link = host.link(&slot.link).await?;
     for address in &record.addresses {
-        host.route_host(*address, &link).await?;
+        host.route_host(MAIN_TABLE, *address, &link).await?;
     }
     Ok(())
 }
@@ -224,69 +272,85 @@ pub(super) async fn answer(host: &Netlink, record: &Record) -> Result<(), Attach
 
 /// The settings that forwarding and answering need, in the order in which they must be written: the kernel's switch-on
 /// of IPv6 forwarding removes a default route learned from router advertisements unless `accept_ra` is 2 by then, and
-/// resets what the devices have.
-pub(super) fn settings(record: &Record, links: &[Link]) -> Vec<(String, &'static str)> {
+/// sets what every device has.
+pub(super) fn settings(record: &Record, links: &[Link]) -> Vec<Wanted> {
+    let want = |key: String, value| Wanted { key, value, only_to_keep: false };
     let mut wanted = Vec::new();
     let v6 = record.addresses.iter().any(IpAddr::is_ipv6);
     if v6 {
-        for link in links {
-            let key = format!("ipv6/conf/{}/accept_ra", link.name);
-            if sysctl::read(&key).is_ok_and(|value| value == "1") {
-                wanted.push((key, "2"));
+        let is = |key: &str, value: &str| sysctl::read(key).is_ok_and(|now| now == value);
+        let forwards = "ipv6/conf/all/forwarding";
+        for name in links.iter().map(|link| link.name.as_str()).chain(["default"]) {
+            let forwarding = format!("ipv6/conf/{name}/forwarding");
+            let accept = format!("ipv6/conf/{name}/accept_ra");
+            // A router by its own will does not listen to others with a 1, and shall not begin to.
+            if is(&forwarding, "0") && is(&accept, "1") {
+                wanted.push(want(accept, "2"));
+            }
+            if is(&forwarding, "1") && is(forwards, "0") {
+                wanted.push(Wanted { key: forwarding, value: "0", only_to_keep: true });
             }
         }
-        wanted.push(("ipv6/conf/all/forwarding".to_owned(), "1"));
+        wanted.push(want(forwards.to_owned(), "1"));
     }
     for uplink in &record.uplinks {
-        wanted.push((format!("ipv4/conf/{uplink}/forwarding"), "1"));
-        wanted.push((format!("ipv4/neigh/{uplink}/proxy_delay"), "0"));
+        wanted.push(want(format!("ipv4/conf/{uplink}/forwarding"), "1"));
+        wanted.push(want(format!("ipv4/neigh/{uplink}/proxy_delay"), "0"));
         if v6 {
-            wanted.push((format!("ipv6/conf/{uplink}/proxy_ndp"), "1"));
-            wanted.push((format!("ipv6/neigh/{uplink}/proxy_delay"), "0"));
+            wanted.push(want(format!("ipv6/conf/{uplink}/forwarding"), "1"));
+            wanted.push(want(format!("ipv6/conf/{uplink}/proxy_ndp"), "1"));
+            wanted.push(want(format!("ipv6/neigh/{uplink}/proxy_delay"), "0"));
         }
     }
     wanted
 }
 
 /// Removes a slot's links, rules and routes. Whatever is gone already is no error, and no error stops the rest.
-pub(super) async fn remove_slot(host: &Netlink, record: &Record, slot: &SlotRecord) -> Vec<AttachError> {
+pub(super) async fn remove_slot(
+    host: &Netlink,
+    record: &Record,
+    slot: Slot,
+    entry: &SlotRecord,
+) -> Vec<AttachError> {
     let mut errors = Vec::new();
-    if let Inside::Guest { table } = slot.inside {
-        errors.extend(remove_rules(record, slot, table).await.err());
+    if let Inside::Guest { table } = entry.inside {
+        errors.extend(remove_rules(entry, table).await.err());
     }
+    let rules = host.delete_rules(probe_table(&record.name, slot), RULE_PRIORITY).await;
+    errors.extend(rules.err().map(AttachError::Netlink));
     // With a veth go its other end, its addresses, routes, neighbours and programs.
-    errors.extend(host.delete_link(&slot.link).await.err().map(AttachError::Netlink));
-    errors.extend(Netns::release(&slot.held).err().map(AttachError::Netns));
+    errors.extend(host.delete_link(&entry.link).await.err().map(AttachError::Netlink));
+    errors.extend(Netns::release(&entry.held).err().map(AttachError::Netns));
     errors
 }
 
-async fn remove_rules(record: &Record, slot: &SlotRecord, table: u32) -> Result<(), AttachError> {
-    let held = crate::host::linux::netns::NetnsRef::Path(slot.held.clone());
+async fn remove_rules(entry: &SlotRecord, table: u32) -> Result<(), AttachError> {
+    let held = crate::host::linux::netns::NetnsRef::Path(entry.held.clone());
     // The namespace was not held yet, or is gone with all that was in it.
     let Ok(netns) = Netns::open(&held) else { return Ok(()) };
-    let nl = Netlink::open(&netns)?;
-    for address in &record.addresses {
-        nl.delete_rules(*address, table, RULE_PRIORITY).await?;
-    }
-    Ok(())
+    Ok(Netlink::open(&netns)?.delete_rules(table, RULE_PRIORITY).await?)
 }
 
-/// Removes what is on the host's side of all slots.
+/// Ends what the host does for the own addresses of a partition.
+pub(super) async fn disown(host: &Netlink, record: &Record, entry: &SlotRecord) -> Vec<AttachError> {
+    forget(host, &record.uplinks, own(entry)).await
+}
+
+/// Ends what the host does for the service addresses.
 pub(super) async fn remove_host_side(host: &Netlink, record: &Record) -> Vec<AttachError> {
+    forget(host, &record.uplinks, &record.addresses).await
+}
+
+async fn forget(host: &Netlink, uplinks: &[String], addresses: &[IpAddr]) -> Vec<AttachError> {
     let mut errors = Vec::new();
-    let own = record.slots.iter().flatten().flat_map(|slot| match &slot.inside {
-        Inside::Owned { own } => own.clone(),
-        Inside::Guest { .. } => Vec::new(),
-    });
-    let addresses: Vec<IpAddr> = record.addresses.iter().copied().chain(own).collect();
-    for uplink in &record.uplinks {
+    for uplink in uplinks {
         // The uplink itself may be gone, and its entries with it.
         let Ok(link) = host.link(uplink).await else { continue };
-        for address in &addresses {
+        for address in addresses {
             errors.extend(host.delete_proxy(&link, *address).await.err().map(AttachError::Netlink));
         }
     }
-    for address in &addresses {
+    for address in addresses {
         errors.extend(host.unroute_host(*address).await.err().map(AttachError::Netlink));
     }
     errors

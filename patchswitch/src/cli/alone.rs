@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
     Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, phase_name,
 };
-use patchswitch::dataplane::Dataplane;
+use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
@@ -45,6 +45,23 @@ pub(crate) struct Attach {
     /// A network device on which clients are; may be given several times.
     #[arg(long = "uplink", required = true, value_name = "DEVICE")]
     uplinks: Vec<String>,
+    /// How the programs are attached.
+    #[arg(long, value_enum, default_value = "auto")]
+    hook: HookChoice,
+    /// After so many seconds without an answer a datagram flow that was remembered for a switch is forgotten.
+    #[arg(long, value_name = "SECONDS", default_value_t = UDP_IDLE.as_secs_f64())]
+    udp_idle: f64,
+}
+
+/// Where the programs are on the path of a packet.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HookChoice {
+    /// The best that this kernel has.
+    Auto,
+    /// TCX, since Linux 6.6.
+    Tcx,
+    /// A filter of the clsact qdisc.
+    Clsact,
 }
 
 impl Attach {
@@ -53,7 +70,12 @@ impl Attach {
             name: self.name.clone(),
             addresses: self.addresses.clone(),
             uplinks: self.uplinks.clone(),
-            udp_idle: UDP_IDLE,
+            udp_idle: Duration::try_from_secs_f64(self.udp_idle)?,
+            hook: match self.hook {
+                HookChoice::Auto => None,
+                HookChoice::Tcx => Some(HookKind::Tcx),
+                HookChoice::Clsact => Some(HookKind::Clsact),
+            },
         };
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
@@ -75,6 +97,10 @@ pub(crate) struct Switch {
     /// The namespace that is to serve, as it was named at `attach`; default: the one that does not.
     #[arg(long, value_name = "NAMESPACE")]
     to: Option<NetnsRef>,
+    /// Before the switch, remember for so many seconds which flows without a connection (UDP, ICMP) the old partition
+    /// answers: it keeps these. Give at least the time after which your clients give up.
+    #[arg(long, value_name = "SECONDS")]
+    learn: Option<f64>,
 }
 
 impl Switch {
@@ -88,6 +114,11 @@ impl Switch {
         if to == active {
             print_switch(json, &attachment, to, None)?;
             return Ok(ExitCode::Done);
+        }
+        if let Some(seconds) = self.learn {
+            let time = Duration::try_from_secs_f64(seconds)?;
+            attachment.learn()?;
+            tokio::time::sleep(time).await;
         }
         let done = attachment.switch(to).await?;
         print_switch(json, &attachment, to, Some(done))?;
@@ -267,11 +298,9 @@ impl Detach {
     pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
         use patchswitch::attachment::{AttachError, RecordError};
         let there = match Attachment::open(&self.name) {
-            Err(AttachError::Record(RecordError::Unknown(_))) => {
-                return self.done(json, false);
-            }
+            Err(AttachError::Record(RecordError::Unknown(_))) => None,
             // Half of it is there: all the more reason to remove it.
-            Err(AttachError::Dataplane(_)) => None,
+            Err(AttachError::Dataplane(_) | AttachError::Incomplete(_)) => None,
             other => Some(other?),
         };
         if let Some(attachment) = there
@@ -290,8 +319,10 @@ impl Detach {
                 self.name
             );
         }
-        Attachment::detach(&self.name).await?;
-        self.done(json, true)
+        match Attachment::detach(&self.name).await {
+            Err(AttachError::Record(RecordError::Unknown(_))) => self.done(json, false),
+            other => other.map_err(anyhow::Error::from).and_then(|()| self.done(json, true)),
+        }
     }
 
     fn done(&self, json: bool, changed: bool) -> anyhow::Result<ExitCode> {
@@ -343,7 +374,11 @@ fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
 }
 
 fn state(record: &Record) -> anyhow::Result<Value> {
-    let plane = Dataplane::open(&record.name)?;
+    let plane = match Dataplane::open(&record.name) {
+        // Somebody removed the pins, or it was not made to its end.
+        Err(DataplaneError::NotAttached(_)) => return Ok(json!({"name": record.name, "phase": "broken"})),
+        other => other?,
+    };
     let word = plane.word();
     let partitions: Vec<_> = [Slot::A, Slot::B]
         .into_iter()
@@ -376,6 +411,10 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         items.collect::<Vec<_>>().join(", ")
     };
     let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
+    if state["phase"] == "broken" {
+        let name = word("name");
+        return Ok(format!("{name}: broken, its programs are gone\n  next: patchswitch detach {name}"));
+    }
     let mut text = String::new();
     writeln!(
         text,

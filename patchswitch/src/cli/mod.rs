@@ -9,7 +9,7 @@ mod service;
 mod size;
 
 use clap::{Parser, Subcommand};
-use patchswitch::attachment::{AttachError, RecordError};
+use patchswitch::attachment::AttachError;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::{Manager, ManagerError};
 
@@ -130,26 +130,15 @@ fn log(verbose: u8) {
 
 /// The exit code of an error: that of the first cause that has one.
 fn code_of(error: &anyhow::Error) -> ExitCode {
-    error
-        .chain()
-        .find_map(|cause| {
-            if let Some(error) = cause.downcast_ref::<ManagerError>() {
-                return Some(error.exit_code());
-            }
-            if let Some(error) = cause.downcast_ref::<RecordError>() {
-                return match error {
-                    RecordError::Busy(_) => Some(ExitCode::Busy),
-                    RecordError::Exists(_) => Some(ExitCode::CannotCreate),
-                    _ => None,
-                };
-            }
-            if let Some(AttachError::Record(RecordError::Busy(_))) = cause.downcast_ref() {
-                return Some(ExitCode::Busy);
-            }
-            cause.downcast_ref::<std::io::Error>().and_then(|error| match error.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => Some(ExitCode::Permission),
+    let code = |cause: &(dyn std::error::Error + 'static)| {
+        cause
+            .downcast_ref()
+            .map(ManagerError::exit_code)
+            .or_else(|| cause.downcast_ref().map(AttachError::exit_code))
+            .or_else(|| match cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
+                Some(std::io::ErrorKind::PermissionDenied) => Some(ExitCode::Permission),
                 _ => None,
             })
-        })
-        .unwrap_or(ExitCode::Failed)
+    };
+    error.chain().find_map(code).unwrap_or(ExitCode::Failed)
 }

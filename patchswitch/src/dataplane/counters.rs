@@ -1,9 +1,10 @@
 //! What the programs counted.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use aya::maps::{Map, PerCpuArray};
+use aya::maps::{Map, MapData, PerCpuArray};
 use patchswitch_common::verdict::{EVENTS, Event, HOOKS, Hook, VERDICTS, Verdict, counter};
 use serde::Serialize;
 
@@ -32,9 +33,12 @@ impl Counters {
 }
 
 pub(super) fn read(directory: &Path) -> Result<Counters, DataplaneError> {
-    let failed = || maps::failed("read", maps::COUNTERS);
     let map = Map::PerCpuArray(maps::open(directory, maps::COUNTERS)?);
-    let array: PerCpuArray<_, u64> = map.try_into().map_err(failed())?;
+    sum(&map.try_into().map_err(maps::failed("open", maps::COUNTERS))?)
+}
+
+pub(super) fn sum<T: Borrow<MapData>>(array: &PerCpuArray<T, u64>) -> Result<Counters, DataplaneError> {
+    let failed = || maps::failed("read", maps::COUNTERS);
     let sum = |index| Ok::<u64, DataplaneError>(array.get(&index, 0).map_err(failed())?.iter().sum());
     let mut counters = Counters::default();
     for hook in HOOKS {

@@ -56,7 +56,8 @@ pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
     Ok(())
 }
 
-fn load() -> Result<Ebpf, DataplaneError> {
+/// Loads the maps of the object; programs are loaded by [`program`] and `load`.
+pub(super) fn load() -> Result<Ebpf, DataplaneError> {
     let version = aya::util::KernelVersion::current().ok();
     let at_least =
         |major, minor| version.is_some_and(|v| v >= aya::util::KernelVersion::new(major, minor, 0));
@@ -73,7 +74,7 @@ fn load() -> Result<Ebpf, DataplaneError> {
         .map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
+pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
     let missing = || DataplaneError::Missing(format!("program {name}"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
     program.try_into().map_err(|_: ProgramError| missing())

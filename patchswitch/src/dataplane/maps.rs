@@ -11,9 +11,9 @@ use super::DataplaneError;
 
 pub(super) const WORD: &str = "WORD";
 pub(super) const COUNTERS: &str = "COUNTERS";
-const SLOTS: &str = "SLOTS";
+pub(super) const SLOTS: &str = "SLOTS";
 const SETTINGS: &str = "SETTINGS";
-const ADDRESSES: &str = "ADDRESSES";
+pub(super) const ADDRESSES: &str = "ADDRESSES";
 const UPLINKS: &str = "UPLINKS";
 const LEARNED: &str = "LEARNED";
 const FRAGMENTS: &str = "FRAGMENTS";
@@ -69,6 +69,14 @@ pub(super) fn read_slot(directory: &Path, slot: Slot) -> Result<SlotEntry, Datap
 
 pub(super) fn add_address(directory: &Path, address: &Address) -> Result<(), DataplaneError> {
     hash::<Address, u32>(directory, ADDRESSES)?.insert(address, 1, 0).map_err(failed("write", ADDRESSES))
+}
+
+pub(super) fn addresses(directory: &Path) -> Result<Vec<Address>, DataplaneError> {
+    Ok(hash::<Address, u32>(directory, ADDRESSES)?.keys().flatten().collect())
+}
+
+pub(super) fn uplinks(directory: &Path) -> Result<Vec<u32>, DataplaneError> {
+    Ok(hash::<u32, u32>(directory, UPLINKS)?.keys().flatten().collect())
 }
 
 pub(super) fn add_uplink(directory: &Path, ifindex: u32) -> Result<(), DataplaneError> {

@@ -22,8 +22,8 @@ pub use counters::Counters;
 pub use load::{ensure_bpffs, object};
 pub use self_test::SelfTestError;
 
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::PathBuf;
 
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
@@ -31,8 +31,13 @@ use patchswitch_common::word::Word;
 
 use crate::names::{self, Name};
 
-/// The mark of the agent's own probes (`SO_MARK`).
+/// The mark of the agent's own probes of slot A (`SO_MARK`); an even number.
 pub const PROBE_MARK: u32 = 0x7073_7072;
+
+/// The mark of the agent's own probes of a slot.
+pub const fn probe_mark(slot: Slot) -> u32 {
+    PROBE_MARK | slot.index()
+}
 
 /// Why the data path could not be built, changed or read.
 #[derive(Debug, thiserror::Error)]
@@ -221,16 +226,21 @@ impl Dataplane {
         maps::clear_learned(&self.directory)
     }
 
-    /// Sends packets through the programs, in the kernel but not on any wire, and checks who would get them.
+    /// The service addresses and the indices of the uplinks, as far as they can be read of what is pinned.
+    pub fn remains(name: &Name) -> (Vec<IpAddr>, Vec<u32>) {
+        let directory = names::pin_dir(name);
+        let addresses = maps::addresses(&directory).unwrap_or_default().iter().map(from_wire).collect();
+        (addresses, maps::uplinks(&directory).unwrap_or_default())
+    }
+
+    /// Sends packets through a twin of the programs that knows the same partitions, in the kernel but not on any wire,
+    /// and checks who would get them. What serves is not touched.
     ///
     /// # Errors
     /// [`DataplaneError::SelfTest`] if a packet would go to the wrong partition.
     pub fn self_test(&self, ends: &[self_test::End<'_>]) -> Result<(), DataplaneError> {
-        self_test::run(self, ends)
-    }
-
-    pub(crate) fn directory(&self) -> &Path {
-        &self.directory
+        let slots = [self.slot(Slot::A)?, self.slot(Slot::B)?];
+        self_test::run(&slots, ends)
     }
 }
 
@@ -242,4 +252,8 @@ pub fn to_wire(address: IpAddr) -> Address {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
     }
+}
+
+fn from_wire(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
 }

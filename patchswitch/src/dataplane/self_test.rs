@@ -1,15 +1,19 @@
 //! Sends packets through the loaded programs before anything depends on them.
 //!
 //! A wrong namespace id makes every lookup find nothing: the switch would look fine and reset every old connection.
-//! So before the uplink is attached, a connected socket is opened in each partition, the word is set as if the other
-//! one served, and a packet of that flow must still go to the socket's owner, and a packet of an unknown flow must
-//! not. The packets run through the program in the kernel (`BPF_PROG_TEST_RUN`) and touch no wire.
+//! So before a partition counts as attached, a twin of the object is loaded that is attached to nothing and knows the
+//! same partitions. A connected socket is opened in each of them, the twin's word is set as if the other one served,
+//! and a packet of that flow must still go to the socket's owner, and a packet of an unknown flow must not. The packets
+//! run through the program in the kernel (`BPF_PROG_TEST_RUN`) and touch no wire.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, Map, MapError};
 use aya::programs::{TestRun, TestRunOptions};
 use patchswitch_common::Slot;
+use patchswitch_common::maps::{Address, SlotEntry};
 use patchswitch_common::verdict::{Hook, Verdict};
 use patchswitch_common::word::Word;
 use pnet::packet::ethernet::{EtherTypes, MutableEthernetPacket};
@@ -19,8 +23,10 @@ use pnet::packet::ipv6::MutableIpv6Packet;
 use pnet::packet::udp::MutableUdpPacket;
 
 use super::attach::Point;
-use super::load::{open, refused};
-use super::{Dataplane, DataplaneError};
+use super::counters::{self, Counters};
+use super::load::{self, refused};
+use super::maps::{self, failed};
+use super::DataplaneError;
 use crate::host::linux::netns::{Netns, NetnsError};
 
 const ETHERNET: usize = 14;
@@ -70,15 +76,61 @@ pub enum SelfTestError {
     },
 }
 
-pub(super) fn run(plane: &Dataplane, ends: &[End<'_>]) -> Result<(), DataplaneError> {
-    let before = plane.word();
-    let result = ends.iter().try_for_each(|end| check(plane, end));
-    let now = plane.word();
-    plane.store(now, before)?;
-    result
+/// A loaded object that is attached to nothing.
+struct Twin {
+    ebpf: Ebpf,
 }
 
-fn check(plane: &Dataplane, end: &End<'_>) -> Result<(), DataplaneError> {
+impl Twin {
+    fn new(slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<Self, DataplaneError> {
+        let mut twin = Self { ebpf: load::load()? };
+        let mut table: Array<_, SlotEntry> = twin.map(maps::SLOTS)?;
+        for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(slots) {
+            table.set(slot.index(), entry, 0).map_err(failed("write", maps::SLOTS))?;
+        }
+        let mut addresses: HashMap<_, Address, u32> = twin.map(maps::ADDRESSES)?;
+        for end in ends {
+            let address = super::to_wire(end.address);
+            addresses.insert(address, 1, 0).map_err(failed("write", maps::ADDRESSES))?;
+        }
+        let name = Point::Uplink.program();
+        let program = load::program(&mut twin.ebpf, name)?;
+        program.load().map_err(|error| refused("load", name, &error))?;
+        Ok(twin)
+    }
+
+    fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, DataplaneError>
+    where
+        T: TryFrom<&'a mut Map, Error = MapError>,
+    {
+        let map = self.ebpf.map_mut(name).ok_or_else(|| DataplaneError::Missing(format!("map {name}")))?;
+        T::try_from(map).map_err(failed("open", name))
+    }
+
+    fn set_word(&mut self, word: Word) -> Result<(), DataplaneError> {
+        let mut array: Array<_, u64> = self.map(maps::WORD)?;
+        array.set(0, word.0, 0).map_err(failed("write", maps::WORD))
+    }
+
+    fn counters(&mut self) -> Result<Counters, DataplaneError> {
+        counters::sum(&self.map(maps::COUNTERS)?)
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Result<(), DataplaneError> {
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        let name = Point::Uplink.program();
+        let program = load::program(&mut self.ebpf, name)?;
+        program.test_run(options).map(drop).map_err(|error| refused("test", name, &error))
+    }
+}
+
+pub(super) fn run(slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<(), DataplaneError> {
+    let mut twin = Twin::new(slots, ends)?;
+    ends.iter().try_for_each(|end| check(&mut twin, end))
+}
+
+fn check(twin: &mut Twin, end: &End<'_>) -> Result<(), DataplaneError> {
     let peer = match end.address {
         IpAddr::V4(_) => IpAddr::from([192, 0, 2, 9]),
         IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9]),
@@ -92,12 +144,11 @@ fn check(plane: &Dataplane, end: &End<'_>) -> Result<(), DataplaneError> {
         |source| SelfTestError::Socket { address: end.address, netns: end.netns.to_string(), source };
     let socket = end.netns.run(open_socket).map_err(SelfTestError::Netns)?.map_err(failed)?;
     let port = socket.local_addr().map_err(failed)?.port();
-    let now = plane.word();
     let other = end.slot.other();
-    plane.store(now, Word::steady(end.slot, now.generation()).taken_over_by(other))?;
-    expect(plane, end.address, "a flow with a socket", &packet(peer, end.address, port), verdict(end.slot))?;
+    twin.set_word(Word::steady(end.slot, 0).taken_over_by(other))?;
+    expect(twin, end.address, "a flow with a socket", &packet(peer, end.address, port), verdict(end.slot))?;
     // Port 1 is privileged and was not given to the socket above.
-    expect(plane, end.address, "an unknown flow", &packet(peer, end.address, 1), verdict(other))
+    expect(twin, end.address, "an unknown flow", &packet(peer, end.address, 1), verdict(other))
 }
 
 const fn verdict(slot: Slot) -> Verdict {
@@ -108,18 +159,15 @@ const fn verdict(slot: Slot) -> Verdict {
 }
 
 fn expect(
-    plane: &Dataplane,
+    twin: &mut Twin,
     address: IpAddr,
     what: &'static str,
     frame: &[u8],
     wanted: Verdict,
 ) -> Result<(), DataplaneError> {
-    let before = plane.counters()?;
-    let mut options = TestRunOptions::new();
-    options.data_in = Some(frame);
-    let program = open(plane.directory(), Point::Uplink)?;
-    program.test_run(options).map_err(|error| refused("test", Point::Uplink.program(), &error))?;
-    let after = plane.counters()?;
+    let before = twin.counters()?;
+    twin.send(frame)?;
+    let after = twin.counters()?;
     let count = |verdict| after.packets(Hook::Uplink, verdict) - before.packets(Hook::Uplink, verdict);
     if count(wanted) == 1 {
         return Ok(());

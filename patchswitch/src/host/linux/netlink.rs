@@ -1,7 +1,13 @@
-//! Links, addresses, routes, rules, neighbours and namespace ids: the only place that speaks rtnetlink.
+//! Links, addresses, neighbours; below, routes, qdiscs and namespace ids: the only place that speaks rtnetlink.
 //!
 //! A [`Netlink`] belongs to the network namespace in which its socket was opened. Every change is idempotent: what is
 //! already so is no error, and neither is what is already gone.
+
+mod nsid;
+mod qdisc;
+mod route;
+
+pub use route::{MAIN_TABLE, ROUTE_PROTOCOL, Selector};
 
 use std::io;
 use std::net::IpAddr;
@@ -11,16 +17,10 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPaylo
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
-use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
-use netlink_packet_route::route::{RouteProtocol, RouteScope};
-use netlink_packet_route::rule::RuleAttribute;
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use netlink_packet_route::RouteNetlinkMessage;
+use rtnetlink::{Handle, LinkUnspec, LinkVeth};
 
 use super::netns::{Netns, NetnsError};
-
-/// The origin of every route that patchswitch makes (`rtm_protocol`, a number from the range left to users).
-pub const ROUTE_PROTOCOL: u8 = 117;
 
 /// Why a change of the network failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +61,8 @@ pub struct Link {
     pub mtu: u32,
     /// Whether it is administratively up.
     pub up: bool,
+    /// Whether it is the loopback device.
+    pub loopback: bool,
 }
 
 /// A netlink connection into one network namespace.
@@ -220,103 +222,6 @@ impl Netlink {
         request.execute().await.map_err(failed(action))
     }
 
-    /// Routes one host address to a link, instead of wherever it was routed in the main table.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`].
-    pub async fn route_host(&self, address: IpAddr, link: &Link) -> Result<(), NetlinkError> {
-        let builder = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(address, width(address))
-            .map_err(|_| NetlinkError::NoLink(link.name.clone()))?
-            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-            .output_interface(link.index);
-        let builder = if address.is_ipv4() { builder.scope(RouteScope::Link) } else { builder };
-        let action = format!("route {address} to {}", link.name);
-        self.handle.route().add(builder.build()).replace().execute().await.map_err(failed(action))
-    }
-
-    /// Removes the host route of an address that [`Netlink::route_host`] made.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`].
-    pub async fn unroute_host(&self, address: IpAddr) -> Result<(), NetlinkError> {
-        let builder = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(address, width(address))
-            .map_err(|_| NetlinkError::NoLink(address.to_string()))?
-            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
-        let builder = if address.is_ipv4() { builder.scope(RouteScope::NoWhere) } else { builder };
-        let done = self.handle.route().del(builder.build()).execute().await;
-        done.or_else(unless(libc::ESRCH, || format!("remove the route of {address}")))
-    }
-
-    /// Sets the default route of a table through a gateway that is on the link whatever its address is.
-    ///
-    /// `source` is the address that unbound sockets get: what the kernel chooses per packet for UDP.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`].
-    pub async fn default_route(
-        &self,
-        table: u32,
-        gateway: IpAddr,
-        link: &Link,
-        source: Option<IpAddr>,
-    ) -> Result<(), NetlinkError> {
-        let unspecified = match gateway {
-            IpAddr::V4(_) => IpAddr::from([0; 4]),
-            IpAddr::V6(_) => IpAddr::from([0; 16]),
-        };
-        let bad = |_| NetlinkError::NoLink(link.name.clone());
-        let mut builder = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(unspecified, 0)
-            .map_err(bad)?
-            .gateway(gateway)
-            .map_err(bad)?
-            .output_interface(link.index)
-            .table_id(table)
-            .onlink()
-            .protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
-        if let Some(source) = source {
-            builder = builder.pref_source(source).map_err(bad)?;
-        }
-        let action = format!("set the default route through {}", link.name);
-        self.handle.route().add(builder.build()).replace().execute().await.map_err(failed(action))
-    }
-
-    /// What comes from `source` is routed by `table`.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`].
-    pub async fn add_rule(&self, source: IpAddr, table: u32, priority: u32) -> Result<(), NetlinkError> {
-        let add = self.handle.rule().add().table_id(table).priority(priority);
-        let done = match source {
-            IpAddr::V4(v4) => add.v4().source_prefix(v4, 32).action(to_table()).execute().await,
-            IpAddr::V6(v6) => add.v6().source_prefix(v6, 128).action(to_table()).execute().await,
-        };
-        done.or_else(unless(libc::EEXIST, || format!("add a rule for packets from {source}")))
-    }
-
-    /// Removes the rules of [`Netlink::add_rule`] for a source.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`].
-    pub async fn delete_rules(&self, source: IpAddr, table: u32, priority: u32) -> Result<(), NetlinkError> {
-        let family = if source.is_ipv4() { rtnetlink::IpVersion::V4 } else { rtnetlink::IpVersion::V6 };
-        let found: Vec<_> =
-            self.handle.rule().get(family).execute().try_collect().await.map_err(failed("list rules"))?;
-        for rule in found {
-            let ours = rule.attributes.contains(&RuleAttribute::Source(source))
-                && rule.attributes.contains(&RuleAttribute::Priority(priority))
-                && (rule.attributes.contains(&RuleAttribute::Table(table))
-                    || u32::from(rule.header.table) == table);
-            if ours {
-                let done = self.handle.rule().del(rule).execute().await;
-                done.or_else(unless(libc::ENOENT, || format!("remove the rule for packets from {source}")))?;
-            }
-        }
-        Ok(())
-    }
-
     /// Says for good which link-layer address a neighbour has.
     ///
     /// # Errors
@@ -358,45 +263,14 @@ impl Netlink {
         done.or_else(unless(libc::ENOENT, || format!("stop answering for {address} on {}", link.name)))
     }
 
-    /// Gives a namespace an id as seen from this one, or asks for the id that it has.
-    ///
-    /// To be called *before* a veth leads there: making one allocates an id by itself. Not to be read off the order
-    /// of links.
-    ///
-    /// # Errors
-    /// [`NetlinkError::Request`], [`NetlinkError::NoNsid`].
-    pub async fn nsid(&self, netns: &Netns, wanted: i32) -> Result<i32, NetlinkError> {
-        if let Some(id) = self.get_nsid(netns).await? {
-            return Ok(id);
-        }
-        let message = nsid_message(netns, Some(wanted));
-        let done = self.request(RouteNetlinkMessage::NewNsId(message)).await;
-        // Somebody else was quicker, or the number is taken: ask again for what the namespace has now.
-        done.map(|_| ())
-            .or_else(unless(libc::EEXIST, || format!("set an id for network namespace {netns}")))?;
-        self.get_nsid(netns).await?.ok_or_else(|| NetlinkError::NoNsid(netns.to_string()))
-    }
-
-    async fn get_nsid(&self, netns: &Netns) -> Result<Option<i32>, NetlinkError> {
-        let message = RouteNetlinkMessage::GetNsId(nsid_message(netns, None));
-        let answer = self.request(message).await.map_err(failed("ask for a namespace's id"))?;
-        let id = answer.into_iter().find_map(|message| match message {
-            RouteNetlinkMessage::NewNsId(m) => m.attributes.into_iter().find_map(|a| match a {
-                NsidAttribute::Id(id) => Some(id),
-                _ => None,
-            }),
-            _ => None,
-        });
-        Ok(id.filter(|id| *id >= 0))
-    }
-
     async fn request(
         &self,
         message: RouteNetlinkMessage,
+        flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, rtnetlink::Error> {
         use futures_util::StreamExt;
         let mut packet = NetlinkMessage::from(message);
-        packet.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        packet.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
         let mut handle = self.handle.clone();
         let mut answers = handle.request(packet)?;
         let mut inner = Vec::new();
@@ -413,18 +287,6 @@ impl Netlink {
     }
 }
 
-fn to_table() -> netlink_packet_route::rule::RuleAction {
-    netlink_packet_route::rule::RuleAction::ToTable
-}
-
-fn nsid_message(netns: &Netns, id: Option<i32>) -> NsidMessage {
-    let mut message = NsidMessage::default();
-    message.header.family = AddressFamily::Unspec;
-    message.attributes.push(NsidAttribute::Fd(netns.raw_fd().unsigned_abs()));
-    message.attributes.extend(id.map(NsidAttribute::Id));
-    message
-}
-
 fn link(message: LinkMessage) -> Link {
     let mut found = Link {
         index: message.header.index,
@@ -432,6 +294,7 @@ fn link(message: LinkMessage) -> Link {
         mac: [0; 6],
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
     };
     for attribute in message.attributes {
         match attribute {

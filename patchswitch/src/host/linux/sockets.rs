@@ -1,4 +1,4 @@
-//! The kernel's list of TCP sockets (`sock_diag(7)`), and the end of one by force.
+//! The kernel's list of TCP and UDP sockets (`sock_diag(7)`), and the end of one by force.
 
 use std::io;
 use std::net::SocketAddr;
@@ -7,10 +7,11 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
-use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+
+use patchswitch_common::decide::tcp_state;
 
 use super::netns::{Netns, NetnsError};
 
@@ -26,7 +27,7 @@ pub enum SocketsError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// The kernel refused.
-    #[error("failed to {action} TCP sockets by sock_diag")]
+    #[error("failed to {action} sockets by sock_diag")]
     Io {
         /// `list` or `end`.
         action: &'static str,
@@ -39,9 +40,29 @@ pub enum SocketsError {
     Answer(String),
 }
 
-/// A TCP socket.
+/// The protocols whose sockets are listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => IPPROTO_TCP,
+            Self::Udp => IPPROTO_UDP,
+        }
+    }
+}
+
+/// A socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TcpSocket {
+pub struct Socket {
+    /// Its protocol.
+    pub protocol: Protocol,
     /// Its own end.
     pub local: SocketAddr,
     /// The other end.
@@ -53,15 +74,21 @@ pub struct TcpSocket {
     id: SocketId,
 }
 
-impl TcpSocket {
-    /// Whether it is a listener.
+impl Socket {
+    /// Whether it is a TCP listener.
     pub fn is_listener(&self) -> bool {
-        u32::from(self.state) == patchswitch_common::decide::tcp_state::LISTEN
+        u32::from(self.state) == tcp_state::LISTEN
     }
 
-    fn new(header: InetResponseHeader) -> Self {
+    /// Whether it has a peer: no listener and no unconnected UDP socket.
+    pub fn is_connected(&self) -> bool {
+        !matches!(u32::from(self.state), tcp_state::LISTEN | tcp_state::CLOSE)
+    }
+
+    fn new(protocol: Protocol, header: InetResponseHeader) -> Self {
         let id = header.socket_id;
         Self {
+            protocol,
             local: SocketAddr::new(id.source_address.to_canonical(), id.source_port),
             remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
             state: header.state,
@@ -71,14 +98,17 @@ impl TcpSocket {
     }
 }
 
-/// Every TCP socket of a namespace but those in `TIME_WAIT` and `CLOSE`, which carry no flow any more.
+/// Every TCP and UDP socket of a namespace but TCP ones in `TIME_WAIT` and `CLOSE`, which carry no flow any more.
 ///
 /// # Errors
 /// [`SocketsError`].
-pub fn tcp_sockets(netns: &Netns) -> Result<Vec<TcpSocket>, SocketsError> {
+pub fn all(netns: &Netns) -> Result<Vec<Socket>, SocketsError> {
     netns.run(|| {
-        let mut found = dump(AF_INET)?;
-        found.extend(dump(AF_INET6)?);
+        let mut found = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            found.extend(dump(family, Protocol::Tcp)?);
+            found.extend(dump(family, Protocol::Udp)?);
+        }
         Ok(found)
     })?
 }
@@ -87,41 +117,44 @@ pub fn tcp_sockets(netns: &Netns) -> Result<Vec<TcpSocket>, SocketsError> {
 ///
 /// # Errors
 /// [`SocketsError`]; the kernel must be built with `CONFIG_INET_DIAG_DESTROY`.
-pub fn reset(netns: &Netns, sockets: &[TcpSocket]) -> Result<usize, SocketsError> {
+pub fn reset(netns: &Netns, sockets: &[Socket]) -> Result<usize, SocketsError> {
     netns.run(|| sockets.iter().map(destroy).sum())?
 }
 
-fn request(family: u8, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
-    let extensions = ExtensionFlags::empty();
-    SockDiagMessage::InetRequest(InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id })
+fn request(family: u8, protocol: Protocol, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
+    let (protocol, extensions) = (protocol.number(), ExtensionFlags::empty());
+    SockDiagMessage::InetRequest(InetRequest { family, protocol, extensions, states, socket_id })
 }
 
-fn dump(family: u8) -> Result<Vec<TcpSocket>, SocketsError> {
+fn dump(family: u8, protocol: Protocol) -> Result<Vec<Socket>, SocketsError> {
     let io = |source| SocketsError::Io { action: "list", source };
-    let states = StateFlags::all() & !(StateFlags::TIME_WAIT | StateFlags::CLOSE);
+    let states = match protocol {
+        Protocol::Tcp => StateFlags::all() & !(StateFlags::TIME_WAIT | StateFlags::CLOSE),
+        Protocol::Udp => StateFlags::all(),
+    };
     let id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let socket = send(header, request(family, states, id), None).map_err(io)?;
+    let socket = send(header, request(family, protocol, states, id), None).map_err(io)?;
     let mut found = Vec::new();
     loop {
         let mut datagram = Vec::with_capacity(DATAGRAM);
         socket.recv(&mut datagram, 0).map_err(io)?;
-        if parse(&datagram, &mut found)? {
+        if parse(&datagram, protocol, &mut found)? {
             return Ok(found);
         }
     }
 }
 
 /// Reads one datagram of a dump; true if it was the last one.
-fn parse(mut bytes: &[u8], found: &mut Vec<TcpSocket>) -> Result<bool, SocketsError> {
+fn parse(mut bytes: &[u8], protocol: Protocol, found: &mut Vec<Socket>) -> Result<bool, SocketsError> {
     let bad = |error: &dyn std::fmt::Display| SocketsError::Answer(error.to_string());
     while !bytes.is_empty() {
         let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(|e| bad(&e))?;
         let length = (message.header.length as usize).next_multiple_of(4);
         match message.payload {
             NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                found.push(TcpSocket::new(response.header));
+                found.push(Socket::new(protocol, response.header));
             }
             NetlinkPayload::Done(_) => return Ok(true),
             NetlinkPayload::Error(error) => return Err(bad(&error)),
@@ -132,12 +165,12 @@ fn parse(mut bytes: &[u8], found: &mut Vec<TcpSocket>) -> Result<bool, SocketsEr
     Ok(false)
 }
 
-fn destroy(target: &TcpSocket) -> Result<usize, SocketsError> {
+fn destroy(target: &Socket) -> Result<usize, SocketsError> {
     let io = |source| SocketsError::Io { action: "end", source };
     let family = if target.id.source_address.is_ipv4() { AF_INET } else { AF_INET6 };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_ACK;
-    let message = request(family, StateFlags::all(), target.id.clone());
+    let message = request(family, target.protocol, StateFlags::all(), target.id.clone());
     let socket = send(header, message, Some(SOCK_DESTROY)).map_err(io)?;
     let mut answer = Vec::with_capacity(DATAGRAM);
     socket.recv(&mut answer, 0).map_err(io)?;
@@ -153,7 +186,7 @@ fn destroy(target: &TcpSocket) -> Result<usize, SocketsError> {
 }
 
 /// Sends one request on a socket of the calling thread's namespace.
-fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> io::Result<Socket> {
+fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> io::Result<netlink_sys::Socket> {
     let mut packet = NetlinkMessage::new(header, message.into());
     packet.finalize();
     let mut bytes = vec![0; packet.buffer_len()];
@@ -162,7 +195,7 @@ fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> i
         // The library knows the message only as a query; the type is bytes 4 and 5 of the header.
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
     }
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    let mut socket = netlink_sys::Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     socket.send(&bytes, 0)?;
@@ -171,15 +204,28 @@ fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> i
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
 
     use super::*;
+
+    #[test]
+    fn connected_and_unconnected_datagram_sockets_are_told_apart() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.connect(server.local_addr().unwrap()).unwrap();
+        let found = all(&Netns::own().unwrap()).unwrap();
+        let find = |local| found.iter().find(|s| s.protocol == Protocol::Udp && s.local == local).unwrap();
+        assert!(!find(server.local_addr().unwrap()).is_connected());
+        let connected = find(client.local_addr().unwrap());
+        assert!(connected.is_connected());
+        assert_eq!(connected.remote, server.local_addr().unwrap());
+    }
 
     #[test]
     fn a_listener_and_both_ends_of_a_connection_are_listed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let found = tcp_sockets(&Netns::own().unwrap()).unwrap();
+        let found = all(&Netns::own().unwrap()).unwrap();
         let service = listener.local_addr().unwrap();
         let waiting = found.iter().find(|s| s.is_listener() && s.local == service).unwrap();
         assert_eq!(waiting.receive_queue, 1, "one connection waits for accept");
@@ -193,7 +239,7 @@ mod tests {
         for length in 1..40 {
             let mut found = Vec::new();
             let bytes = vec![0xa5; length];
-            assert!(parse(&bytes, &mut found).is_err() || found.is_empty());
+            assert!(parse(&bytes, Protocol::Tcp, &mut found).is_err() || found.is_empty());
         }
     }
 }

@@ -1,0 +1,129 @@
+//! Building: in the order in which no connection ever has one direction on each path.
+
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{Settings as MapSettings, SlotEntry};
+
+use super::record::{Inside, Record, SlotRecord};
+use super::settings::Settings;
+use super::{AttachError, Partition, Spec, wiring};
+use crate::dataplane::{self, Dataplane, End, Hook, HookKind, Point};
+use crate::host::linux::netlink::{Link, Netlink};
+use crate::host::linux::netns::{Netns, NetnsRef};
+use crate::names;
+
+/// Replies before clients.
+pub(super) async fn build(
+    record: &mut Record,
+    spec: &Spec,
+    host: &Netlink,
+    settings: &mut Settings<'_>,
+    (links, partitions): (&[Link], &[&Partition]),
+) -> Result<Dataplane, AttachError> {
+    let values = MapSettings {
+        learned_idle_ns: u64::try_from(spec.udp_idle.as_nanos()).unwrap_or(u64::MAX),
+        probe_mark: dataplane::PROBE_MARK,
+        pad: 0,
+    };
+    dataplane::ensure_bpffs()?;
+    let plane = Dataplane::create(&spec.name, &spec.addresses, &values)?;
+    for uplink in &record.uplinks {
+        plane.add_uplink(host.link(uplink).await?.index)?;
+    }
+    for wanted in wiring::settings(record, links) {
+        settings.set(&record.name, &wanted)?;
+    }
+    for (slot, partition) in [Slot::A, Slot::B].into_iter().zip(partitions) {
+        join(record, &plane, host, slot, partition).await?;
+    }
+    self_test(record, &plane)?;
+    let serving = record.slots[0].clone();
+    if let Some(entry) = &serving {
+        wiring::slow_path(host, record, entry).await?;
+    }
+    for uplink in record.uplinks.clone() {
+        if record.hook_kind == HookKind::Clsact {
+            settings.clsact(&record.name, host, &uplink).await?;
+        }
+        attach(record, &plane, Point::Uplink, uplink)?;
+    }
+    wiring::answer(host, record).await?;
+    record.ready = true;
+    record.save()?;
+    Ok(plane)
+}
+
+/// The largest packet that passes every uplink.
+async fn mtu(host: &Netlink, uplinks: &[String]) -> Result<u32, AttachError> {
+    let mut smallest = u32::from(u16::MAX);
+    for uplink in uplinks {
+        smallest = smallest.min(host.link(uplink).await?.mtu);
+    }
+    Ok(smallest)
+}
+
+/// Puts a partition into an empty slot.
+pub(super) async fn join(
+    record: &mut Record,
+    plane: &Dataplane,
+    host: &Netlink,
+    slot: Slot,
+    partition: &Partition,
+) -> Result<(), AttachError> {
+    let mtu = mtu(host, &record.uplinks).await?;
+    let netns = Netns::open(&partition.netns)?;
+    let entry = SlotRecord {
+        netns: partition.netns.clone(),
+        held: names::held_netns(&record.name, slot as u8),
+        link: names::host_link(&record.name, slot as u8),
+        inner_link: partition.inner_link.clone(),
+        inside: partition.inside.clone(),
+    };
+    record.slots[slot as usize] = Some(entry.clone());
+    record.save()?;
+    netns.hold(&entry.held)?;
+    // Before the veth: making one would give the namespace an id of the kernel's choice.
+    let nsid = host.nsid(&netns, wiring::nsid(&record.name, slot)).await?;
+    let link = wiring::make_slot(host, record, slot, &entry, &netns, mtu).await?;
+    let own = |v4: bool| match &entry.inside {
+        Inside::Owned { own } => own.iter().copied().find(|a| a.is_ipv4() == v4).map(dataplane::to_wire),
+        Inside::Guest { .. } => None,
+    };
+    let value = SlotEntry {
+        ifindex: link.index,
+        nsid,
+        own4: own(true).unwrap_or_default(),
+        own6: own(false).unwrap_or_default(),
+    };
+    plane.set_slot(slot, &value)?;
+    attach(record, plane, Point::FromPartition, entry.link.clone())?;
+    attach(record, plane, Point::ToPartition, entry.link.clone())?;
+    wiring::host_side(host, record, slot, &entry).await?;
+    wiring::own_addresses(host, record, &entry).await
+}
+
+fn attach(record: &mut Record, plane: &Dataplane, point: Point, link: String) -> Result<(), AttachError> {
+    let hook = Hook { point, link, kind: record.hook_kind };
+    record.hooks.push(hook.clone());
+    record.save()?;
+    Ok(plane.attach(&hook)?)
+}
+
+/// Sends packets of every partition through the programs. With one partition there is nobody to confuse it with.
+pub(super) fn self_test(record: &Record, plane: &Dataplane) -> Result<(), AttachError> {
+    let mut namespaces = Vec::new();
+    for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(&record.slots) {
+        if let Some(entry) = entry {
+            namespaces.push((slot, Netns::open(&NetnsRef::Path(entry.held.clone()))?));
+        }
+    }
+    if namespaces.len() < 2 {
+        return Ok(());
+    }
+    let ends: Vec<End<'_>> = namespaces
+        .iter()
+        .flat_map(|(slot, netns)| {
+            record.addresses.iter().map(|address| End { slot: *slot, netns, address: *address })
+        })
+        .collect();
+    Ok(plane.self_test(&ends)?)
+}

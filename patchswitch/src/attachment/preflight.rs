@@ -1,0 +1,172 @@
+//! What can be known before anything is changed.
+
+use std::net::IpAddr;
+
+use super::record::{Inside, Record, RecordError, identity};
+use super::{AttachError, Partition, Spec, wiring};
+use crate::host::linux::netlink::{Link, Netlink, NetlinkError};
+use crate::host::linux::netns::Netns;
+use crate::names::{self, Name};
+
+fn refuse<T>(text: String) -> Result<T, AttachError> {
+    Err(AttachError::Refused(text))
+}
+
+/// Only root can do any of this.
+pub(super) fn root() -> Result<(), AttachError> {
+    if rustix::process::geteuid().is_root() { Ok(()) } else { Err(AttachError::NotRoot) }
+}
+
+/// Checks what is to be attached. Returns the host's links.
+pub(super) async fn check(
+    spec: &Spec,
+    own: &Netns,
+    host: &Netlink,
+    partitions: &[&Partition],
+) -> Result<Vec<Link>, AttachError> {
+    if names::pin_dir(&spec.name).exists() || Record::load(&spec.name).is_ok() {
+        return Err(RecordError::Exists(spec.name.clone()).into());
+    }
+    if spec.addresses.is_empty() || spec.uplinks.is_empty() {
+        return refuse("a service needs at least one address and one uplink".to_owned());
+    }
+    let others = Record::all()?;
+    if let Some(other) = others.iter().find(|o| wiring::guest_table(&o.name) == wiring::guest_table(&spec.name)) {
+        return refuse(format!("{} and {} would share a routing table; choose another name", spec.name, other.name));
+    }
+    let mut taken = Taken { held: host.addresses().await?, others, here: identity(own)?, seen: Vec::new() };
+    for address in &spec.addresses {
+        taken.claim(*address, "service")?;
+    }
+    let links = host.links().await?;
+    for uplink in &spec.uplinks {
+        let Some(link) = links.iter().find(|link| &link.name == uplink) else {
+            return Err(NetlinkError::NoLink(uplink.clone()).into());
+        };
+        if link.loopback {
+            return refuse(format!("no client is on {uplink}"));
+        }
+    }
+    namespaces(own, partitions)?;
+    for partition in partitions {
+        taken.own(partition)?;
+    }
+    Ok(links)
+}
+
+/// Checks a partition that joins an attachment.
+pub(super) async fn check_join(
+    record: &Record,
+    own: &Netns,
+    host: &Netlink,
+    partition: &Partition,
+) -> Result<(), AttachError> {
+    let there = record.slots.iter().flatten().map(|slot| Partition {
+        netns: super::NetnsRef::Path(slot.held.clone()),
+        inner_link: slot.inner_link.clone(),
+        inside: slot.inside.clone(),
+    });
+    let there: Vec<Partition> = there.collect();
+    namespaces(own, &there.iter().chain([partition]).collect::<Vec<_>>())?;
+    let (held, others) = (host.addresses().await?, Record::all()?);
+    Taken { held, others, here: identity(own)?, seen: Vec::new() }.own(partition)
+}
+
+/// No two of them are the same, and none is the host's.
+fn namespaces(own: &Netns, partitions: &[&Partition]) -> Result<(), AttachError> {
+    let mut seen: Vec<Netns> = Vec::new();
+    for partition in partitions {
+        let netns = Netns::open(&partition.netns)?;
+        let same = |other: &Netns| netns.is_same(other).unwrap_or(false);
+        if same(own) {
+            return refuse(format!("{} is the host's own network namespace", partition.netns));
+        }
+        if seen.iter().any(same) {
+            return refuse("both partitions are the same network namespace".to_owned());
+        }
+        seen.push(netns);
+    }
+    Ok(())
+}
+
+/// Addresses that somebody has already.
+struct Taken {
+    /// By the host.
+    held: Vec<IpAddr>,
+    /// By attachments.
+    others: Vec<Record>,
+    /// Device and inode of the host's network namespace.
+    here: (u64, u64),
+    /// By what is being attached.
+    seen: Vec<IpAddr>,
+}
+
+impl Taken {
+    fn own(&mut self, partition: &Partition) -> Result<(), AttachError> {
+        let Inside::Owned { own } = &partition.inside else { return Ok(()) };
+        for v4 in [true, false] {
+            if own.iter().filter(|address| address.is_ipv4() == v4).count() > 1 {
+                return refuse("a partition has at most one own address of each family".to_owned());
+            }
+        }
+        own.iter().try_for_each(|address| self.claim(*address, "own"))
+    }
+
+    fn claim(&mut self, address: IpAddr, kind: &str) -> Result<(), AttachError> {
+        if !is_usable(address) {
+            return refuse(format!("{address} cannot be an address of a service or of a partition"));
+        }
+        if self.held.contains(&address) {
+            return refuse(format!(
+                "{kind} address {address} belongs to this host itself; take it off its link first"
+            ));
+        }
+        if let Some(name) = self.holder(address) {
+            return refuse(format!("{kind} address {address} is attached already, as {name}"));
+        }
+        if self.seen.contains(&address) {
+            return refuse(format!("{address} is given twice"));
+        }
+        self.seen.push(address);
+        Ok(())
+    }
+
+    fn holder(&self, address: IpAddr) -> Option<&Name> {
+        let has = |record: &&Record| {
+            let own = record.slots.iter().flatten().any(|slot| match &slot.inside {
+                Inside::Owned { own } => own.contains(&address),
+                Inside::Guest { .. } => false,
+            });
+            record.host == self.here && (own || record.addresses.contains(&address))
+        };
+        self.others.iter().find(has).map(|record| &record.name)
+    }
+}
+
+/// Whether routers deliver to it: no loopback, link-local, multicast or mapped address.
+fn is_usable(address: IpAddr) -> bool {
+    let special = address.is_loopback() || address.is_multicast() || address.is_unspecified();
+    let other = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast() || v4.octets()[0] == 0 || v4.octets()[0] >= 240,
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
+    };
+    !special && !other
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_no_router_delivers_to_are_refused() {
+        for bad in [
+            "127.0.0.1", "0.0.0.0", "0.1.2.3", "169.254.1.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "::", "::1",
+            "fe80::1", "ff02::1", "::ffff:192.0.2.1",
+        ] {
+            assert!(!is_usable(bad.parse().unwrap()), "{bad}");
+        }
+        for good in ["192.0.2.80", "10.0.0.1", "2001:db8::80", "fd00::1"] {
+            assert!(is_usable(good.parse().unwrap()), "{good}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The end of a switch: what it waits for, and what happens to what does not end.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use patchswitch_tests::netlab::{CLIENT, SERVICE};
+use serde_json::Value;
+
+use crate::ask::{Asking, who};
+use crate::rig::{NAME, Rig, Server, ends};
+
+/// A laboratory in which the old partition still has one flow of each family.
+fn retiring(label: &str) -> anyhow::Result<(Rig, [Server; 2], Vec<Asking>)> {
+    let rig = Rig::new(label)?;
+    let servers = [Server::start(&rig.lab.a, "a")?, Server::start(&rig.lab.b, "b")?];
+    rig.attach()?;
+    let mut flows = Vec::new();
+    for end in ends() {
+        let mut asking = Asking::from(&rig.lab.client, end)?;
+        anyhow::ensure!(asking.who()? == "a");
+        flows.push(asking);
+    }
+    rig.switch_to(&rig.lab.b)?;
+    Ok((rig, servers, flows))
+}
+
+fn status(rig: &Rig) -> anyhow::Result<Value> {
+    Ok(rig.ok(&["status", NAME])?["attachments"][0].clone())
+}
+
+/// The partition with a role.
+fn with_role<'a>(status: &'a Value, role: &str) -> Option<&'a str> {
+    status["partitions"].as_array()?.iter().find(|p| p["role"] == role)?["netns"].as_str()
+}
+
+#[test]
+fn a_drain_ends_when_the_last_flow_does() {
+    let (rig, _servers, flows) = retiring("drain").unwrap();
+    let before = status(&rig).unwrap();
+    assert_eq!(before["phase"], "draining");
+    assert_eq!(with_role(&before, "retiring"), Some(rig.lab.a.name()));
+    let begin = Instant::now();
+    let closing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(1500));
+        drop(flows);
+    });
+    let report = rig.ok(&["drain", NAME]).unwrap();
+    closing.join().unwrap();
+    assert!(begin.elapsed() >= Duration::from_millis(1500), "{report}");
+    let drain = &report["drain"];
+    assert_eq!((&drain["flows_at_start"], &drain["left"], &drain["settled"]), (&2.into(), &0.into(), &true.into()));
+    let after = status(&rig).unwrap();
+    assert_eq!((&after["phase"], &after["notice"]), (&"steady".into(), &false.into()), "{after}");
+    assert_eq!(with_role(&after, "standby"), Some(rig.lab.a.name()));
+    // Nobody retires: nothing to wait for.
+    assert_eq!(rig.ok(&["drain", NAME]).unwrap()["drain"]["settled"], true);
+    rig.finish().unwrap();
+}
+
+#[test]
+fn at_the_deadline_flows_are_kept() {
+    let (rig, _servers, mut flows) = retiring("keep").unwrap();
+    let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--json"]).unwrap();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&report["drain"]["left"], &report["drain"]["settled"]), (&2.into(), &false.into()), "{report}");
+    for asking in &mut flows {
+        assert_eq!(asking.who().unwrap(), "a");
+    }
+    drop(flows);
+    rig.ok(&["drain", NAME, "--deadline", "10"]).unwrap();
+    rig.finish().unwrap();
+}
+
+#[test]
+fn at_the_deadline_the_switch_is_reversed() {
+    let (rig, _servers, mut flows) = retiring("abort").unwrap();
+    let mut newer = Asking::from(&rig.lab.client, ends()[0]).unwrap();
+    assert_eq!(newer.who().unwrap(), "b");
+    let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--on-deadline", "abort"]).unwrap();
+    assert_eq!(ended.code, Some(22), "{ended:?}");
+    let after = status(&rig).unwrap();
+    assert_eq!(with_role(&after, "active"), Some(rig.lab.a.name()), "{after}");
+    for (asking, owner) in flows.iter_mut().map(|flow| (flow, "a")).chain([(&mut newer, "b")]) {
+        assert_eq!(asking.who().unwrap(), owner);
+    }
+    for end in ends() {
+        assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
+    }
+    rig.finish().unwrap();
+}
+
+#[test]
+fn at_the_deadline_flows_are_reset() {
+    let (rig, _servers, mut flows) = retiring("reset").unwrap();
+    let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--on-deadline", "reset", "--json"]).unwrap();
+    assert_eq!(ended.code, Some(24), "{ended:?}");
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&report["drain"]["reset"], &report["drain"]["settled"]), (&2.into(), &true.into()), "{report}");
+    for asking in &mut flows {
+        let error = format!("{:#}", asking.who().unwrap_err());
+        assert!(error.contains("reset") || error.contains("Broken pipe"), "{error}");
+    }
+    let left = rig.ok(&["flows", NAME]).unwrap();
+    assert!(left["partitions"].as_array().unwrap().iter().all(|p| p["flows"]["accepted"] == Value::Array(vec![])));
+    rig.finish().unwrap();
+}
+
+#[test]
+fn connections_that_the_partition_made_itself_are_listed_and_not_waited_for() {
+    let rig = Rig::new("outgoing").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    for (family, service) in SERVICE.into_iter().enumerate() {
+        let remote = rig.lab.client.enter(|| Ok(TcpListener::bind((CLIENT[family], 0))?)).unwrap();
+        let to = remote.local_addr().unwrap();
+        // From the service address, as a partition whose only address that is.
+        let mut outgoing = rig.lab.a.enter(|| connect_from(service, to)).unwrap();
+        let (mut far, from) = remote.accept().unwrap();
+        assert_eq!(from.ip().to_string(), service);
+        rig.switch_to(&rig.lab.b).unwrap();
+        let flows = rig.ok(&["flows", NAME]).unwrap();
+        let retiring = &flows["partitions"][1]["flows"];
+        assert_eq!(retiring["accepted"], Value::Array(vec![]), "{flows}");
+        assert_eq!(retiring["outgoing"].as_array().map(Vec::len), Some(1), "{flows}");
+        assert_eq!(retiring["outgoing"][0]["remote"], to.to_string());
+        // It works all the same while its owner retires.
+        far.write_all(b"x").unwrap();
+        outgoing.read_exact(&mut [0]).unwrap();
+        outgoing.write_all(b"y").unwrap();
+        far.read_exact(&mut [0]).unwrap();
+        let report = rig.ok(&["drain", NAME, "--deadline", "5"]).unwrap();
+        assert_eq!(report["drain"]["settled"], true, "{report}");
+        assert!(report["drain"]["seconds"].as_f64().unwrap() < 2.0, "{report}");
+        drop(outgoing);
+        rig.switch_to(&rig.lab.a).unwrap();
+        rig.ok(&["drain", NAME, "--deadline", "5"]).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+fn connect_from(address: &str, to: std::net::SocketAddr) -> anyhow::Result<TcpStream> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+    bind(&socket, &std::net::SocketAddr::new(address.parse()?, 0))?;
+    connect(&socket, &to).context("no connection")?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    Ok(stream)
+}

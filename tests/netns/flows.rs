@@ -1,0 +1,312 @@
+//! What becomes of a single flow, state by state (packet cases D-01 to D-14).
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::observe::{self, Counters};
+use rustix::net::sockopt;
+
+use crate::hand::{self, ACK, Hand, RST, SYN, Segment};
+use crate::rig::{PORT, Rig, Server, ends};
+
+/// Listens on both families, and accepts when asked.
+struct Waiting(TcpListener);
+
+impl Waiting {
+    fn on(ns: &Ns) -> anyhow::Result<Self> {
+        let listener = ns.enter(|| Ok(TcpListener::bind(("::", PORT))?))?;
+        listener.set_nonblocking(true)?;
+        Ok(Self(listener))
+    }
+
+    /// The connection that waits, if there is one within a while.
+    fn accept(&self, patience: Duration) -> anyhow::Result<Option<TcpStream>> {
+        let end = Instant::now() + patience;
+        loop {
+            match self.0.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+                    return Ok(Some(stream));
+                }
+                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return Err(error.into()),
+                Err(_) if Instant::now() >= end => return Ok(None),
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+}
+
+const SOON: Duration = Duration::from_secs(5);
+const NEVER: Duration = Duration::from_millis(300);
+
+fn connect(ns: &Ns, to: SocketAddr) -> anyhow::Result<TcpStream> {
+    ns.enter(|| {
+        let stream = TcpStream::connect_timeout(&to, SOON)?;
+        stream.set_read_timeout(Some(SOON))?;
+        Ok(stream)
+    })
+}
+
+fn exchange(from: &mut TcpStream, to: &mut TcpStream, text: &[u8]) -> anyhow::Result<()> {
+    from.write_all(text)?;
+    let mut got = vec![0; text.len()];
+    to.read_exact(&mut got)?;
+    anyhow::ensure!(got == text, "{got:?}");
+    Ok(())
+}
+
+#[test]
+fn a_connection_in_the_accept_queue_is_served_by_who_has_it() {
+    let rig = Rig::new("queue").unwrap();
+    let waiting = Waiting::on(&rig.lab.a).unwrap();
+    let other = Waiting::on(&rig.lab.b).unwrap();
+    rig.attach().unwrap();
+    let clients = ends().map(|end| connect(&rig.lab.client, end).unwrap());
+    rig.switch_to(&rig.lab.b).unwrap();
+    let flows = rig.ok(&["flows", "web"]).unwrap();
+    let retiring = &flows["partitions"][1];
+    assert_eq!((&retiring["active"], &retiring["flows"]["queued"]), (&false.into(), &2.into()), "{flows}");
+    // Nobody has accepted them: the drain must not be over.
+    let ended = rig.run(&["drain", "web", "--deadline", "0.6"]).unwrap();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for mut client in clients {
+        let mut server = waiting.accept(SOON).unwrap().expect("it waits in the retiring partition");
+        exchange(&mut client, &mut server, b"question").unwrap();
+        exchange(&mut server, &mut client, b"answer").unwrap();
+    }
+    assert!(other.accept(NEVER).unwrap().is_none());
+    rig.finish().unwrap();
+}
+
+#[test]
+fn a_handshake_under_way_is_finished_by_who_began_it() {
+    let mut rig = Rig::new("shake").unwrap();
+    hand::furnish(&rig.lab).unwrap();
+    rig.furnished().unwrap();
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    rig.attach().unwrap();
+    for (number, end) in (0..).zip(ends()) {
+        let mut hand = Hand::new(&rig.lab, end, 5000 + number).unwrap();
+        hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
+        let first = hand.receive().unwrap();
+        assert_eq!((first.flags, first.ack), (SYN | ACK, 1001));
+        rig.switch_to(&rig.lab.b).unwrap();
+        // The SYN once more: the same answer, so it is the same request.
+        hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
+        let again = hand.receive().unwrap();
+        assert_eq!((again.flags, again.seq), (SYN | ACK, first.seq), "{end}");
+        hand.send(&Segment { payload: b"hello".to_vec(), ..Segment::new(ACK, 1001, first.seq.wrapping_add(1)) })
+            .unwrap();
+        let mut stream = a.accept(SOON).unwrap().expect("the one that began it accepts it");
+        let mut got = [0; 5];
+        stream.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello");
+        assert!(b.accept(NEVER).unwrap().is_none());
+        rig.switch_to(&rig.lab.a).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+#[test]
+fn a_syn_to_an_established_connection_is_challenged_by_its_owner() {
+    let mut rig = Rig::new("challenge").unwrap();
+    hand::furnish(&rig.lab).unwrap();
+    rig.furnished().unwrap();
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    rig.attach().unwrap();
+    for (number, end) in (0..).zip(ends()) {
+        let mut hand = Hand::new(&rig.lab, end, 5100 + number).unwrap();
+        hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
+        let answer = hand.receive().unwrap();
+        let next = answer.seq.wrapping_add(1);
+        hand.send(&Segment::new(ACK, 1001, next)).unwrap();
+        let owned = a.accept(SOON).unwrap().expect("accepted before the switch");
+        rig.switch_to(&rig.lab.b).unwrap();
+        // The client was restarted and has forgotten the connection (RFC 5961, section 4).
+        hand.send(&Segment::new(SYN, 900_000, 0)).unwrap();
+        let challenge = hand.receive().unwrap();
+        assert_eq!((challenge.flags, challenge.seq, challenge.ack), (ACK, next, 1001), "{end}");
+        hand.send(&Segment::new(RST, challenge.ack, 0)).unwrap();
+        let mut rest = Vec::new();
+        (&owned).read_to_end(&mut rest).unwrap_err();
+        hand.send(&Segment::new(SYN, 900_000, 0)).unwrap();
+        let fresh = hand.receive().unwrap();
+        assert_eq!((fresh.flags, fresh.ack), (SYN | ACK, 900_001));
+        hand.send(&Segment::new(ACK, 900_001, fresh.seq.wrapping_add(1))).unwrap();
+        assert!(b.accept(SOON).unwrap().is_some(), "the new partition has the new connection");
+        rig.switch_to(&rig.lab.a).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+#[test]
+fn a_segment_that_nobody_knows_is_refused_by_the_active_one() {
+    let mut rig = Rig::new("unknown").unwrap();
+    hand::furnish(&rig.lab).unwrap();
+    rig.furnished().unwrap();
+    let _both = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    rig.attach().unwrap();
+    rig.switch_to(&rig.lab.b).unwrap();
+    let resets = |ns: &Ns| Counters::of(ns).unwrap().get("Tcp.OutRsts").unwrap();
+    for (number, end) in (0..).zip(ends()) {
+        let before = (resets(&rig.lab.a), resets(&rig.lab.b));
+        let mut hand = Hand::new(&rig.lab, end, 5200 + number).unwrap();
+        hand.send(&Segment::new(ACK, 1000, 7777)).unwrap();
+        let answer = hand.receive().unwrap();
+        assert_eq!((answer.flags & RST, answer.seq), (RST, 7777));
+        assert_eq!((resets(&rig.lab.a), resets(&rig.lab.b)), (before.0, before.1 + 1));
+    }
+    rig.finish().unwrap();
+}
+
+/// Begins a connection with a SYN cookie, switches, and ends the handshake; true if the old partition accepts it.
+fn cookie_across(rig: &Rig, end: SocketAddr, port: u16, waiting: [&Waiting; 2]) -> anyhow::Result<bool> {
+    let mut hand = Hand::new(&rig.lab, end, port)?;
+    hand.send(&Segment::new(SYN, 1000, 0))?;
+    let answer = hand.receive()?;
+    anyhow::ensure!(answer.flags == SYN | ACK, "{answer:?}");
+    let requests = observe::tcp_sockets_in(&rig.lab.a)?.iter().filter(|s| s.state == "SYN-RECV").count();
+    anyhow::ensure!(requests == 0, "with a cookie no request is kept");
+    rig.switch_to(&rig.lab.b)?;
+    let segment = Segment { payload: b"x".to_vec(), ..Segment::new(ACK, 1001, answer.seq.wrapping_add(1)) };
+    hand.send(&segment)?;
+    let by_old = waiting[0].accept(Duration::from_millis(700))?.is_some();
+    let by_new = waiting[1].accept(NEVER)?.is_some();
+    anyhow::ensure!(by_old != by_new, "accepted by {} partitions", u8::from(by_old) + u8::from(by_new));
+    hand.send(&Segment::new(RST, 1002, 0))?;
+    rig.switch_to(&rig.lab.a)?;
+    Ok(by_old)
+}
+
+#[test]
+fn a_syn_cookie_is_honoured_by_who_can() {
+    let mut rig = Rig::new("cookie").unwrap();
+    hand::furnish(&rig.lab).unwrap();
+    rig.furnished().unwrap();
+    for ns in [&rig.lab.a, &rig.lab.b] {
+        ns.sysctl("net/ipv4/tcp_syncookies", "2").unwrap();
+    }
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    rig.furnished().unwrap();
+    rig.attach().unwrap();
+    // Only the old one has given out cookies.
+    for (port, end) in (5300..).zip(ends()) {
+        assert!(cookie_across(&rig, end, port, [&a, &b]).unwrap(), "{end}: the old one's cookie, the old one's flow");
+    }
+    // Now the new one gives some out as well: then it takes the old one's, for the secret is the kernel's.
+    rig.switch_to(&rig.lab.b).unwrap();
+    for (port, end) in (5310..).zip(ends()) {
+        let mut hand = Hand::new(&rig.lab, end, port).unwrap();
+        hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
+        let answer = hand.receive().unwrap();
+        // A flow of the new one must not fall to the old one, though its listener would accept the cookie.
+        hand.send(&Segment::new(ACK, 1001, answer.seq.wrapping_add(1))).unwrap();
+        assert!(b.accept(SOON).unwrap().is_some());
+        assert!(a.accept(NEVER).unwrap().is_none());
+    }
+    rig.switch_to(&rig.lab.a).unwrap();
+    for (port, end) in (5320..).zip(ends()) {
+        assert!(!cookie_across(&rig, end, port, [&a, &b]).unwrap(), "{end}: a drain that is not prolonged");
+    }
+    rig.finish().unwrap();
+}
+
+/// Connects from a port that was used just before.
+fn connect_from(ns: &Ns, port: u16, to: SocketAddr) -> anyhow::Result<TcpStream> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
+    ns.enter(|| {
+        let (family, any) = if to.is_ipv4() { (AddressFamily::INET, "0.0.0.0") } else { (AddressFamily::INET6, "::") };
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        bind(&socket, &SocketAddr::new(any.parse()?, port))?;
+        connect(&socket, &to)?;
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(SOON))?;
+        Ok(stream)
+    })
+}
+
+#[test]
+fn a_tuple_in_time_wait_is_used_again_by_the_new_partition() {
+    let rig = Rig::new("timewait").unwrap();
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    rig.attach().unwrap();
+    for (port, end) in (6000..).zip(ends()) {
+        let mut client = connect_from(&rig.lab.client, port, end).unwrap();
+        // The server closes first, so the remains are on its side.
+        drop(a.accept(SOON).unwrap().expect("accepted before the switch"));
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        drop(client);
+        let remains = || {
+            let sockets = observe::tcp_sockets_in(&rig.lab.a).unwrap();
+            sockets.iter().any(|s| s.state == "TIME-WAIT" && s.peer.port() == port)
+        };
+        let limit = Instant::now() + SOON;
+        while !remains() {
+            assert!(Instant::now() < limit, "no TIME-WAIT in the old partition");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        rig.switch_to(&rig.lab.b).unwrap();
+        let mut client = connect_from(&rig.lab.client, port, end).unwrap();
+        let mut server = b.accept(SOON).unwrap().expect("the SYN goes to the new partition");
+        assert!(remains(), "else the next lines prove nothing");
+        for _ in 0..5 {
+            exchange(&mut client, &mut server, b"question").unwrap();
+            exchange(&mut server, &mut client, b"answer").unwrap();
+        }
+        assert!(a.accept(NEVER).unwrap().is_none());
+        rig.switch_to(&rig.lab.a).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+#[test]
+fn an_upload_goes_on_across_the_switch() {
+    const LENGTH: usize = 48 << 20;
+    let rig = Rig::new("upload").unwrap();
+    let a = Waiting::on(&rig.lab.a).unwrap();
+    let _b = Server::start(&rig.lab.b, "b").unwrap();
+    rig.attach().unwrap();
+    for end in ends() {
+        let client = connect(&rig.lab.client, end).unwrap();
+        let server = a.accept(SOON).unwrap().expect("accepted before the switch");
+        let byte = |at: usize| (at.wrapping_mul(2_654_435_761) >> 13) as u8;
+        let hurry = Arc::new(AtomicBool::new(false));
+        let slow = Arc::clone(&hurry);
+        let reading = std::thread::spawn(move || {
+            let (mut server, mut block, mut at) = (server, vec![0; 1 << 16], 0);
+            loop {
+                if !slow.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                let length = server.read(&mut block).unwrap();
+                if length == 0 {
+                    return at;
+                }
+                let good = block[..length].iter().enumerate().all(|(i, got)| *got == byte(at + i));
+                assert!(good, "wrong bytes after {at}");
+                at += length;
+            }
+        });
+        let writing = std::thread::spawn(move || {
+            let mut client = client;
+            for start in (0..LENGTH).step_by(1 << 16) {
+                let block: Vec<u8> = (start..start + (1 << 16)).map(byte).collect();
+                client.write_all(&block).unwrap();
+            }
+        });
+        for to in [&rig.lab.b, &rig.lab.a] {
+            rig.switch_to(to).unwrap();
+        }
+        assert!(!writing.is_finished(), "the upload was over before the switches were");
+        hurry.store(true, Ordering::Relaxed);
+        writing.join().unwrap();
+        assert_eq!(reading.join().unwrap(), LENGTH);
+    }
+    rig.finish().unwrap();
+}

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::attachment::{AttachError, RecordError};
+use crate::attachment::AttachError;
 use crate::config::ConfigError;
 use crate::exit::ExitCode;
 use crate::host::linux::cgroup::CgroupError;
@@ -141,7 +141,7 @@ impl ManagerError {
             Self::Inject(error) => error.exit_code(),
             Self::Root(error) => error.exit_code(),
             Self::Define(error) => error.exit_code(),
-            Self::Attach(AttachError::Record(RecordError::Busy(_))) => ExitCode::Busy,
+            Self::Attach(error) => error.exit_code(),
             Self::Io { source, .. } => ExitCode::of_io(source),
             Self::Refused { code, .. } => *code,
             Self::Dm(_) | Self::Program(ProgramError::Missing { .. }) => ExitCode::Unavailable,

@@ -47,6 +47,7 @@ impl Manager {
                     addresses: service.addresses.clone(),
                     uplinks: service.uplinks.iter().map(|uplink| uplink.as_str().to_owned()).collect(),
                     udp_idle: service.udp_idle,
+                    hook: None,
                 };
                 Attachment::create(&spec, &attachable(&machine), None).await?;
                 Ok(())

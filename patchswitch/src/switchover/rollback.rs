@@ -9,7 +9,7 @@ use super::context::{Failure, Phase, SwitchError, at};
 use super::report::{AtSwitch, Report};
 use super::verify::inside;
 use super::{Context, Loss, undo};
-use crate::attachment::{DrainOptions, OnDeadline, probe_socket};
+use crate::attachment::{DrainOptions, OnDeadline};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, attachable, slot_of};
 use crate::verify::{Reach, Target, gate};
@@ -102,9 +102,8 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
     })
     .await?;
     job.step(Phase::Verify, json!({}), async |job| {
-        let link = job.attachment.record().slots[slot as usize].as_ref().map(|entry| entry.link.clone());
-        let link = link.unwrap_or_default();
-        let open = move |address| probe_socket(&link, address);
+        let prober = job.attachment.prober(slot).map_err(at(Phase::Verify))?;
+        let open = |address| prober.socket(address);
         let run = inside(job.manager, old);
         let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
         let passed = gate(target, &job.service.gate, Reach { open: &open, run: &run }, &job.stop);

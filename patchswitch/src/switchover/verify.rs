@@ -6,10 +6,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::clone::Clone;
-use super::context::with;
+use super::context::{at, with};
 use super::patch::Restarted;
 use super::{Context, Failure, Phase};
-use crate::attachment::probe_socket;
 use crate::manager::{Machine, Manager};
 use crate::names::Name;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, gate};
@@ -23,9 +22,8 @@ impl Restarted {
     pub(super) async fn verify(self, job: &mut Context<'_>) -> Result<Verified, Failure> {
         let intent = json!({"probes": job.service.probes, "gate": job.service.gate});
         job.step(Phase::Verify, intent, async |job| {
-            let link = job.attachment.record().slots[self.0.slot as usize].as_ref().map(|slot| slot.link.clone());
-            let link = link.unwrap_or_default();
-            let open = move |address: SocketAddr| probe_socket(&link, address);
+            let prober = job.attachment.prober(self.0.slot).map_err(at(Phase::Verify))?;
+            let open = |address: SocketAddr| prober.socket(address);
             let run = inside(job.manager, &self.0.standby);
             let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
             let reach = Reach { open: &open, run: &run };

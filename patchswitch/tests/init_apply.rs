@@ -1,4 +1,5 @@
 //! `patchswitch-init apply` as a program, on a root that is a plain directory. Needs no privilege.
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use std::fs;
 use std::io::{Read, Write};

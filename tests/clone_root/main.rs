@@ -1,6 +1,8 @@
 //! Injection into a clone with real mounts, devices and owners. Needs root; everything happens in a mount namespace of
 //! the test's own.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
+
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 

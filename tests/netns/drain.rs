@@ -50,7 +50,10 @@ fn a_drain_ends_when_the_last_flow_does() {
     closing.join().unwrap();
     assert!(begin.elapsed() >= Duration::from_millis(1500), "{report}");
     let drain = &report["drain"];
-    assert_eq!((&drain["flows_at_start"], &drain["left"], &drain["settled"]), (&2.into(), &0.into(), &true.into()));
+    assert_eq!(
+        (&drain["flows_at_start"], &drain["left"], &drain["settled"]),
+        (&2.into(), &0.into(), &true.into())
+    );
     let after = status(&rig).unwrap();
     assert_eq!((&after["phase"], &after["notice"]), (&"steady".into(), &false.into()), "{after}");
     assert_eq!(with_role(&after, "standby"), Some(rig.lab.a.name()));
@@ -65,7 +68,11 @@ fn at_the_deadline_flows_are_kept() {
     let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--json"]).unwrap();
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let report: Value = serde_json::from_str(&ended.stdout).unwrap();
-    assert_eq!((&report["drain"]["left"], &report["drain"]["settled"]), (&2.into(), &false.into()), "{report}");
+    assert_eq!(
+        (&report["drain"]["left"], &report["drain"]["settled"]),
+        (&2.into(), &false.into()),
+        "{report}"
+    );
     for asking in &mut flows {
         assert_eq!(asking.who().unwrap(), "a");
     }
@@ -98,13 +105,19 @@ fn at_the_deadline_flows_are_reset() {
     let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--on-deadline", "reset", "--json"]).unwrap();
     assert_eq!(ended.code, Some(24), "{ended:?}");
     let report: Value = serde_json::from_str(&ended.stdout).unwrap();
-    assert_eq!((&report["drain"]["reset"], &report["drain"]["settled"]), (&2.into(), &true.into()), "{report}");
+    assert_eq!(
+        (&report["drain"]["reset"], &report["drain"]["settled"]),
+        (&2.into(), &true.into()),
+        "{report}"
+    );
     for asking in &mut flows {
         let error = format!("{:#}", asking.who().unwrap_err());
         assert!(error.contains("reset") || error.contains("Broken pipe"), "{error}");
     }
     let left = rig.ok(&["flows", NAME]).unwrap();
-    assert!(left["partitions"].as_array().unwrap().iter().all(|p| p["flows"]["accepted"] == Value::Array(vec![])));
+    assert!(
+        left["partitions"].as_array().unwrap().iter().all(|p| p["flows"]["accepted"] == Value::Array(vec![]))
+    );
     rig.finish().unwrap();
 }
 

@@ -100,8 +100,11 @@ fn a_handshake_under_way_is_finished_by_who_began_it() {
         hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
         let again = hand.receive().unwrap();
         assert_eq!((again.flags, again.seq), (SYN | ACK, first.seq), "{end}");
-        hand.send(&Segment { payload: b"hello".to_vec(), ..Segment::new(ACK, 1001, first.seq.wrapping_add(1)) })
-            .unwrap();
+        hand.send(&Segment {
+            payload: b"hello".to_vec(),
+            ..Segment::new(ACK, 1001, first.seq.wrapping_add(1))
+        })
+        .unwrap();
         let mut stream = a.accept(SOON).unwrap().expect("the one that began it accepts it");
         let mut got = [0; 5];
         stream.read_exact(&mut got).unwrap();
@@ -196,7 +199,10 @@ fn a_syn_cookie_is_honoured_by_who_can() {
     rig.attach().unwrap();
     // Only the old one has given out cookies.
     for (port, end) in (5300..).zip(ends()) {
-        assert!(cookie_across(&rig, end, port, [&a, &b]).unwrap(), "{end}: the old one's cookie, the old one's flow");
+        assert!(
+            cookie_across(&rig, end, port, [&a, &b]).unwrap(),
+            "{end}: the old one's cookie, the old one's flow"
+        );
     }
     // Now the new one gives some out as well: then it takes the old one's, for the secret is the kernel's.
     rig.switch_to(&rig.lab.b).unwrap();
@@ -220,7 +226,8 @@ fn a_syn_cookie_is_honoured_by_who_can() {
 fn connect_from(ns: &Ns, port: u16, to: SocketAddr) -> anyhow::Result<TcpStream> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
     ns.enter(|| {
-        let (family, any) = if to.is_ipv4() { (AddressFamily::INET, "0.0.0.0") } else { (AddressFamily::INET6, "::") };
+        let (family, any) =
+            if to.is_ipv4() { (AddressFamily::INET, "0.0.0.0") } else { (AddressFamily::INET6, "::") };
         let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         bind(&socket, &SocketAddr::new(any.parse()?, port))?;

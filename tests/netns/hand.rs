@@ -166,12 +166,20 @@ fn read(frame: &[u8]) -> Option<(SocketAddr, SocketAddr, Segment)> {
         EtherTypes::Ipv4 => {
             let ip = Ipv4Packet::new(ethernet.payload()).filter(|ip| is_tcp(ip.get_next_level_protocol()))?;
             let end = usize::from(ip.get_total_length());
-            (IpAddr::V4(ip.get_source()), IpAddr::V4(ip.get_destination()), ethernet.payload().get(20..end)?.to_vec())
+            (
+                IpAddr::V4(ip.get_source()),
+                IpAddr::V4(ip.get_destination()),
+                ethernet.payload().get(20..end)?.to_vec(),
+            )
         }
         EtherTypes::Ipv6 => {
             let ip = Ipv6Packet::new(ethernet.payload()).filter(|ip| is_tcp(ip.get_next_header()))?;
             let end = 40 + usize::from(ip.get_payload_length());
-            (IpAddr::V6(ip.get_source()), IpAddr::V6(ip.get_destination()), ethernet.payload().get(40..end)?.to_vec())
+            (
+                IpAddr::V6(ip.get_source()),
+                IpAddr::V6(ip.get_destination()),
+                ethernet.payload().get(40..end)?.to_vec(),
+            )
         }
         _ => return None,
     };

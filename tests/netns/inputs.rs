@@ -69,7 +69,8 @@ fn doing_it_twice_is_no_harm() {
     assert!(rig.refused(&again, 73).unwrap().contains("is attached already"));
     // The same address under another name.
     let (a, b) = (rig.lab.a.name(), rig.lab.b.name());
-    let text = rig.refused(&["attach", "other", "--address", SERVICE[0], "--uplink", UPLINK, a, b], 1).unwrap();
+    let text =
+        rig.refused(&["attach", "other", "--address", SERVICE[0], "--uplink", UPLINK, a, b], 1).unwrap();
     assert!(text.contains("attached already, as web"), "{text}");
     let same = rig.ok(&["switch", NAME, "--to", a]).unwrap();
     assert_eq!(same["changed"], false, "{same}");
@@ -118,7 +119,8 @@ fn who_is_not_root_is_told_so() {
         &["flows", NAME],
         &["detach", NAME],
     ] {
-        let argv = [&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", program.as_ref()], verb].concat();
+        let argv = [&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", program.as_ref()], verb]
+            .concat();
         let ended = rig.lab.host.output(&argv).unwrap();
         assert_eq!(ended.status.code(), Some(77), "{verb:?}: {ended:?}");
         assert!(ended.stderr.contains("root"), "{verb:?}: {}", ended.stderr);

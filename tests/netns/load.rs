@@ -36,7 +36,8 @@ fn answered(run: &Run, class: Class, from: &str, to: &str) -> anyhow::Result<Vec
     let (Some(from), Some(to)) = (at(from), at(to)) else { anyhow::bail!("no such mark") };
     let answers = run.answers.iter().filter(|series| series.class == class).flat_map(|series| series.iter());
     let due = answers.filter(|answer| answer.due_us() >= from && answer.done_us < to);
-    let mut found: Vec<String> = due.map(|answer| run.instances[usize::from(answer.instance)].clone()).collect();
+    let mut found: Vec<String> =
+        due.map(|answer| run.instances[usize::from(answer.instance)].clone()).collect();
     found.sort();
     found.dedup();
     Ok(found)
@@ -71,9 +72,10 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     let requests = run.stats(run.whole()).requests;
     assert!(requests > 1500, "{requests}");
     // New flows move with each switch.
-    for (number, (who, next)) in [("b", "before1"), ("a", "before2"), ("b", "before3"), ("a", "before4"), ("b", "end")]
-        .into_iter()
-        .enumerate()
+    for (number, (who, next)) in
+        [("b", "before1"), ("a", "before2"), ("b", "before3"), ("a", "before4"), ("b", "end")]
+            .into_iter()
+            .enumerate()
     {
         let from = format!("after{number}");
         assert_eq!(answered(&run, Class::New, &from, next).unwrap(), [who], "after switch {number}");

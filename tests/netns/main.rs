@@ -1,12 +1,22 @@
 //! The switch between two real network namespaces, with real sockets. Needs root and a kernel to play with.
 
+#[cfg(test)]
 mod ask;
+#[cfg(test)]
 mod drain;
+#[cfg(test)]
 mod flows;
+#[cfg(test)]
 mod hand;
+#[cfg(test)]
 mod inputs;
+#[cfg(test)]
 mod kill;
+#[cfg(test)]
 mod load;
+#[cfg(test)]
 mod local;
+#[cfg(test)]
 mod quarantine;
+#[cfg(test)]
 mod rig;

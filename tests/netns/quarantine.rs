@@ -39,7 +39,8 @@ fn a_standby_reaches_nothing_until_it_serves() {
     let rig = Rig::new("mute").unwrap();
     rig.attach_owned(IDLE).unwrap();
     let (a, b) = (&rig.lab.a, &rig.lab.b);
-    let filter = [SERVICE, OWN_B].concat().iter().map(|a| format!("src host {a}")).collect::<Vec<_>>().join(" or ");
+    let filter =
+        [SERVICE, OWN_B].concat().iter().map(|a| format!("src host {a}")).collect::<Vec<_>>().join(" or ");
     let capture = Capture::start_in(&rig.lab.host, UPLINK, &filter).unwrap();
     for family in 0..2 {
         let targets = [
@@ -55,7 +56,9 @@ fn a_standby_reaches_nothing_until_it_serves() {
         }
         // Nor is it reached: not from outside, not from the host, not from the active one.
         let standby = waiting(b, OWN_B[family]).unwrap();
-        for (ns, from) in [(&rig.lab.client, CLIENT[family]), (&rig.lab.host, HOST[family]), (a, OWN_A[family])] {
+        for (ns, from) in
+            [(&rig.lab.client, CLIENT[family]), (&rig.lab.host, HOST[family]), (a, OWN_A[family])]
+        {
             send(ns, from, OWN_B[family]).unwrap();
             assert_eq!(came(&standby), None, "reached from {from}");
         }
@@ -106,9 +109,8 @@ fn probes_reach_whom_they_are_for(label: &str, rp_filter: &str) {
     let a = Server::start(&rig.lab.a, "a").unwrap();
     let b = Server::start(&rig.lab.b, "b").unwrap();
     rig.attach().unwrap();
-    let probers = rig
-        .with(async |attachment| Ok([attachment.prober(Slot::A)?, attachment.prober(Slot::B)?]))
-        .unwrap();
+    let probers =
+        rig.with(async |attachment| Ok([attachment.prober(Slot::A)?, attachment.prober(Slot::B)?])).unwrap();
     let probe = |slot: usize, end: SocketAddr| {
         let answer = || -> anyhow::Result<String> { Asking::by(probers[slot].socket(end)?, end)?.who() };
         rig.lab.host.enter(|| Ok(answer())).unwrap()

@@ -108,9 +108,20 @@ impl Rig {
     /// The arguments that attach both namespaces with both addresses.
     pub(crate) fn attach_arguments(&self) -> Vec<String> {
         let [v4, v6] = SERVICE;
-        ["attach", NAME, "--address", v4, "--address", v6, "--uplink", UPLINK, self.lab.a.name(), self.lab.b.name()]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "attach",
+            NAME,
+            "--address",
+            v4,
+            "--address",
+            v6,
+            "--uplink",
+            UPLINK,
+            self.lab.a.name(),
+            self.lab.b.name(),
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 
     /// Attaches both namespaces as somebody else's.

@@ -2,4 +2,5 @@
 //! each of the stock Debian kernels in `tests/KERNELS`.
 
 mod smoke;
+#[cfg(test)]
 mod storage;

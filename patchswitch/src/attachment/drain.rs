@@ -107,12 +107,14 @@ impl Attachment {
         let all = sockets::all(&self.netns(slot)?)?;
         let now = ports(&all, &self.record().addresses);
         let known = &self.record().service_ports;
-        let serves = |socket: &Socket| match socket.protocol {
-            Protocol::Tcp => [&known.tcp, &now.tcp],
-            Protocol::Udp => [&known.udp, &now.udp],
-        }
-        .iter()
-        .any(|ports| ports.contains(&socket.local.port()));
+        let serves = |socket: &Socket| {
+            match socket.protocol {
+                Protocol::Tcp => [&known.tcp, &now.tcp],
+                Protocol::Udp => [&known.udp, &now.udp],
+            }
+            .iter()
+            .any(|ports| ports.contains(&socket.local.port()))
+        };
         let ours = |socket: &Socket| self.record().addresses.contains(&socket.local.ip());
         let mut flows = Flows { learned: self.plane().learned(slot)?, ..Flows::default() };
         for socket in all {

@@ -79,7 +79,9 @@ pub enum AttachError {
     #[error("{0} was not made to its end; `patchswitch detach {0}` removes what is there of it")]
     Incomplete(Name),
     /// Flows were in flight that could not be remembered: they would be lost by the switch. Nothing was changed.
-    #[error("{packets} packets of flows without a socket found the table of learned flows full; these flows would be cut")]
+    #[error(
+        "{packets} packets of flows without a socket found the table of learned flows full; these flows would be cut"
+    )]
     LearnFull {
         /// Packets that found no room since the learning began.
         packets: u64,
@@ -350,11 +352,7 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::AfterSwitch`] if the switch is made but not all that belongs to it; with any other error nothing
     /// was switched.
-    pub async fn switch_with(
-        &mut self,
-        to: Slot,
-        options: SwitchOptions,
-    ) -> Result<Switched, AttachError> {
+    pub async fn switch_with(&mut self, to: Slot, options: SwitchOptions) -> Result<Switched, AttachError> {
         let (from, target) = (to.other(), self.slot(to)?.clone());
         self.all_learned(options)?;
         self.record.service_ports = self.service_ports(from)?;

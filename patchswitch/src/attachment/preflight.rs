@@ -31,8 +31,13 @@ pub(super) async fn check(
         return refuse("a service needs at least one address and one uplink".to_owned());
     }
     let others = Record::all()?;
-    if let Some(other) = others.iter().find(|o| wiring::guest_table(&o.name) == wiring::guest_table(&spec.name)) {
-        return refuse(format!("{} and {} would share a routing table; choose another name", spec.name, other.name));
+    if let Some(other) =
+        others.iter().find(|o| wiring::guest_table(&o.name) == wiring::guest_table(&spec.name))
+    {
+        return refuse(format!(
+            "{} and {} would share a routing table; choose another name",
+            spec.name, other.name
+        ));
     }
     let mut taken = Taken { held: host.addresses().await?, others, here: identity(own)?, seen: Vec::new() };
     for address in &spec.addresses {
@@ -147,7 +152,9 @@ impl Taken {
 fn is_usable(address: IpAddr) -> bool {
     let special = address.is_loopback() || address.is_multicast() || address.is_unspecified();
     let other = match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast() || v4.octets()[0] == 0 || v4.octets()[0] >= 240,
+        IpAddr::V4(v4) => {
+            v4.is_link_local() || v4.is_broadcast() || v4.octets()[0] == 0 || v4.octets()[0] >= 240
+        }
         IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
     };
     !special && !other
@@ -160,8 +167,18 @@ mod tests {
     #[test]
     fn addresses_that_no_router_delivers_to_are_refused() {
         for bad in [
-            "127.0.0.1", "0.0.0.0", "0.1.2.3", "169.254.1.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "::", "::1",
-            "fe80::1", "ff02::1", "::ffff:192.0.2.1",
+            "127.0.0.1",
+            "0.0.0.0",
+            "0.1.2.3",
+            "169.254.1.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "240.0.0.1",
+            "::",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:192.0.2.1",
         ] {
             assert!(!is_usable(bad.parse().unwrap()), "{bad}");
         }

@@ -66,8 +66,9 @@ impl<'a> Settings<'a> {
         let entries = match fs::read(file()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(io("read", &file())(error)),
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|source| RecordError::Parse { path: file(), source })?,
+            Ok(text) => {
+                serde_json::from_slice(&text).map_err(|source| RecordError::Parse { path: file(), source })?
+            }
         };
         Ok(Self { entries, host, _lock: lock })
     }
@@ -115,7 +116,12 @@ impl<'a> Settings<'a> {
     }
 
     /// Makes sure that a link has a `clsact` qdisc.
-    pub(super) async fn clsact(&mut self, user: &Name, host: &Netlink, link: &str) -> Result<(), AttachError> {
+    pub(super) async fn clsact(
+        &mut self,
+        user: &Name,
+        host: &Netlink,
+        link: &str,
+    ) -> Result<(), AttachError> {
         let found = host.link(link).await?;
         let is = |what: &What| matches!(what, What::Clsact { link: other } if other == link);
         if !self.join(user, is)? {

@@ -67,21 +67,13 @@ fn watch_signals(json: bool) -> std::io::Result<()> {
 }
 
 fn watcher(json: bool) -> Watcher<'static> {
-    let say: &'static dyn Fn(&str) = if json {
-        &|_: &str| {}
-    } else {
-        &|text: &str| print::progress(text)
-    };
+    let say: &'static dyn Fn(&str) = if json { &|_: &str| {} } else { &|text: &str| print::progress(text) };
     Watcher { stop: &|| STOP.load(Ordering::Relaxed), say }
 }
 
 impl Apply {
     fn options(&self) -> Options {
-        Options {
-            patches: self.patches.clone(),
-            commit: self.commit,
-            discard_writes: self.discard_writes,
-        }
+        Options { patches: self.patches.clone(), commit: self.commit, discard_writes: self.discard_writes }
     }
 
     /// `plan`: what `apply` would do.
@@ -151,9 +143,11 @@ fn story(report: &Report) -> String {
         text += &format!("\n  writers waited {freeze:.0} ms for the clone");
     }
     if let Some(drain) = &report.drain {
-        text += &format!("\n  {} old flows ended by themselves in {:.1} s", drain.flows_at_start, drain.seconds);
+        text +=
+            &format!("\n  {} old flows ended by themselves in {:.1} s", drain.flows_at_start, drain.seconds);
     }
-    for (loss, what) in [(&report.lost_by_switch, "the switch"), (&report.lost_by_give_back, "the rollback")] {
+    for (loss, what) in [(&report.lost_by_switch, "the switch"), (&report.lost_by_give_back, "the rollback")]
+    {
         if let Some(loss) = loss {
             let (sectors, files) = (loss.sectors, loss.files);
             text += &format!("\n  lost by {what}: {sectors} sectors, {files} files outside may_lose");
@@ -180,13 +174,17 @@ impl ReportOf {
         };
         let steps = manager.store.steps(job.id)?;
         if json {
-            print::json(&json!({"schema": "patchswitch.job/1", "job": job, "report": report, "steps": steps}))?;
+            print::json(
+                &json!({"schema": "patchswitch.job/1", "job": job, "report": report, "steps": steps}),
+            )?;
             return Ok(ExitCode::Done);
         }
         let end = job.message.as_deref().unwrap_or("not over");
         print::text(&format!("job {} ({} {}): {end}", job.id, job.kind, job.service));
         for step in steps {
-            let seconds = step.ended_at.map_or(0.0, |end| (end - step.began_at).total(jiff::Unit::Second).unwrap_or(0.0));
+            let seconds = step
+                .ended_at
+                .map_or(0.0, |end| (end - step.began_at).total(jiff::Unit::Second).unwrap_or(0.0));
             print::text(&format!("  {:<10} {:<9} {seconds:>8.2} s", step.phase, step.state.to_string()));
         }
         Ok(ExitCode::Done)

@@ -122,7 +122,10 @@ fn list(patches: &[Patch], json: bool) -> anyhow::Result<ExitCode> {
         print::text("there is no patch; `patchswitch patch add FILE --type security` adds one");
         return Ok(ExitCode::Done);
     }
-    print::text(&format!("{:>4}  {:<44} {:<22} {:<10} {:<10} RESULT", "ID", "FILE", "TYPES", "ISSUED", "DECISION"));
+    print::text(&format!(
+        "{:>4}  {:<44} {:<22} {:<10} {:<10} RESULT",
+        "ID", "FILE", "TYPES", "ISSUED", "DECISION"
+    ));
     for patch in patches {
         let result = match &patch.last_result {
             None => "-".to_owned(),
@@ -150,7 +153,14 @@ fn show(manager: &Manager, one: &One, json: bool) -> anyhow::Result<ExitCode> {
     }
     print::text(&format!(
         "patch {}: {}\n  types     {}\n  sha256    {}\n  size      {} bytes\n  source    {}\n  decision  {} by {}",
-        patch.id, patch.file, patch.types, patch.sha256, patch.size, patch.source, patch.decision, patch.decided_by.name
+        patch.id,
+        patch.file,
+        patch.types,
+        patch.sha256,
+        patch.size,
+        patch.source,
+        patch.decision,
+        patch.decided_by.name
     ));
     for result in results {
         let end = match (result.success, result.exit_code, result.signal) {

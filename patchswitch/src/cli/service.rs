@@ -76,7 +76,12 @@ fn list(manager: &Manager, json: bool) -> anyhow::Result<ExitCode> {
             let other = entry["other"]["name"].as_str().map_or_else(String::new, |name| {
                 format!(", {name} is {}", entry["other"]["role"].as_str().unwrap_or("?"))
             });
-            print::text(&format!("{}: served by {}{other}; {}", text("name"), text("active"), entry["addresses"]));
+            print::text(&format!(
+                "{}: served by {}{other}; {}",
+                text("name"),
+                text("active"),
+                entry["addresses"]
+            ));
         }
     }
     Ok(ExitCode::Done)

@@ -12,7 +12,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         "T" | "TiB" => 40,
         _ => return Err(bad()),
     };
-    let number: u64 = digits.parse().map_err(|_| bad())?;
+    let number: u64 = digits.parse().map_err(|_too_large| bad())?;
     number.checked_mul(1 << shift).filter(|bytes| *bytes > 0).ok_or_else(bad)
 }
 

@@ -77,7 +77,7 @@ pub(super) fn load() -> Result<Ebpf, DataplaneError> {
 pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
     let missing = || DataplaneError::Missing(format!("program {name}"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
-    program.try_into().map_err(|_: ProgramError| missing())
+    program.try_into().map_err(|_another_kind: ProgramError| missing())
 }
 
 /// Opens a pinned program.

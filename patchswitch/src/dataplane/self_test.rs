@@ -22,11 +22,11 @@ use pnet::packet::ipv4::{self, MutableIpv4Packet};
 use pnet::packet::ipv6::MutableIpv6Packet;
 use pnet::packet::udp::MutableUdpPacket;
 
+use super::DataplaneError;
 use super::attach::Point;
 use super::counters::{self, Counters};
 use super::load::{self, refused};
 use super::maps::{self, failed};
-use super::DataplaneError;
 use crate::host::linux::netns::{Netns, NetnsError};
 
 const ETHERNET: usize = 14;

@@ -140,10 +140,10 @@ fn units(patches: &[PatchInput]) -> Vec<Vec<&PatchInput>> {
 
 /// The file has to be the one that the host's table names.
 fn verify(paths: &Paths, patch: &PatchInput) -> Result<(), PatchFailure> {
-    let options = (libc::O_NOFOLLOW | libc::O_NONBLOCK) as i32;
+    let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let opened = File::options().read(true).custom_flags(options).open(paths.at(&patch.path()));
-    let mut file = opened.map_err(|_| PatchFailure::Missing)?;
-    let found = file.metadata().map_err(|_| PatchFailure::Missing)?;
+    let mut file = opened.map_err(|_unreadable| PatchFailure::Missing)?;
+    let found = file.metadata().map_err(|_unreadable| PatchFailure::Missing)?;
     if !found.is_file() {
         return Err(PatchFailure::Missing);
     }

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, Manager, ManagerError};
+use crate::host::linux::block::SECTOR;
 use crate::names::Name;
 use crate::partition::define as content;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::cow;
 use crate::storage::disk::{self, Backing, Room};
-use crate::host::linux::block::SECTOR;
 use crate::store::{self, Role, State};
 
 /// What defines a partition: the part of its row that is kept as JSON.
@@ -117,7 +117,12 @@ impl Manager {
         spec.disks.iter().map(disk).collect()
     }
 
-    fn make(&mut self, definition: &Definition, origin: &Origin, disks: &[store::Disk]) -> Result<(), ManagerError> {
+    fn make(
+        &mut self,
+        definition: &Definition,
+        origin: &Origin,
+        disks: &[store::Disk],
+    ) -> Result<(), ManagerError> {
         let spec = &definition.spec;
         let directory = self.state().join("disks");
         std::fs::create_dir_all(&directory).map_err(ManagerError::io("make", &directory))?;

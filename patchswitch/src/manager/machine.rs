@@ -198,7 +198,8 @@ impl Manager {
         let mounts = Self::mounts()?;
         let devices = self.open_disks(machine)?;
         let path = self.mount(&mounts, machine, &devices, false)?;
-        let result = mounts.run(|_| Root::open(&path))?.map_err(ManagerError::from).and_then(|root| work(&root));
+        let result =
+            mounts.run(|_| Root::open(&path))?.map_err(ManagerError::from).and_then(|root| work(&root));
         let unmounted = self.unmount(&mounts, machine);
         result.and_then(|value| unmounted.map(|()| value))
     }
@@ -231,14 +232,12 @@ impl Manager {
         let devices = self.open_disks(machine)?;
         let root = self.mount(&mounts, machine, &devices, false)?;
         let netns = Netns::make(&machine.netns())?;
-        let data = machine.spec().application_disks().map(|disk| lifecycle::data_mount(disk, &mount_point(machine, &disk.mount)));
-        let site = lifecycle::Site {
-            spec: machine.spec(),
-            root: &root,
-            netns: &netns,
-            data: data.collect(),
-            quiet,
-        };
+        let data = machine
+            .spec()
+            .application_disks()
+            .map(|disk| lifecycle::data_mount(disk, &mount_point(machine, &disk.mount)));
+        let site =
+            lifecycle::Site { spec: machine.spec(), root: &root, netns: &netns, data: data.collect(), quiet };
         let started = lifecycle::start(self.runtime(), &mounts, &site)?;
         Ok(Running { started })
     }
@@ -273,7 +272,11 @@ impl Manager {
     ///
     /// # Errors
     /// [`ManagerError::Refused`] if it ends first or says nothing in time.
-    pub fn wait_started(running: &mut Running, machine: &Machine, limit: Duration) -> Result<(), ManagerError> {
+    pub fn wait_started(
+        running: &mut Running,
+        machine: &Machine,
+        limit: Duration,
+    ) -> Result<(), ManagerError> {
         let came_up = lifecycle::wait_started(&mut running.started, Instant::now() + limit)?;
         came_up.map_err(|reason| {
             ManagerError::refused(format!("partition {} did not come up: {reason}", machine.name()))

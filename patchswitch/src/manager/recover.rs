@@ -37,7 +37,9 @@ impl Manager {
             let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) else { continue };
             match self.recover(&job).await {
                 Ok(what) => done.actions.push(what),
-                Err(error) => done.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(&error))),
+                Err(error) => {
+                    done.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(&error)));
+                }
             }
         }
         for settings in self.store.services()? {
@@ -96,7 +98,11 @@ impl Manager {
     }
 
     /// The host was not booted since: the phase word says who serves.
-    async fn follow_word(&mut self, settings: &Service, mut attachment: Attachment) -> Result<String, ManagerError> {
+    async fn follow_word(
+        &mut self,
+        settings: &Service,
+        mut attachment: Attachment,
+    ) -> Result<String, ManagerError> {
         let word = attachment.plane().word();
         let serving = self.machine_in(&attachment, word.active())?;
         let Some(serving) = serving else { return Ok("nobody serves".to_owned()) };
@@ -111,7 +117,11 @@ impl Manager {
         let is_clone = !other.clones().is_empty();
         if !is_clone {
             // Switched: the old partition has its flows, or has ended already. Which one stays, a person decides.
-            return Ok(format!("{} serves; {} can be committed away or rolled back to", serving.name(), other.name()));
+            return Ok(format!(
+                "{} serves; {} can be committed away or rolled back to",
+                serving.name(),
+                other.name()
+            ));
         }
         if word.phase() == Phase::Draining {
             // Given back: what the clone still answers is cut with it.

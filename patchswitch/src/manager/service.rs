@@ -80,7 +80,8 @@ impl Manager {
     /// [`ManagerError::Store`].
     pub fn other(&self, service: &Name) -> Result<Option<Machine>, ManagerError> {
         let rows = self.store.partitions()?;
-        let found = rows.into_iter().find(|row| row.service.as_ref() == Some(service) && row.role != Role::Active);
+        let found =
+            rows.into_iter().find(|row| row.service.as_ref() == Some(service) && row.role != Role::Active);
         found.map(|row| self.machine(&row.name)).transpose()
     }
 
@@ -128,6 +129,7 @@ fn own(machine: &Machine) -> &[IpAddr] {
 /// The slot in which a partition is, if it is in one.
 pub(crate) fn slot_of(attachment: &Attachment, machine: &Machine) -> Option<Slot> {
     let netns = NetnsRef::Named(machine.netns());
-    let at = attachment.record().slots.iter().position(|slot| slot.as_ref().is_some_and(|s| s.netns == netns));
+    let at =
+        attachment.record().slots.iter().position(|slot| slot.as_ref().is_some_and(|s| s.netns == netns));
     at.map(|index| Slot::from_bit(u8::from(index == 1)))
 }

@@ -132,7 +132,7 @@ impl Console {
         loop {
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) if Instant::now() < end => {
-                    std::thread::sleep(Duration::from_millis(5))
+                    std::thread::sleep(Duration::from_millis(5));
                 }
                 Ok(()) | Err(Errno::WOULDBLOCK) => return Ok(()),
                 Err(errno) => return Err(error("lock", &self.lock_file())(errno)),

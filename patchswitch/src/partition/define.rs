@@ -245,7 +245,7 @@ mod tests {
         // The check writes its time into the superblock, and nothing else.
         let differing = image.chunks(4096).zip(disk_content.chunks(4096)).filter(|(a, b)| a != b).count();
         assert!(differing <= 1, "{differing} blocks differ");
-        std::fs::write(&image_of_noise(dir.path()), noise()).unwrap();
+        std::fs::write(image_of_noise(dir.path()), noise()).unwrap();
         assert!(copy_image(&image_of_noise(dir.path()), &disk).is_err());
     }
 

@@ -211,7 +211,7 @@ impl PartitionSpec {
             let place = disk.mount == ROOT_MOUNT || is_plain_path(&disk.mount);
             self.require(place, "disks", || format!("{:?} is not a mount point", disk.mount))?;
             let below = |reserved: &&str| std::path::Path::new(&disk.mount).starts_with(reserved);
-            let reserved = RESERVED.iter().any(|reserved| below(&reserved));
+            let reserved = RESERVED.iter().any(below);
             self.require(!reserved, "disks", || format!("{:?} is needed for the system", disk.mount))?;
             let root = disk.mount == ROOT_MOUNT && disk.read_only;
             self.require(!root, "disks", || {

@@ -70,8 +70,7 @@ impl Plan {
             let Self { active, standby, patches } = self;
             let clones = clones(&active, &standby).map_err(at(Phase::Clone))?;
             let service = job.service.name.clone();
-            let standby =
-                job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;
+            let standby = job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;
             let start = std::time::Instant::now();
             let dm = Manager::dm().map_err(at(Phase::Clone))?;
             let cut = snapshot::clone_disks(&dm, &clones).map_err(at(Phase::Clone))?;

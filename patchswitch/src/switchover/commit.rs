@@ -25,7 +25,10 @@ pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Fa
     };
     if job.manager.is_running(&old).map_err(at(Phase::Commit))? {
         let name = &job.service.name;
-        return refuse(format!("{} still has flows; `patchswitch drain {name}` waits", old.name()), ExitCode::Failed);
+        return refuse(
+            format!("{} still has flows; `patchswitch drain {name}` waits", old.name()),
+            ExitCode::Failed,
+        );
     }
     if let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) {
         let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
@@ -46,14 +49,19 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     let new = job.manager.active(&job.service).map_err(at(Phase::Commit))?;
     let intent = json!({"clones": new.clones()});
     (job.say)("commit …");
-    let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
+    let step =
+        job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
     let start = std::time::Instant::now();
     let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
     let seconds = start.elapsed().as_secs_f64();
     job.report.phase(Phase::Commit, seconds);
     job.report.cow_bytes = Some(bytes);
     let outcome = json!({"cow_bytes": bytes});
-    let _ = job.manager.store.conclude(step, crate::store::StepState::Done, &outcome).map_err(at(Phase::Commit))?;
+    let _ = job
+        .manager
+        .store
+        .conclude(step, crate::store::StepState::Done, &outcome)
+        .map_err(at(Phase::Commit))?;
     (job.say)(&format!("commit done in {seconds:.2} s: cow_bytes {bytes}"));
     Ok(())
 }

@@ -129,7 +129,10 @@ pub struct Context<'a> {
 
 impl fmt::Debug for Context<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("job", &self.job).field("service", &self.service.name).finish_non_exhaustive()
+        f.debug_struct("Context")
+            .field("job", &self.job)
+            .field("service", &self.service.name)
+            .finish_non_exhaustive()
     }
 }
 

@@ -24,7 +24,7 @@ pub(super) struct Retired(());
 #[derive(Debug)]
 pub(super) enum Undrained {
     /// The service is to be given back.
-    GiveBack(TakenOver, Failure),
+    GiveBack(Box<TakenOver>, Failure),
     /// The flows that are left keep the old partition; the new one serves all the same.
     Kept(Failure),
 }
@@ -61,7 +61,8 @@ impl Observed {
                 };
                 let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: wait };
                 let stop = job.stop;
-                let report = job.attachment.drain_until(&options, stop, |_| {}).await.map_err(at(Phase::Drain))?;
+                let report =
+                    job.attachment.drain_until(&options, stop, |_| {}).await.map_err(at(Phase::Drain))?;
                 let seconds = report.seconds;
                 let (settled, left) = (report.settled, report.left);
                 job.report.drain = Some(report);
@@ -74,7 +75,8 @@ impl Observed {
                     return Err(Failure { phase: Phase::Drain, reason, code: ExitCode::GivenBack });
                 }
                 if !settled {
-                    let reason = format!("{left} flows are left after {seconds:.0} s and stay with the old partition");
+                    let reason =
+                        format!("{left} flows are left after {seconds:.0} s and stay with the old partition");
                     return Err(Failure { phase: Phase::Drain, reason, code: ExitCode::Done });
                 }
                 Ok(((), json!({"drained_s": (seconds * 10.0).round() / 10.0})))
@@ -83,7 +85,7 @@ impl Observed {
         match result {
             Ok(()) => Ok(Drained(self.0)),
             Err(failure) if failure.code == ExitCode::Done => Err(Undrained::Kept(failure)),
-            Err(failure) => Err(Undrained::GiveBack(self.0, failure)),
+            Err(failure) => Err(Undrained::GiveBack(Box::new(self.0), failure)),
         }
     }
 }
@@ -107,7 +109,8 @@ impl Drained {
         job.step(Phase::Retire, json!({"partition": old.name()}), async |job| {
             job.attachment.leave(self.0.clone.slot.other()).await.map_err(at(Phase::Retire))?;
             // Its last writes belong to the count.
-            let loss = undo::meter(job, &old, &self.0.clone.marks, self.0.clone.before).map_err(at(Phase::Retire))?;
+            let loss = undo::meter(job, &old, &self.0.clone.marks, self.0.clone.before)
+                .map_err(at(Phase::Retire))?;
             job.report.lost_by_switch = Some(loss);
             job.manager.stop(&old).map_err(at(Phase::Retire))?;
             undo::unmask(job, &self.0.clone.standby);

@@ -29,8 +29,8 @@ mod verbs;
 mod verify;
 
 pub use context::{Context, Failure, Phase, SwitchError};
-pub use plan::{Options, Plan, plan};
 pub use plan::Summary;
+pub use plan::{Options, Plan, plan};
 pub use report::{AtSwitch, Loss, Report};
 
 use crate::exit::ExitCode;
@@ -79,6 +79,5 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 
 pub use commit::commit;
 pub(crate) use commit::merge_disks;
-use rollback::at_switch;
 pub use rollback::rollback;
 pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

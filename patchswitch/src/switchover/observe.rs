@@ -59,7 +59,11 @@ impl TakenOver {
         match self.reverse(job).await {
             Ok(lossy) => {
                 job.report.outcome = "given_back".to_owned();
-                let code = if lossy && failure.code == ExitCode::GivenBack { ExitCode::WritesLost } else { failure.code };
+                let code = if lossy && failure.code == ExitCode::GivenBack {
+                    ExitCode::WritesLost
+                } else {
+                    failure.code
+                };
                 let now = format!("{old} serves again; {new} was discarded");
                 undo::error(failure, now, old, code)
             }
@@ -87,7 +91,8 @@ impl TakenOver {
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let service = job.service.name.clone();
-            let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
+            let generation =
+                job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
             job.attachment.switch(slot.other()).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
             let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;

@@ -51,8 +51,9 @@ impl Booted {
         let limit = job.manager.config.job.boot + total(&self.table);
         let intent = json!({"table": self.table, "limit_s": limit.as_secs()});
         job.step(Phase::Patch, intent, async |job| {
-            let results = lifecycle::wait_results(&mut self.running.started, &self.table, Instant::now() + limit)
-                .map_err(at(Phase::Patch))?;
+            let results =
+                lifecycle::wait_results(&mut self.running.started, &self.table, Instant::now() + limit)
+                    .map_err(at(Phase::Patch))?;
             let results = match results {
                 Ok(results) => results,
                 Err(reason) => self.read_results().ok_or_else(|| failed(reason))?,
@@ -61,8 +62,12 @@ impl Booted {
             match results.verdict(&self.table) {
                 PatchVerdict::Applied => {}
                 PatchVerdict::Failed(ids) => return Err(failed(describe(&results, &ids))),
-                PatchVerdict::Unfinished => return Err(failed("the partition ended before it was done".to_owned())),
-                PatchVerdict::Foreign(why) => return Err(failed(format!("the results are not of this job: {why}"))),
+                PatchVerdict::Unfinished => {
+                    return Err(failed("the partition ended before it was done".to_owned()));
+                }
+                PatchVerdict::Foreign(why) => {
+                    return Err(failed(format!("the results are not of this job: {why}")));
+                }
             }
             let applied = results.outcomes.len();
             Ok((Patched(self.clone), json!({"applied": applied})))

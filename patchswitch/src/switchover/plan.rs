@@ -7,8 +7,8 @@ use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names::Name;
 use crate::partition::resources::find_standby;
-use crate::storage::cow;
 use crate::patch::table;
+use crate::storage::cow;
 use crate::store::{Patch, Role};
 
 /// What the caller wants.
@@ -69,7 +69,8 @@ fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<P
     let chosen = table::select(&manager.store, service, &options.patches)?;
     if chosen.is_empty() {
         return Err(ManagerError::Refused {
-            message: "no patch is approved and not yet applied; `patchswitch patch list` shows all".to_owned(),
+            message: "no patch is approved and not yet applied; `patchswitch patch list` shows all"
+                .to_owned(),
             code: ExitCode::Nothing,
         });
     }

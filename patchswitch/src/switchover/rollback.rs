@@ -38,7 +38,10 @@ async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool,
     let refuse = |reason: String, code| Err(Failure { phase: Phase::GiveBack, reason, code });
     let service = job.service.name.clone();
     let Some(old) = job.manager.other(&service).map_err(at(Phase::GiveBack))? else {
-        return refuse("there is no old partition: it was committed, or there was no job".to_owned(), ExitCode::Nothing);
+        return refuse(
+            "there is no old partition: it was committed, or there was no job".to_owned(),
+            ExitCode::Nothing,
+        );
     };
     let new = job.manager.active(&job.service).map_err(at(Phase::GiveBack))?;
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
@@ -49,7 +52,8 @@ async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool,
         let switched = job.attachment.switch(slot).await.map_err(at(Phase::GiveBack))?;
         job.report.flip_us = Some(switched.flip_us);
         job.report.switch = Some(switched);
-        let _ = job.manager.store.record_switch(&service, old.name(), generation).map_err(at(Phase::GiveBack))?;
+        let _ =
+            job.manager.store.record_switch(&service, old.name(), generation).map_err(at(Phase::GiveBack))?;
         Ok(((), json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0})))
     })
     .await?;
@@ -76,7 +80,8 @@ fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Resu
     let Loss { files, first, .. } = loss.clone();
     job.report.lost_by_give_back = Some(loss);
     if files > 0 && !job.options.discard_writes {
-        let first = first.iter().take(5).map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+        let first =
+            first.iter().take(5).map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
         let reason = format!(
             "the new partition has written {files} files since the switch that may_lose does not declare ({first}); \
              --discard-writes rolls back all the same"
@@ -114,27 +119,26 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
     Ok(slot)
 }
 
+/// The part of a report that later jobs need.
+#[derive(Debug, serde::Deserialize)]
+pub(super) struct Kept {
+    /// What a rollback counts from.
+    pub(super) at_switch: Option<AtSwitch>,
+    /// What a commit makes final.
+    pub(super) lost_by_switch: Option<Loss>,
+}
+
 /// What the report of the last switch kept for a rollback and for a commit.
 ///
 /// # Errors
 /// [`ManagerError::Io`] if the report is there and cannot be read.
-pub(super) fn at_switch(
-    state: &Path,
-    job: crate::store::JobId,
-) -> Result<Option<(Option<AtSwitch>, Option<Loss>)>, ManagerError> {
-    #[derive(serde::Deserialize)]
-    struct Kept {
-        at_switch: Option<AtSwitch>,
-        lost_by_switch: Option<Loss>,
-    }
+pub(super) fn kept(state: &Path, job: crate::store::JobId) -> Result<Option<Kept>, ManagerError> {
     let path = Report::path(state, job);
     match std::fs::read(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(ManagerError::io("read", path)(error)),
         Ok(text) => {
-            let kept: Result<Kept, _> = serde_json::from_slice(&text);
-            kept.map(|kept| Some((kept.at_switch, kept.lost_by_switch)))
-                .map_err(|error| ManagerError::io("read", path)(error.into()))
+            serde_json::from_slice(&text).map_err(|error| ManagerError::io("read", path)(error.into()))
         }
     }
 }

@@ -62,7 +62,8 @@ async fn arm(job: &mut Context<'_>) -> Result<(), Failure> {
     let idle = job.service.udp_idle;
     job.step(Phase::Arm, json!({"udp_idle_s": idle.as_secs_f64()}), async |job| {
         // Learning began when the clone booted; what is missing to the idle time is waited for.
-        let learned_for: f64 = job.report.phases.iter().rev().take_while(|(phase, _)| *phase > Phase::Boot).map(|p| p.1).sum();
+        let learned_for: f64 =
+            job.report.phases.iter().rev().take_while(|(phase, _)| *phase > Phase::Boot).map(|p| p.1).sum();
         let end = Instant::now() + idle.saturating_sub(Duration::from_secs_f64(learned_for));
         while Instant::now() < end {
             if (job.stop)() {
@@ -109,6 +110,9 @@ fn marks(clone: &Clone) -> Result<Vec<Mark>, crate::manager::ManagerError> {
 }
 
 /// Used by the report of a give-back.
-pub(super) fn loss_of_new_side(job: &mut Context<'_>, taken: &TakenOver) -> Result<Loss, crate::manager::ManagerError> {
+pub(super) fn loss_of_new_side(
+    job: &mut Context<'_>,
+    taken: &TakenOver,
+) -> Result<Loss, crate::manager::ManagerError> {
     meter(job, &taken.clone.standby, &taken.marks, taken.at)
 }

@@ -34,7 +34,12 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
     match undone {
         Ok(()) => {
             let code = failure.code;
-            error(failure, format!("{serving} serves, it was not touched; the clone was discarded"), serving, code)
+            error(
+                failure,
+                format!("{serving} serves, it was not touched; the clone was discarded"),
+                serving,
+                code,
+            )
         }
         Err(second) => {
             let now = format!(

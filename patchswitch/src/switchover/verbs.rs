@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Context, Options, Plan, Report, SwitchError, at_switch, commit, plan, rollback, run};
+use super::rollback::{Kept, kept};
+use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
 use crate::attachment::Attachment;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError};
@@ -71,7 +72,7 @@ pub async fn roll_back(
     let lock = lock(service)?;
     let last = last_switch(manager, service)?;
     let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
-    let result = rollback(&mut job, last.as_ref().and_then(|(at, _)| at.as_ref())).await;
+    let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref())).await;
     if let (Ok(_), Some(patched)) = (&result, last_apply(job.manager, service)?) {
         let _ = job.manager.store.unset_applied(patched)?;
     }
@@ -91,7 +92,7 @@ pub fn make_permanent(
     let lock = lock(service)?;
     let last = last_switch(manager, service)?;
     let mut job = begin(manager, service, "commit", &json!({}), options, watcher)?;
-    let result = commit(&mut job, last.as_ref().and_then(|(_, loss)| loss.as_ref()));
+    let result = commit(&mut job, last.as_ref().and_then(|last| last.lost_by_switch.as_ref()));
     let serving = super::undo::serving(&job).unwrap_or_else(|| job.service.partition.clone());
     let result = result.map_err(|failure| {
         let code = failure.code;
@@ -131,7 +132,11 @@ fn begin<'a>(
     })
 }
 
-fn end(mut job: Context<'_>, result: Result<ExitCode, SwitchError>, _lock: JobLock) -> Result<Ended, ManagerError> {
+fn end(
+    mut job: Context<'_>,
+    result: Result<ExitCode, SwitchError>,
+    _lock: JobLock,
+) -> Result<Ended, ManagerError> {
     let (code, error) = match result {
         Ok(code) => (code, None),
         Err(error) => (error.code, Some(error)),
@@ -144,13 +149,11 @@ fn end(mut job: Context<'_>, result: Result<ExitCode, SwitchError>, _lock: JobLo
     Ok(Ended { report: job.report, code, error })
 }
 
-type LastSwitch = (Option<super::report::AtSwitch>, Option<super::Loss>);
-
 /// What the last job that switched has kept for a rollback or a commit.
-fn last_switch(manager: &Manager, service: &Name) -> Result<Option<LastSwitch>, ManagerError> {
+fn last_switch(manager: &Manager, service: &Name) -> Result<Option<Kept>, ManagerError> {
     match last_apply(manager, service)? {
         None => Ok(None),
-        Some(job) => at_switch(manager.state(), job),
+        Some(job) => kept(manager.state(), job),
     }
 }
 

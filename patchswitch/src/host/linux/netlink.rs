@@ -14,10 +14,10 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
-use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::{Handle, LinkUnspec, LinkVeth};
 
 use super::netns::{Netns, NetnsError};

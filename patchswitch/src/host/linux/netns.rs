@@ -43,7 +43,7 @@ impl FromStr for NetnsRef {
     fn from_str(text: &str) -> Result<Self, BadNetnsRef> {
         let bad = || BadNetnsRef(text.to_owned());
         if let Some(pid) = text.strip_prefix("pid:") {
-            return pid.parse().map(Self::Pid).map_err(|_| bad());
+            return pid.parse().map(Self::Pid).map_err(|_not_a_number| bad());
         }
         if text.starts_with('/') {
             return Ok(Self::Path(text.into()));
@@ -173,9 +173,9 @@ impl Netns {
             File::open("/proc/thread-self/ns/net")
         };
         let made = std::thread::scope(|scope| scope.spawn(new).join());
-        let file = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(|source| {
-            NetnsError::Hold { action: "make", path: path.clone(), source }
-        })?;
+        let file = made
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            .map_err(|source| NetnsError::Hold { action: "make", path: path.clone(), source })?;
         let netns = Self { file: Arc::new(file), reference: name.to_owned() };
         netns.hold(&path)?;
         Ok(netns)

@@ -169,7 +169,9 @@ impl Runtime {
             return Err(self.failed("create", name, &read_log(&log)));
         }
         let text = fs::read_to_string(&pid_file).map_err(error("read", &pid_file))?;
-        text.trim().parse().map_err(|_| self.failed("create", name, &format!("it wrote the number {text:?}")))
+        text.trim()
+            .parse()
+            .map_err(|_not_a_number| self.failed("create", name, &format!("it wrote the number {text:?}")))
     }
 
     /// Lets the init of a created partition run.

@@ -186,7 +186,11 @@ fn destroy(target: &Socket) -> Result<usize, SocketsError> {
 }
 
 /// Sends one request on a socket of the calling thread's namespace.
-fn send(header: NetlinkHeader, message: SockDiagMessage, kind: Option<u16>) -> io::Result<netlink_sys::Socket> {
+fn send(
+    header: NetlinkHeader,
+    message: SockDiagMessage,
+    kind: Option<u16>,
+) -> io::Result<netlink_sys::Socket> {
     let mut packet = NetlinkMessage::new(header, message.into());
     packet.finalize();
     let mut bytes = vec![0; packet.buffer_len()];

@@ -46,7 +46,7 @@ impl Netlink {
     pub async fn route_host(&self, table: u32, address: IpAddr, link: &Link) -> Result<(), NetlinkError> {
         let builder = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(address, width(address))
-            .map_err(|_| NetlinkError::NoLink(link.name.clone()))?
+            .map_err(|_prefix_too_long| NetlinkError::NoLink(link.name.clone()))?
             .table_id(table)
             .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
             .output_interface(link.index);
@@ -62,7 +62,7 @@ impl Netlink {
     pub async fn unroute_host(&self, address: IpAddr) -> Result<(), NetlinkError> {
         let builder = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(address, width(address))
-            .map_err(|_| NetlinkError::NoLink(address.to_string()))?
+            .map_err(|_prefix_too_long| NetlinkError::NoLink(address.to_string()))?
             .protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
         let builder = if address.is_ipv4() { builder.scope(RouteScope::NoWhere) } else { builder };
         let done = self.handle.route().del(builder.build()).execute().await;

@@ -1,0 +1,149 @@
+//! Servers that behave: nothing fails, and what is counted is what happened.
+
+use std::time::Duration;
+
+use patchswitch_load::client::{DownloadSettings, Settings};
+use patchswitch_load::control::Response;
+use patchswitch_load::knee::{self, KneeSettings};
+use patchswitch_load::record::{Class, Family};
+use patchswitch_load::report::Report;
+
+use crate::servers::{Good, good_echo, kinds, run, run_with, settings};
+
+#[test]
+fn all_classes_are_answered_at_the_rate_in_both_families() {
+    let server = Good::start("blue", None);
+    let settings = Settings { udp_port: Some(good_echo("blue")), udp_rate: 50.0, ..settings(server.port) };
+    let run = run(settings);
+    assert_eq!(kinds(&run.failures), [""; 0]);
+    let stats = run.stats(run.whole());
+    for (class, expected) in [(Class::Keepalive, 12), (Class::New, 12), (Class::Udp, 12)] {
+        for family in Family::ALL {
+            let series = stats.series.iter().find(|s| s.class == class && s.family == family).unwrap();
+            // 0.5 to 0.6 seconds: the end is looked for ten times a second.
+            assert!((expected..=expected + 4).contains(&series.requests), "{series:?}");
+            assert!(series.p99_ms.unwrap() < 200.0, "{series:?}");
+        }
+    }
+    assert_eq!(stats.answered_by.keys().collect::<Vec<_>>(), ["blue"]);
+    assert_eq!(stats.answered_by["blue"], stats.requests);
+    assert_eq!(run.sockets.keepalive_closed_by_server, 0);
+    let text = serde_json::to_string(&run.clone().report()).unwrap();
+    assert_eq!(Report::parse(&text).unwrap().run, run);
+    server.end();
+}
+
+#[test]
+fn connections_and_datagram_sockets_are_renewed_without_a_failure() {
+    let server = Good::start("blue", None);
+    let run = run(Settings {
+        rate: 400.0,
+        renew: Duration::from_millis(100),
+        duration: Some(Duration::from_millis(800)),
+        udp_port: Some(good_echo("blue")),
+        udp_rate: 100.0,
+        ..settings(server.port)
+    });
+    assert_eq!(kinds(&run.failures), [""; 0]);
+    let sockets = run.sockets;
+    assert!(sockets.keepalive_renewed >= 8 * 3, "eight of them, for eight times their age: {sockets:?}");
+    assert!(sockets.keepalive_opened - sockets.keepalive_renewed <= 8, "{sockets:?}");
+    assert_eq!((sockets.keepalive_told_to_close, sockets.keepalive_closed_by_server), (0, 0));
+    server.end();
+}
+
+#[test]
+fn connections_are_closed_as_the_server_says_without_a_failure() {
+    let server = Good::start("blue", Some(5));
+    let run = run(Settings {
+        rate: 400.0,
+        duration: Some(Duration::from_millis(800)),
+        renew: Duration::from_secs(60),
+        ..settings(server.port)
+    });
+    assert_eq!(kinds(&run.failures), [""; 0]);
+    // 160 requests and more on kept connections, five each.
+    assert!(run.sockets.keepalive_told_to_close >= 25, "{:?}", run.sockets);
+    assert_eq!(run.sockets.keepalive_renewed, 0);
+    server.end();
+}
+
+#[test]
+fn what_the_server_closes_between_two_requests_is_replaced_quietly() {
+    // Answers once and closes without having said so.
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nServer: rude\r\n\r\nok";
+    let run = run(Settings { rate: 20.0, ..settings(crate::servers::answering(answer, 1)) });
+    assert_eq!(kinds(&run.failures), [""; 0]);
+    assert!(run.sockets.keepalive_closed_by_server > 0, "{:?}", run.sockets);
+    assert_eq!(run.instances, ["rude"]);
+}
+
+#[test]
+fn a_download_and_an_idle_connection_live_through_a_run() {
+    let server = Good::start("blue", None);
+    let download =
+        DownloadSettings { path: "/bytes?n=300000".into(), bytes_per_second: 100_000, sha256: None };
+    let settings = Settings { download: Some(download), idle: true, duration: None, ..settings(server.port) };
+    let run = run_with(settings, |order| {
+        std::thread::sleep(Duration::from_millis(50));
+        order("mark quiet");
+        assert_eq!(order("start-download"), Response::Done);
+        std::thread::sleep(Duration::from_millis(500));
+        let Response::Status(status) = order("status") else { panic!("no status") };
+        assert_eq!(
+            (status.downloading, status.failed),
+            (2, 0),
+            "three seconds of download are still under way"
+        );
+        order("mark after");
+        assert_eq!(order("use-idle"), Response::Done);
+        assert_eq!(order("finish-download"), Response::Done);
+    });
+    assert_eq!(kinds(&run.failures), [""; 0]);
+    assert_eq!(run.downloads.len(), 2);
+    for download in &run.downloads {
+        assert!(download.ok && download.bytes == 300_000, "{download:?}");
+        assert!(download.ended_ns - download.started_ns < 2_500_000_000, "not slowed down to the end");
+        assert!(
+            download.started_ns < run.mark("after").unwrap()
+                && run.mark("after").unwrap() < download.ended_ns
+        );
+    }
+    for used in &run.idle_uses {
+        assert!(used.ok && used.opened_ns < run.mark("quiet").unwrap(), "{used:?}");
+        assert!(used.used_ns > run.mark("after").unwrap(), "{used:?}");
+    }
+    assert_eq!(run.idle_uses.len(), 2);
+    let phases: Vec<_> = run.phases().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(phases, ["start", "quiet", "after"]);
+    server.end();
+}
+
+#[test]
+fn a_server_that_ends_in_order_loses_no_answer() {
+    let server = Good::start("blue", None);
+    let port = server.port;
+    let run = run_with(Settings { path: "/slow?ms=100".into(), ..settings(port) }, |order| {
+        std::thread::sleep(Duration::from_millis(200));
+        server.end();
+        order("mark gone");
+    });
+    // What was refused came after the end; nothing that had been accepted was cut off.
+    assert_eq!(kinds(&run.failures), ["refused"]);
+    assert!(run.stats(run.whole()).answered_by["blue"] > 5);
+}
+
+#[test]
+fn the_knee_of_a_server_on_the_same_machine_is_above_the_first_rate() {
+    let server = Good::start("blue", None);
+    let search = KneeSettings {
+        first: 100.0,
+        highest: 300.0,
+        burst: Duration::from_millis(300),
+        ..KneeSettings::default()
+    };
+    let knee = knee::measure(&settings(server.port), &search).unwrap();
+    assert!(knee.rate.unwrap() >= 100.0, "{knee:?}");
+    assert!(knee.bursts.iter().all(|burst| burst.requests > 25), "{knee:?}");
+    server.end();
+}

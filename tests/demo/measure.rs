@@ -296,11 +296,11 @@ mod tests {
         let mut run = run(10, 20);
         let mut odd = Series::new(Class::New, Family::V6);
         for (index, answer) in run.answers[1].iter().enumerate() {
-            odd.push(Answer { instance: if index == 1003 { 0 } else { answer.instance }, ..answer });
+            odd.push(Answer { instance: if index == 1001 { 0 } else { answer.instance }, ..answer });
         }
         run.answers[1] = odd;
         let window = Window { from_ns: 105 * S, to_ns: 118 * S };
-        assert_eq!(moves(&run, window, &["start-106.00".to_owned()]), [(110 * S + 40_000_000, true)]);
+        assert_eq!(moves(&run, window, &["start-106.00".to_owned()]), [(110 * S + 10_000_000, true)]);
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Load {
     pub(crate) fn settle(&mut self) -> anyhow::Result<()> {
         let mut helpers = self.helpers.drain(..);
         helpers.try_for_each(|helper| {
-            helper.join().map_err(|_| anyhow::anyhow!("a helper of the load panicked"))
+            helper.join().map_err(|_panic| anyhow::anyhow!("a helper of the load panicked"))
         })
     }
 

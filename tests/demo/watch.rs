@@ -107,7 +107,7 @@ impl Retransmissions {
 
     pub(crate) fn stop(self) -> anyhow::Result<Samples> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the counting of retransmissions panicked"))?
+        self.thread.join().map_err(|_panic| anyhow!("the counting of retransmissions panicked"))?
     }
 }
 
@@ -178,7 +178,7 @@ mod tests {
     fn rates_are_those_of_the_window() {
         let samples =
             Samples((0..100).map(|n| (n * 100_000_000, if n < 50 { 3 } else { 3 + n - 49 })).collect());
-        let rate = |from, to| {
+        let rate = |from: u64, to: u64| {
             samples.per_second(Window { from_ns: from * 1_000_000_000, to_ns: to * 1_000_000_000 })
         };
         assert_eq!(rate(0, 4), Some(0.0));

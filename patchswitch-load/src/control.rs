@@ -15,7 +15,7 @@
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, RwLock, mpsc};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -174,10 +174,13 @@ pub fn obey(line: &str, orders: &UnboundedSender<Order>) -> Response {
     }
 }
 
-/// The socket on which orders come. Its file is removed when this is dropped.
+/// The socket on which orders come. When this is dropped its file is removed, and every order that was taken has had
+/// its answer: the process may end then.
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    /// Shared by those who have taken an order and not yet answered.
+    answering: Arc<RwLock<()>>,
 }
 
 impl Server {
@@ -187,11 +190,12 @@ impl Server {
     /// If the socket cannot be made; a file of that name is not replaced.
     pub fn start(path: &Path, orders: UnboundedSender<Order>) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
-        let server = Self { path: path.to_owned() };
+        let answering = Arc::new(RwLock::new(()));
+        let server = Self { path: path.to_owned(), answering: Arc::clone(&answering) };
         let accept = move || {
             for stream in listener.incoming().flatten() {
-                let orders = orders.clone();
-                let talk = move || talk(&stream, &orders);
+                let (orders, answering) = (orders.clone(), Arc::clone(&answering));
+                let talk = move || talk(&stream, &orders, &answering);
                 // Without a thread the connection is closed: the other side sees it.
                 drop(std::thread::Builder::new().name("orders".into()).stack_size(128 * 1024).spawn(talk));
             }
@@ -205,10 +209,12 @@ impl Drop for Server {
     fn drop(&mut self) {
         // Gone already is as good.
         drop(std::fs::remove_file(&self.path));
+        // Short: the run has ended, so nobody waits for it any more. A poisoned lock is free as well.
+        drop(self.answering.write());
     }
 }
 
-fn talk(stream: &UnixStream, orders: &UnboundedSender<Order>) -> io::Result<()> {
+fn talk(stream: &UnixStream, orders: &UnboundedSender<Order>, answering: &RwLock<()>) -> io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut writer = stream;
     loop {
@@ -216,6 +222,7 @@ fn talk(stream: &UnixStream, orders: &UnboundedSender<Order>) -> io::Result<()> 
         if io::Read::take(&mut reader, LINE_MAX).read_line(&mut line)? == 0 {
             return Ok(());
         }
+        let _answering = answering.read();
         let response = obey(&line, orders).line();
         writer.write_all(format!("{response}\n").as_bytes())?;
     }

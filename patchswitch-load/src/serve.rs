@@ -18,8 +18,8 @@ use std::time::Duration;
 use rustix::net::sockopt;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::LocalOptions;
 use tokio::sync::Notify;
-use tokio::task::LocalSet;
 
 use crate::http::{self, QuestionHead};
 
@@ -52,8 +52,8 @@ struct Server {
 /// # Errors
 /// If a socket cannot be made.
 pub fn serve(settings: ServeSettings) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, async {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build_local(LocalOptions::default())?.block_on(async {
         use tokio::signal::unix::{SignalKind, signal};
         let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let listeners = listen(settings.port)?;
@@ -87,8 +87,8 @@ fn bind(socket: TcpSocket, address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(511)
 }
 
-/// Serves on given listeners until `end` completes, and then until all connections have ended. Must run in a
-/// [`LocalSet`].
+/// Serves on given listeners until `end` completes, and then until all connections have ended. Must run where
+/// [`tokio::task::spawn_local`] may be called.
 pub async fn serve_until(
     settings: ServeSettings,
     listeners: [TcpListener; 2],

@@ -7,6 +7,7 @@
 //!  commands ──────► idle connections, downloads, marks
 //! ```
 
+mod alarm;
 mod connection;
 mod download;
 mod idle;
@@ -21,8 +22,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::runtime::LocalOptions;
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::task::LocalSet;
 use tokio::time::Instant;
 
 use crate::clock;
@@ -220,9 +221,16 @@ impl Shared {
 /// [`LoadError`] if it could not even begin.
 pub fn run(settings: Settings, orders: UnboundedReceiver<Order>) -> Result<Run, LoadError> {
     let io = |source| LoadError::Io { action: "make the client's runtime", source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io)?;
-    let local = LocalSet::new();
-    local.block_on(&runtime, client(settings, orders))
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    let runtime = builder.enable_all().build_local(LocalOptions::default()).map_err(io)?;
+    // As a task: waking what `block_on` itself waits for costs two system calls, and the schedule wakes often.
+    let client = runtime.spawn_local(client(settings, orders));
+    match runtime.block_on(client).map_err(tokio::task::JoinError::try_into_panic) {
+        Ok(result) => result,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // Nobody cancels it.
+        Err(Err(error)) => Err(io(error.into())),
+    }
 }
 
 async fn client(mut settings: Settings, orders: UnboundedReceiver<Order>) -> Result<Run, LoadError> {
@@ -249,6 +257,10 @@ async fn client(mut settings: Settings, orders: UnboundedReceiver<Order>) -> Res
         settings,
     });
     Dispatcher::new(&shared, &families)?.run(&mut schedules, orders).await
+}
+
+fn to_ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Sends what is due where it belongs.
@@ -283,11 +295,16 @@ impl Dispatcher {
         schedules: &mut [Schedule],
         mut orders: UnboundedReceiver<Order>,
     ) -> Result<Run, LoadError> {
-        let mut sweep = Instant::now() + SWEEP;
+        let failed = |source| LoadError::Io { action: "set the client's alarm", source };
+        let alarm = alarm::Alarm::new().map_err(failed)?;
+        let started_ns = self.shared.recorder.borrow().started_ns;
+        // A timer of the runtime that is always nearer than the requests' time-outs: else each of them, being the
+        // nearest, would wake the runtime by a system call.
+        let mut sweep = tokio::time::interval(SWEEP);
         let mut listening = true;
         loop {
             let due = schedules.iter().filter_map(Schedule::due).min();
-            let next = due.map_or(sweep, |due| (self.shared.start + due).min(sweep));
+            let next = due.map_or(u64::MAX, |due| started_ns + to_ns(due));
             tokio::select! {
                 order = orders.recv(), if listening => match order {
                     Some(Order { command: Command::Stop, reply }) => {
@@ -297,15 +314,12 @@ impl Dispatcher {
                     Some(order) => self.obey(order),
                     None => listening = false,
                 },
-                () = tokio::time::sleep_until(next) => {}
+                result = alarm.wait_until(next) => result.map_err(failed)?,
+                _ = sweep.tick() => if self.sweep() {
+                    break;
+                },
             }
             self.dispatch(schedules);
-            if Instant::now() >= sweep {
-                sweep = Instant::now() + SWEEP;
-                if self.sweep() {
-                    break;
-                }
-            }
         }
         self.finish().await
     }
@@ -313,11 +327,10 @@ impl Dispatcher {
     fn dispatch(&mut self, schedules: &mut [Schedule]) {
         let started_ns = self.shared.recorder.borrow().started_ns;
         for schedule in schedules {
-            let now = self.shared.start.elapsed();
+            let now = Duration::from_nanos(clock::now_ns().saturating_sub(started_ns));
             while let Some((due, class, family)) = schedule.take(now) {
                 self.note_lag(now.saturating_sub(due));
-                let since = u64::try_from(due.as_nanos()).unwrap_or(u64::MAX);
-                let ticket = self.shared.issue(class, family, started_ns + since);
+                let ticket = self.shared.issue(class, family, started_ns + to_ns(due));
                 self.send(ticket);
             }
         }

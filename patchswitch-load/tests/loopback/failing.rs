@@ -14,6 +14,9 @@ use crate::servers::{
     Good, LOOPBACK, answering, bad, bad_echo, kinds, nobody, read_question, run, run_with, settings,
 };
 
+/// A time-out for servers that never answer.
+const SOON: Duration = Duration::from_millis(300);
+
 /// Every request of every class and family failed in one way.
 fn all_failed(run: &Run, kind: &str) {
     assert_eq!(kinds(&run.failures), [kind]);
@@ -52,12 +55,13 @@ fn reset() {
 #[test]
 fn hangs() {
     let begin = Instant::now();
-    let run = run(settings(bad(|mut stream| while read_question(&mut stream) {})));
+    let port = bad(|mut stream| while read_question(&mut stream) {});
+    let run = run(Settings { time_out: SOON, ..settings(port) });
     all_failed(&run, "time-out");
-    assert!(begin.elapsed() < Duration::from_millis(2000), "waited for no longer than the time-out");
+    assert!(begin.elapsed() < Duration::from_secs(10), "there is an end of waiting");
     for failure in &run.failures {
         let waited = Duration::from_nanos(failure.failed_ns - failure.due_ns);
-        assert!(waited >= Duration::from_millis(299), "{failure:?}");
+        assert!(waited >= SOON - Duration::from_millis(1), "{failure:?}");
     }
 }
 
@@ -92,12 +96,12 @@ fn answers_by_something_else() {
 
 #[test]
 fn a_pause_of_the_server_is_a_gap_of_its_phase_and_a_latency_from_the_moment_it_was_due() {
-    // One pause of 400 ms, which all conversations share.
+    // One pause of 800 ms, which all conversations share.
     let begin = Instant::now();
     let port = bad(move |mut stream| {
         while read_question(&mut stream) {
             let now = begin.elapsed();
-            let (from, to) = (Duration::from_millis(600), Duration::from_millis(1000));
+            let (from, to) = (Duration::from_millis(700), Duration::from_millis(1500));
             if (from..to).contains(&now) {
                 std::thread::sleep(to - now);
             }
@@ -106,9 +110,8 @@ fn a_pause_of_the_server_is_a_gap_of_its_phase_and_a_latency_from_the_moment_it_
             }
         }
     });
-    let settings = Settings { duration: None, time_out: Duration::from_secs(2), ..settings(port) };
-    let run = run_with(settings, |order| {
-        for (name, until) in [("before", 500), ("pause", 1100), ("after", 1600)] {
+    let run = run_with(Settings { duration: None, ..settings(port) }, |order| {
+        for (name, until) in [("before", 600), ("pause", 1600), ("after", 2100)] {
             order(&format!("mark {name}"));
             std::thread::sleep(Duration::from_millis(until).saturating_sub(begin.elapsed()));
         }
@@ -117,18 +120,19 @@ fn a_pause_of_the_server_is_a_gap_of_its_phase_and_a_latency_from_the_moment_it_
     let report = run.report();
     let phase = |name: &str| &report.summary.phases.iter().find(|phase| phase.name == name).unwrap().stats;
     let gap = |name: &str| phase(name).longest_gap.unwrap().ms;
-    assert!((370.0..520.0).contains(&gap("pause")), "{}", gap("pause"));
-    assert!(gap("before") < 200.0 && gap("after") < 200.0, "{} {}", gap("before"), gap("after"));
-    // An open loop keeps asking during the pause: 100 a second for 0.6 seconds, of which the early ones waited long.
+    assert!(gap("pause") > 750.0, "{}", gap("pause"));
+    // The machine may be busy, but not for that long.
+    assert!(gap("before") < 500.0 && gap("after") < 500.0, "{} {}", gap("before"), gap("after"));
+    // An open loop keeps asking during the pause: 100 a second, of which the early ones waited long.
     let pause = phase("pause");
-    assert!(pause.requests >= 55, "{}", pause.requests);
-    assert!(pause.series.iter().any(|series| series.max_ms.is_some_and(|ms| ms > 350.0)));
+    assert!(pause.requests >= 95, "{}", pause.requests);
+    assert!(pause.series.iter().any(|series| series.max_ms.is_some_and(|ms| ms > 700.0)));
     let kept = pause.series.iter().find(|s| s.class == Class::Keepalive && s.family == Family::V4).unwrap();
-    assert!(kept.p50_ms.unwrap() > 50.0, "half of the requests were due in the pause: {kept:?}");
+    assert!(kept.p50_ms.unwrap() > 200.0, "more than half of the requests were due in the pause: {kept:?}");
 }
 
 fn datagrams(port: u16) -> Run {
-    run(Settings { rate: 0.0, udp_rate: 60.0, udp_port: Some(port), ..settings(1) })
+    run(Settings { rate: 0.0, udp_rate: 60.0, udp_port: Some(port), time_out: SOON, ..settings(1) })
 }
 
 #[test]
@@ -201,7 +205,7 @@ fn downloading(port: u16, sha256: Option<&str>) -> Settings {
         bytes_per_second: 1_000_000,
         sha256: sha256.map(str::to_owned),
     };
-    Settings { rate: 0.0, duration: None, download: Some(download), ..settings(port) }
+    Settings { rate: 0.0, duration: None, download: Some(download), time_out: SOON, ..settings(port) }
 }
 
 fn download_once(settings: Settings) -> Run {

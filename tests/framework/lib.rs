@@ -4,3 +4,4 @@ pub mod leftovers;
 pub mod netlab;
 pub mod observe;
 pub mod programs;
+pub mod vm;

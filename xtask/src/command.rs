@@ -17,20 +17,23 @@ impl Tool {
         let mut command = Command::new(program);
         command.stdin(Stdio::null());
         // Tools translate their messages and sort by the locale otherwise.
-        command.env("LC_ALL", "C.UTF-8");
+        command.env("LC_ALL", "C.UTF-8").env("PATH", search_path());
         Self { command }
     }
 
     /// Cargo itself, without the settings that the `cargo run` that started xtask left in the environment.
-    pub(crate) fn cargo() -> Self {
+    pub(crate) fn cargo() -> Result<Self> {
         let mut tool = Self::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // Subcommands that set-up built are found there; what the user has goes first.
+        let tools = crate::paths::cache()?.join("tools/bin");
+        tool.command.env("PATH", format!("{}:{}", search_path(), tools.display()));
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
                 tool.command.env_remove(name);
             }
         }
-        tool.dir(crate::paths::root())
+        Ok(tool.dir(crate::paths::root()))
     }
 
     pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
@@ -48,6 +51,13 @@ impl Tool {
         self
     }
 
+    pub(crate) fn env_remove(mut self, names: &[&str]) -> Self {
+        for name in names {
+            self.command.env_remove(name);
+        }
+        self
+    }
+
     pub(crate) fn dir(mut self, dir: impl AsRef<Path>) -> Self {
         self.command.current_dir(dir);
         self
@@ -60,6 +70,11 @@ impl Tool {
 
     pub(crate) fn stdout(mut self, output: impl Into<Stdio>) -> Self {
         self.command.stdout(output);
+        self
+    }
+
+    pub(crate) fn stderr(mut self, output: impl Into<Stdio>) -> Self {
+        self.command.stderr(output);
         self
     }
 
@@ -80,7 +95,7 @@ impl Tool {
         self.output().map(drop)
     }
 
-    /// Runs to the end and returns the standard output.
+    /// Runs to the end and returns the standard output; a failure shows the end of both outputs.
     pub(crate) fn read(self) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.output()?.stdout).into_owned())
     }
@@ -123,9 +138,12 @@ pub(crate) fn last_lines(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// Whether a program is in one of the directories of `PATH`, or where Debian has those of the administrator.
+/// Whether a program can be started by its name.
 pub(crate) fn installed(program: &str) -> bool {
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/sbin:/sbin");
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    std::env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
+}
+
+/// The user's `PATH`, and where Debian has the programs of the administrator.
+pub(crate) fn search_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }

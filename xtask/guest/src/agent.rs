@@ -85,6 +85,7 @@ fn handle(frame: Frame, port: &Port, commands: &Commands) {
     match frame.kind {
         Kind::Run => {
             let (port, commands) = (Arc::clone(port), Arc::clone(commands));
+            send(&port, &Frame::new(Kind::Taken, id, Vec::new()));
             let (stdin, pieces) = channel();
             lock(&commands).insert(id, Handle { group: None, stdin: Some(stdin) });
             thread::spawn(move || {

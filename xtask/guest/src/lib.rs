@@ -31,6 +31,8 @@ pub enum Kind {
     PowerOff = 4,
     /// From the guest: it takes commands now. Body: the kernel's release.
     Ready = 16,
+    /// From the guest: it has read the request. Without this word soon after, the machine hangs.
+    Taken = 21,
     /// From the guest: a piece of a command's standard output.
     Stdout = 17,
     /// From the guest: a piece of a command's standard error.
@@ -43,8 +45,8 @@ pub enum Kind {
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{End, Kill, PowerOff, Ready, Run, Stderr, Stdin, StdinTaken, Stdout};
-        [Run, Stdin, Kill, PowerOff, Ready, Stdout, Stderr, StdinTaken, End]
+        use Kind::{End, Kill, PowerOff, Ready, Run, Stderr, Stdin, StdinTaken, Stdout, Taken};
+        [Run, Stdin, Kill, PowerOff, Ready, Taken, Stdout, Stderr, StdinTaken, End]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }

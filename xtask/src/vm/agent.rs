@@ -20,6 +20,9 @@ use patchswitch_guest::{End, Frame, Kind, Request, STDIN_WINDOW};
 /// How long a client may leave its output unread before it is given up; it would hold up the others.
 const CLIENT_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long the machine may take to notice a request. Its processor is emulated and may be busy, but not for so long.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
 type Clients = Arc<Mutex<HashMap<u32, UnixStream>>>;
 
 /// Connects commands with the machine.
@@ -158,13 +161,24 @@ pub(crate) fn run_with_input(
     end
 }
 
+/// A sink for [`run`]: this process's own outputs.
+pub(crate) fn to_terminal(stream: Stream, bytes: &[u8]) -> Result<()> {
+    match stream {
+        Stream::Out => std::io::stdout().lock().write_all(bytes)?,
+        Stream::Err => std::io::stderr().lock().write_all(bytes)?,
+    }
+    Ok(())
+}
+
 fn follow(
     mut connection: UnixStream,
     window: Option<&Window>,
     mut sink: impl FnMut(Stream, &[u8]) -> Result<()>,
 ) -> Result<End> {
-    while let Some(frame) = Frame::read(&mut connection).context("lost the test machine")? {
+    connection.set_read_timeout(Some(ANSWER_LIMIT))?;
+    while let Some(frame) = Frame::read(&mut connection).context("the test machine does not answer")? {
         match frame.kind {
+            Kind::Taken => connection.set_read_timeout(None)?,
             Kind::Stdout => sink(Stream::Out, &frame.body)?,
             Kind::Stderr => sink(Stream::Err, &frame.body)?,
             Kind::End => return Ok(serde_json::from_slice(&frame.body)?),

@@ -46,10 +46,19 @@ pub(crate) struct Output {
     pub(crate) stderr: Vec<u8>,
 }
 
+/// What a machine finds on its disks when it starts again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disks {
+    /// What it left there.
+    Kept,
+    /// Nothing, as at the first start.
+    Empty,
+}
+
 /// A running machine. Dropping it ends QEMU and removes its files.
 pub(crate) struct Vm {
     dir: RunDir,
-    config: Config,
+    disks_mib: Vec<u64>,
     arguments: Vec<String>,
     running: Running,
 }
@@ -83,9 +92,7 @@ impl Vm {
         archive.file("init", &fs::read(&init)?, 0o755);
         initrd.extend(archive.finish());
         fs::write(dir.path.join("initrd"), initrd)?;
-        for (index, size) in config.disks_mib.iter().enumerate() {
-            File::create(dir.path.join(format!("disk{index}")))?.set_len(size << 20)?;
-        }
+        make_disks(&dir.path, &config.disks_mib)?;
         if let Some(payload) = &config.payload {
             image::make_ext4(payload, &dir.path.join("payload.ext4"), 4)?;
         }
@@ -94,14 +101,17 @@ impl Vm {
         if running.release != kernel.release {
             bail!("{} was to be started and {} came up", kernel.release, running.release);
         }
-        Ok(Self { dir, config: config.clone(), arguments, running })
+        Ok(Self { dir, disks_mib: config.disks_mib.clone(), arguments, running })
     }
 
-    /// Starts the machine again after it ended, with its disks as they are. What was in memory is lost.
-    pub(crate) fn boot_again(&mut self) -> Result<()> {
+    /// Starts the machine again, however it ended or if it hangs. What was in its memory is lost.
+    pub(crate) fn boot_again(&mut self, disks: Disks) -> Result<()> {
         // QEMU must not hold the disks any more.
         let _ended = self.running.qemu.kill();
         self.running.qemu.wait()?;
+        if disks == Disks::Empty {
+            make_disks(&self.dir.path, &self.disks_mib)?;
+        }
         self.running = start(&self.dir.path, &self.arguments)?;
         Ok(())
     }
@@ -109,10 +119,6 @@ impl Vm {
     /// The kernel's release, as the machine said it.
     pub(crate) fn release(&self) -> &str {
         &self.running.release
-    }
-
-    pub(crate) fn config(&self) -> &Config {
-        &self.config
     }
 
     /// The socket on which every connection is one command.
@@ -255,6 +261,14 @@ fn arguments(config: &Config, kernel: &Kernel, root: &Path, dir: &Path) -> Vec<S
         disk(path("payload.ext4"), "payload", "readonly=on");
     }
     words
+}
+
+/// Makes the empty disks, sparse; those that are there already are emptied.
+fn make_disks(dir: &Path, sizes_mib: &[u64]) -> Result<()> {
+    for (index, size) in sizes_mib.iter().enumerate() {
+        File::create(dir.join(format!("disk{index}")))?.set_len(size << 20)?;
+    }
+    Ok(())
 }
 
 fn start(dir: &Path, arguments: &[String]) -> Result<Running> {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::build;
 use crate::cache::{Cache, digest, identity};
-use crate::command::{Tool, installed};
+use crate::command::Tool;
 use crate::debian::{Archive, SUITE, main_archive, security_archive};
 
 /// Added to the essential packages of the test machine: what patchswitch needs on a host, and the tools by which
@@ -29,7 +30,7 @@ const BLANK: [&str; 2] =
 
 /// The ext4 image of the test machine's root.
 pub(crate) fn host_root(cache: &Cache) -> Result<PathBuf> {
-    let recipe = format!("2 {SUITE} {HOST_PACKAGES}");
+    let recipe = format!("3 {SUITE} {HOST_PACKAGES}");
     let dir = cache.artifact("host-root", &recipe, |out| {
         let tar = out.join("root.tar");
         debootstrap("essential", HOST_PACKAGES, &[main_archive(), security_archive()], &tar, &SLIM)?;
@@ -98,23 +99,33 @@ pub(crate) fn make_ext4(tree: &Path, image: &Path, room: u64) -> Result<()> {
     let used = Tool::new("du").args(["-s", "--block-size=1M", "--apparent-size"]).arg(tree).read()?;
     let files = Tool::new("du").args(["-s", "--inodes"]).arg(tree).read()?;
     let [used, files] = [first_number(&used)?, first_number(&files)?];
-    // A file takes at least one block of 4 KiB and an inode of 256 bytes.
-    let size = used + used / 10 + files / 200 + room;
-    fs::File::create(image)?.set_len(size << 20)?;
-    let tool = Tool::new(sbin("mkfs.ext4")).args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-N"]);
+    fs::File::create(image)?.set_len(image_size(used, files, room) << 20)?;
+    let tool = Tool::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal", "-m", "0", "-N"]);
     tool.arg((files + 64).to_string()).arg("-d").arg(tree).arg(image).quiet()
 }
 
-/// Unpacks a tar file with its owners and makes an ext4 image of it.
+/// Makes an ext4 image of a tar file, with the owners that it names. Another user than root does it as the root of a
+/// user namespace of the kind in which mmdebstrap works, where files of the build machine's user are not writable:
+/// hence all goes through the script's input and output.
 fn tar_to_ext4(tar: &Path, image: &Path, room: u64) -> Result<()> {
-    let tree = image.with_extension("tree");
-    fs::create_dir_all(&tree)?;
-    if !rustix::process::getuid().is_root() {
-        bail!("making the test machine's root needs root");
-    }
-    Tool::new("tar").args(["--numeric-owner", "-xpf"]).arg(tar).arg("-C").arg(&tree).quiet()?;
-    make_ext4(&tree, image, room)?;
-    Ok(fs::remove_dir_all(&tree)?)
+    const SCRIPT: &str = "set -e; dir=$(mktemp -d); trap 'rm -rf \"$dir\"' EXIT; mkdir \"$dir/tree\"; \
+        tar --numeric-owner -xpf - -C \"$dir/tree\"; truncate -s \"$1M\" \"$dir/image\"; \
+        mkfs.ext4 -q -F -O ^has_journal -m 0 -N \"$2\" -d \"$dir/tree\" \"$dir/image\" >&2; \
+        cat \"$dir/image\"";
+    let files = Tool::new("tar").arg("-tf").arg(tar).read()?.lines().count() as u64;
+    let size = image_size(fs::metadata(tar)?.len() >> 20, files, room);
+    let shell = ["sh", "-c", SCRIPT, "sh", &size.to_string(), &(files + 64).to_string()].map(str::to_owned);
+    let tool = if rustix::process::geteuid().is_root() {
+        Tool::new(&shell[0]).args(&shell[1..])
+    } else {
+        Tool::new("mmdebstrap").arg("--unshare-helper").args(&shell)
+    };
+    tool.stdin(fs::File::open(tar)?).stdout(fs::File::create(image)?).quiet()
+}
+
+/// Mebibytes for files of `used` mebibytes in all: each has an inode of 256 bytes and a last block that is not full.
+fn image_size(used: u64, files: u64, room: u64) -> u64 {
+    used + used / 10 + files / 200 + room
 }
 
 fn debootstrap(
@@ -141,14 +152,6 @@ fn first_number(text: &str) -> Result<u64> {
     text.split_whitespace().next().and_then(|word| word.parse().ok()).context("du printed no number")
 }
 
-/// Where Debian has the programs of the administrator, which a user's `PATH` may lack.
-fn sbin(program: &str) -> PathBuf {
-    if installed(program) && !Path::new("/usr/sbin").join(program).exists() {
-        return program.into();
-    }
-    Path::new("/usr/sbin").join(program)
-}
-
 /// The first process of the test machine, built static; made anew when its source changes.
 pub(crate) fn guest_init(cache: &Cache) -> Result<PathBuf> {
     let source = crate::paths::root().join("xtask/guest");
@@ -158,8 +161,7 @@ pub(crate) fn guest_init(cache: &Cache) -> Result<PathBuf> {
     }
     let dir = cache.artifact("guest-init", &recipe, |out| {
         let target = crate::paths::TARGET;
-        let build = Tool::cargo().env("RUSTFLAGS", crate::paths::STATIC);
-        build.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
+        build::cargo()?.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
         let built = crate::paths::target().join(target).join("debug/guest-init");
         fs::copy(&built, out.join("init")).map(drop).with_context(|| built.display().to_string())
     })?;

@@ -10,19 +10,19 @@ pub(crate) mod boot;
 mod cpio;
 pub(crate) mod image;
 pub(crate) mod kernel;
+pub(crate) mod payload;
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use patchswitch_guest::Request;
 
-use self::agent::Stream;
 use self::boot::{Config, Vm};
 use self::kernel::Series;
 use crate::cache::{Cache, say};
+use crate::setup::{self, Need};
 
 /// Boots a disposable test machine and runs a command in it.
 ///
@@ -40,6 +40,12 @@ pub(crate) struct Options {
     /// Directory that the machine gets, read-only, as /payload
     #[arg(long, value_name = "DIR")]
     payload: Option<PathBuf>,
+    /// Copy a directory into the machine before the command runs
+    #[arg(long, value_name = "DIR:GUEST_DIR", value_parser = pair)]
+    push: Vec<(String, String)>,
+    /// Copy a directory out of the machine after the command, whatever its exit code is
+    #[arg(long, value_name = "GUEST_DIR:DIR", value_parser = pair)]
+    pull: Vec<(String, String)>,
     /// Sizes of the empty disks in MiB (sparse)
     #[arg(long, value_name = "MIB", value_delimiter = ',', default_value = "4096,4096,4096")]
     disks: Vec<u64>,
@@ -56,7 +62,7 @@ pub(crate) struct Options {
     #[arg(long)]
     console: bool,
     /// Run the command in the machine that another `xtask vm` serves at this socket, instead of booting one
-    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["kernel", "payload", "disks", "memory", "console"])]
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["kernel", "payload", "push", "pull", "disks", "memory", "console"])]
     at: Option<PathBuf>,
     /// The command; without one, a shell that reads from standard input
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
@@ -80,37 +86,42 @@ pub(crate) fn main(options: Options) -> Result<ExitCode> {
         payload: options.payload,
         ..Config::new(options.kernel)
     };
+    setup::ensure(&[Need::Build, Need::Machine])?;
     let vm = Vm::boot(&Cache::open()?, &config)?;
     say(&format!(
         "Linux {} is up; more commands: xtask vm --at {} -- COMMAND",
         vm.release(),
         vm.socket().display()
     ));
+    for (from, to) in &options.push {
+        vm.push(Path::new(from), to)?;
+    }
     let outcome = execute(&vm.socket(), &request, input);
     if options.console || outcome.is_err() {
         say(&format!("the kernel's log:\n{}", vm.console()));
     }
     let code = outcome?;
+    for (from, to) in &options.pull {
+        vm.pull(from, Path::new(to))?;
+    }
     vm.power_off()?;
     Ok(code)
 }
 
+fn pair(text: &str) -> Result<(String, String)> {
+    let (from, to) = text.split_once(':').context("expected two directories with a colon between them")?;
+    Ok((from.to_owned(), to.to_owned()))
+}
+
 /// Runs a command with this terminal as its output.
-fn execute(socket: &std::path::Path, request: &Request, input: bool) -> Result<ExitCode> {
-    let sink = |stream, bytes: &[u8]| -> Result<()> {
-        match stream {
-            Stream::Out => std::io::stdout().lock().write_all(bytes)?,
-            Stream::Err => std::io::stderr().lock().write_all(bytes)?,
-        }
-        Ok(())
-    };
+fn execute(socket: &Path, request: &Request, input: bool) -> Result<ExitCode> {
     let end = if input {
         if std::io::stdin().is_terminal() {
             say("a plain shell without prompt or job control; Ctrl-D ends it");
         }
-        agent::run_with_input(socket, request, std::io::stdin(), sink)
+        agent::run_with_input(socket, request, std::io::stdin(), agent::to_terminal)
     } else {
-        agent::run(socket, request, sink)
+        agent::run(socket, request, agent::to_terminal)
     };
     std::io::stdout().flush()?;
     let end = end.context("the command has no exit code")?;
@@ -119,6 +130,3 @@ fn execute(socket: &std::path::Path, request: &Request, input: bool) -> Result<E
     }
     Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX)))
 }
-
-/// How long one command of the framework itself may take.
-pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(600);

@@ -1,0 +1,43 @@
+//! What is built before it is run elsewhere: static programs and test binaries.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use crate::command::Tool;
+use crate::paths::{STATIC, TARGET, target};
+
+/// Cargo, set to build static binaries; with [`TARGET`] as its target.
+pub(crate) fn cargo() -> Result<Tool> {
+    Ok(Tool::cargo()?.env("RUSTFLAGS", STATIC))
+}
+
+/// Where the built programs are.
+pub(crate) fn programs_dir() -> PathBuf {
+    target().join(TARGET).join("debug")
+}
+
+/// Builds the programs that tests start.
+pub(crate) fn programs() -> Result<()> {
+    cargo()?
+        .args(["build", "--target", TARGET, "-p", "patchswitch", "-p", "patchswitch-load", "--bins"])
+        .show()
+}
+
+/// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
+pub(crate) fn tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
+    let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);
+    for name in names {
+        tool = tool.arg("--test").arg(name);
+    }
+    let text = tool.arg("--message-format=json-render-diagnostics").read()?;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        if let (Some(name), Some(file)) = (text(&message["target"]["name"]), text(&message["executable"])) {
+            found.push((name, file.into()));
+        }
+    }
+    if found.len() == names.len() { Ok(found) } else { bail!("cargo built {found:?} for {names:?}") }
+}

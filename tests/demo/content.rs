@@ -14,8 +14,9 @@ pub(crate) const COMMAND: &str = "/usr/local/lib/demo/serve";
 pub(crate) const UDP_PORT: u16 = 7777;
 /// The path of the long download.
 pub(crate) const DOWNLOAD: &str = "/download.bin";
-/// The path of a page that exists only where the first half of a failing patch was kept.
-pub(crate) const HALF_A_PATCH: &str = "/half-a-patch";
+/// Prints one digest of everything in a partition that the patches of the demo touch, but for what dpkg knows.
+pub(crate) const FINGERPRINT: &str =
+    "find /etc/nginx /var/www -type f ! -name download.bin | sort | xargs sha256sum | sha256sum";
 /// The length of the long download, in bytes.
 const DOWNLOAD_LEN: usize = 8 << 20;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use patchswitch_load::clock;
 use patchswitch_load::report::Window;
+use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
 
 use crate::ground::{FIRST, Ground, SECOND, SERVICE, Scratch, configuration};
@@ -16,13 +17,15 @@ use crate::product::Product;
 use crate::report::RunReport;
 use crate::story::Story;
 use crate::traffic::{self, Load};
-use crate::watch::{Capture, Retransmissions};
+use crate::watch::{self, Retransmissions};
 use crate::{RunArgs, content};
 
 /// How long the load runs before anything is measured: connections are opened, caches get warm.
 const WARM_UP: Duration = Duration::from_secs(2);
 const QUIET: Duration = Duration::from_secs(12);
 const QUIET_QUICK: Duration = Duration::from_secs(5);
+/// How long the kernel may take to free what nobody uses any more.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Requests a second where the knee is not measured.
 const RATE: f64 = 200.0;
 /// The size of a partition's disk.
@@ -39,6 +42,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
         (None, Some(directory)) => Scratch::Directory(directory.clone()),
         (None, None) => anyhow::bail!("neither a disk nor a directory was given"),
     };
+    let before = Snapshot::take()?;
     let ground = Ground::build(&scratch)?;
     let config = ground.directory.join("patchswitch.toml");
     fs::write(&config, configuration(&ground.directory))?;
@@ -49,6 +53,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
     let removed = dismantle(&story, &product).and(ground.remove());
     let (evidence, records, knee) = measured?;
     removed?;
+    let left = Snapshot::left_since(&before, PATIENCE)?;
     let quiet = evidence.quiet();
     let jobs: Vec<_> = records.iter().map(|record| evidence.job(record, &quiet)).collect();
     let mut report = RunReport {
@@ -57,7 +62,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
         knee,
         jobs,
         negative: None,
-        leftovers: Vec::new(),
+        leftovers: left.iter().map(ToString::to_string).collect(),
         checks: Vec::new(),
         seconds: story.seconds(),
         quiet,
@@ -106,7 +111,7 @@ fn measure(
     if let Some(knee) = knee {
         story.say(&format!("the service begins to lag at {knee:.0} requests/s"));
     }
-    let capture = Capture::start(&ground.directory)?;
+    let capture = watch::resets()?;
     let retransmissions = Retransmissions::start(&ground.client);
     let mut load = Load::start(&ground.client, rate, &ground.directory)?;
     story.say(&format!("load from now on: {rate:.0} requests/s, half of them on new connections, and datagrams; IPv4 and IPv6"));

@@ -156,6 +156,7 @@ impl Stage<'_> {
         self.story.chapter(&format!("{name}: {}", case.title));
         let before = self.product.active(SERVICE)?;
         let version_before = self.product.version(&before)?;
+        let files_before = self.product.fingerprint(&before)?;
         let patches = self.add_patches(&case.files(self.artifacts, self.scripts)?)?;
         let rewritten = self.rewritten()?;
         let from_ns = self.load.mark(&format!("{name}/plan"))?;
@@ -178,6 +179,7 @@ impl Stage<'_> {
         self.load.mark("between")?;
         let after = self.product.active(SERVICE)?;
         let version_after = self.product.version(&after)?;
+        let files_as_before = self.product.fingerprint(&after)? == files_before;
         let exit_code = ends.iter().map(|end| end.code).find(|code| *code != 0).unwrap_or(0);
         let (issued, failed) = self.load.so_far()?;
         self.story.say(&format!(
@@ -194,6 +196,7 @@ impl Stage<'_> {
             version_before,
             version_patched,
             version_after,
+            files_as_before,
             rewritten: [v4.saturating_sub(rewritten[0]), v6.saturating_sub(rewritten[1])],
         })
     }

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use patchswitch_load::derive::Job;
 use patchswitch_load::record::Class;
 use patchswitch_load::report::{NEAR_NS, Run, Window};
+use patchswitch_tests::observe::Captured;
 use serde_json::Value;
 
 use crate::report::{JobReport, Quiet};
-use crate::watch::{Reset, Samples};
+use crate::watch::Samples;
 
 /// A transition counts when this many requests after it agree: neighbours may overtake each other.
 const AGREE: usize = 6;
@@ -26,6 +27,8 @@ pub(crate) struct Record {
     pub(crate) version_before: String,
     pub(crate) version_patched: Option<String>,
     pub(crate) version_after: String,
+    /// Whether the files of the service are what they were before.
+    pub(crate) files_as_before: bool,
     /// Datagrams rewritten in IPv4 and in IPv6.
     pub(crate) rewritten: [u64; 2],
 }
@@ -34,7 +37,7 @@ pub(crate) struct Record {
 #[derive(Debug)]
 pub(crate) struct Evidence {
     pub(crate) run: Run,
-    pub(crate) resets: Vec<Reset>,
+    pub(crate) resets: Captured,
     pub(crate) retransmissions: Samples,
     pub(crate) quiet: Window,
 }
@@ -89,7 +92,7 @@ impl Evidence {
     }
 
     fn resets_in(&self, window: Window) -> u64 {
-        self.resets.iter().filter(|reset| window.contains(reset.at_ns)).count() as u64
+        self.resets.count(window.from_ns, window.to_ns) as u64
     }
 
     /// The figures of a job.
@@ -160,6 +163,7 @@ impl Record {
             version_before: self.version_before.clone(),
             version_patched: self.version_patched.clone(),
             version_after: self.version_after.clone(),
+            files_as_before: self.files_as_before,
             freeze_ms: number(&["freeze_ms"]),
             clone_ms: number(&["clone_ms"]),
             cow_bytes: count(&["cow_bytes"]),
@@ -194,6 +198,7 @@ pub(crate) fn seconds(window: Window) -> f64 {
 mod tests {
     use patchswitch_load::record::{Answer, ErrorKind, Failure, Family, Series};
     use patchswitch_load::report::{Lag, Mark, Sockets};
+    use patchswitch_tests::observe::Packet;
     use serde_json::json;
 
     use super::*;
@@ -229,11 +234,11 @@ mod tests {
     }
 
     fn evidence(run: Run) -> Evidence {
-        let reset = |at: u64| Reset { at_ns: 100 * S + at * S, text: String::new() };
+        let packet = |at: u64| Packet { at_ns: 100 * S + at * S, text: String::new(), from: None, to: None };
         let quiet = Window { from_ns: 101 * S, to_ns: 105 * S };
         Evidence {
             run,
-            resets: vec![reset(2), reset(11), reset(12)],
+            resets: Captured { packets: [2, 11, 12].map(packet).into(), received: 3 },
             retransmissions: Samples::of(&[(90, 0), (110, 0), (112, 4), (130, 4)]),
             quiet,
         }
@@ -249,6 +254,7 @@ mod tests {
             version_before: "9".into(),
             version_patched: None,
             version_after: "11".into(),
+            files_as_before: true,
             rewritten: [5, 6],
         }
     }

@@ -7,6 +7,8 @@ use anyhow::{Context as _, bail};
 use patchswitch_tests::programs::{self, Output};
 use serde_json::Value;
 
+use crate::content;
+
 /// From the start of a job until something must be wrong.
 const JOB_LIMIT: Duration = Duration::from_secs(400);
 
@@ -75,6 +77,11 @@ impl Product {
         let query = ["dpkg-query", "-W", "-f", "${Version}", "nginx"];
         let arguments: Vec<&str> = ["partition", "exec", partition, "--"].into_iter().chain(query).collect();
         Ok(self.run(&arguments)?.trim().to_owned())
+    }
+
+    /// A digest of the service's files in a partition.
+    pub(crate) fn fingerprint(&self, partition: &str) -> anyhow::Result<String> {
+        self.run(&["partition", "exec", partition, "--", "/bin/sh", "-c", content::FINGERPRINT])
     }
 
     /// The partition that serves.

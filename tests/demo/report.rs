@@ -88,6 +88,8 @@ pub(crate) struct JobReport {
     pub(crate) drained_s: Option<f64>,
     pub(crate) version_before: String,
     pub(crate) version_after: String,
+    /// Whether the service's files that patches touch are, where it is served now, what they were before.
+    pub(crate) files_as_before: bool,
     /// The version inside the patched partition while it served, where it did.
     pub(crate) version_patched: Option<String>,
     pub(crate) freeze_ms: Option<f64>,
@@ -157,6 +159,9 @@ impl JobReport {
         match expected.changes_version {
             true => checks.add(before != after, format!("nginx {before} before, {after} after: patched")),
             false => checks.add(before == after, format!("nginx {before} before, {after} after: as it was")),
+        }
+        if !expected.changes_version {
+            checks.add(self.files_as_before, "the service's files are what they were".to_owned());
         }
     }
 
@@ -263,6 +268,7 @@ mod tests {
             idle_connection_ok: Some(true),
             version_before: "1".into(),
             version_after: "2".into(),
+            files_as_before: true,
             flips_seen: 1,
             ..JobReport::default()
         }
@@ -297,7 +303,7 @@ mod tests {
             ("rewritten", |job| job.rewritten_v6 = 0),
             ("downloads", |job| job.download_ok = Some(false)),
             ("idle", |job| job.idle_connection_ok = None),
-            ("in any phase", |job| drop(job.gaps_ms.insert("merge".into(), 500.1))),
+            ("in any phase", |job| job.gaps_ms = BTreeMap::from([("merge".into(), 500.1)])),
         ];
         for (words, spoil) in cases {
             let mut job = good();
@@ -322,6 +328,7 @@ mod tests {
         };
         let expected = Expected { exit_code: 20, flips: 0, changes_version: false, ..GOOD };
         assert_eq!(broken(&job, expected), Vec::<String>::new());
+        assert_eq!(broken(&JobReport { files_as_before: false, ..job }, expected).len(), 1);
     }
 
     #[test]

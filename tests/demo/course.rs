@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use patchswitch_load::clock;
+use patchswitch_load::knee::Knee;
 use patchswitch_load::report::Window;
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
@@ -14,7 +15,7 @@ use crate::ground::{FIRST, Ground, SECOND, SERVICE, Scratch, configuration};
 use crate::jobs::{Case, PARTITIONS, Stage};
 use crate::measure::{Evidence, Record};
 use crate::product::Product;
-use crate::report::RunReport;
+use crate::report::{LEAST_RATE, RunReport};
 use crate::story::Story;
 use crate::traffic::{self, Load};
 use crate::watch::{self, Retransmissions};
@@ -26,8 +27,6 @@ const QUIET: Duration = Duration::from_secs(12);
 const QUIET_QUICK: Duration = Duration::from_secs(5);
 /// How long the kernel may take to free what nobody uses any more.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Requests a second where the knee is not measured.
-const RATE: f64 = 200.0;
 /// The size of a partition's disk.
 const SIZE: &str = "1G";
 
@@ -105,11 +104,16 @@ fn measure(
     product: &Product,
     ground: &Ground,
 ) -> anyhow::Result<Measured> {
-    let knee = if args.quick { None } else { Some(traffic::knee(&ground.client)?) };
-    let rate = knee.as_ref().map_or(RATE, patchswitch_load::knee::Knee::demo_rate);
+    let measured = !args.quick && args.rate.is_none();
+    let knee = measured.then(|| traffic::knee(&ground.client)).transpose()?;
+    let rate = args.rate.or(knee.as_ref().map(Knee::demo_rate)).unwrap_or(LEAST_RATE);
     let knee = knee.and_then(|knee| knee.rate);
-    if let Some(knee) = knee {
-        story.say(&format!("the service begins to lag at {knee:.0} requests/s"));
+    match knee {
+        Some(knee) => story.say(&format!("the service begins to lag at {knee:.0} requests/s")),
+        None if measured => {
+            story.say("the service lags at any rate: this machine is busy with something else")
+        }
+        None => {}
     }
     let capture = watch::resets()?;
     let retransmissions = Retransmissions::start(&ground.client);

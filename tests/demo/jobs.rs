@@ -105,7 +105,7 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        format!("job {}", self.number)
+        format!("job-{}", self.number)
     }
 
     fn files(&self, artifacts: &Path, scripts: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn the_five_jobs_are_there() {
         for number in 1..=5 {
-            assert_eq!(Case::of(number).unwrap().name(), format!("job {number}"));
+            assert_eq!(Case::of(number).unwrap().name(), format!("job-{number}"));
         }
         assert!(Case::of(6).is_err());
     }

@@ -117,6 +117,8 @@ pub(crate) struct Expected {
 
 /// From the first failure of a broken patch to the give-back, in seconds.
 const GIVE_BACK_LIMIT_S: f64 = 3.0;
+/// Requests a second that a proof needs at least.
+pub(crate) const LEAST_RATE: f64 = 200.0;
 /// The longest time without an answer that is accepted away from a flip, in milliseconds.
 const PHASE_GAP_LIMIT_MS: f64 = 500.0;
 
@@ -166,6 +168,8 @@ impl JobReport {
     }
 
     fn check_requests(&self, expected: Expected, checks: &mut Checks) {
+        let rate = self.rate;
+        checks.add(rate >= LEAST_RATE, format!("load of {rate:.0} requests/s, at least {LEAST_RATE:.0}"));
         let (made, failed) = (self.requests, self.failed);
         checks.add(made > 0 && failed == 0, format!("{failed} of {made} requests failed"));
         let broken = self.failed_by_patch;
@@ -255,6 +259,7 @@ mod tests {
     fn good() -> JobReport {
         JobReport {
             name: "job".into(),
+            rate: 200.0,
             requests: 1000,
             udp_sent: 100,
             udp_answered: 100,
@@ -288,10 +293,11 @@ mod tests {
 
     #[test]
     fn each_condition_is_noticed_when_it_is_broken() {
-        let cases: [(&str, fn(&mut JobReport)); 15] = [
+        let cases: [(&str, fn(&mut JobReport)); 16] = [
             ("exit code", |job| job.exit_code = 1),
             ("moved", |job| job.flips_seen = 0),
             ("nginx", |job| job.version_after = "1".into()),
+            ("load of", |job| job.rate = 199.0),
             ("requests failed", |job| job.failed = 1),
             ("requests failed", |job| job.requests = 0),
             ("the patch broke", |job| job.failed_by_patch = 1),

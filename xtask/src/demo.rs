@@ -56,6 +56,9 @@ pub(crate) struct Options {
     /// Only these jobs, in this order
     #[arg(long, value_name = "NUMBERS")]
     jobs: Option<String>,
+    /// Requests a second, instead of what the service bears
+    #[arg(long, value_name = "NUMBER")]
+    rate: Option<f64>,
     /// Do not measure how much load the service bears, and keep the quiet time short
     #[arg(long)]
     quick: bool,
@@ -107,8 +110,10 @@ fn selection(options: &Options) -> Result<Vec<(Option<Series>, String)>> {
 }
 
 fn arguments(options: &Options, jobs: &str) -> Vec<String> {
-    let quick = options.quick.then_some("--quick");
-    ["run", "--jobs", jobs].into_iter().chain(quick).map(str::to_owned).collect()
+    let mut words: Vec<String> = ["run", "--jobs", jobs].map(str::to_owned).into();
+    words.extend(options.quick.then(|| "--quick".to_owned()));
+    words.extend(options.rate.map(|rate| format!("--rate={rate}")));
+    words
 }
 
 /// The programs, and what the demo works on.
@@ -181,7 +186,7 @@ mod tests {
 
     fn options(host: bool, kernel: Option<&str>, jobs: Option<&str>) -> Options {
         let kernel = kernel.map(|series| series.parse().unwrap());
-        Options { host, kernel, jobs: jobs.map(str::to_owned), quick: true }
+        Options { host, kernel, jobs: jobs.map(str::to_owned), rate: Some(80.5), quick: true }
     }
 
     #[test]
@@ -194,6 +199,9 @@ mod tests {
         );
         assert_eq!(selected(false, Some("6.1"), Some("1,2")), [(series("6.1"), "1,2".to_owned())]);
         assert_eq!(selected(true, None, None), [(None, ALL_JOBS.to_owned())]);
-        assert_eq!(arguments(&options(true, None, None), "1"), ["run", "--jobs", "1", "--quick"]);
+        assert_eq!(
+            arguments(&options(true, None, None), "1"),
+            ["run", "--jobs", "1", "--quick", "--rate=80.5"]
+        );
     }
 }

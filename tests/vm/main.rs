@@ -2,3 +2,4 @@
 //! each of the stock Debian kernels in `tests/KERNELS`.
 
 mod smoke;
+mod storage;

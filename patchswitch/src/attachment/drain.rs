@@ -141,6 +141,19 @@ impl Attachment {
     pub async fn drain(
         &mut self,
         options: &DrainOptions,
+        progress: impl FnMut(usize),
+    ) -> Result<DrainReport, AttachError> {
+        self.drain_until(options, &|| false, progress).await
+    }
+
+    /// As [`Attachment::drain`], and ends early, with the drain going on in the kernel, when `stop` says so.
+    ///
+    /// # Errors
+    /// As [`Attachment::drain`].
+    pub async fn drain_until(
+        &mut self,
+        options: &DrainOptions,
+        stop: &(dyn Fn() -> bool + Sync),
         mut progress: impl FnMut(usize),
     ) -> Result<DrainReport, AttachError> {
         let start = Instant::now();
@@ -168,6 +181,9 @@ impl Attachment {
             if flows.is_empty() {
                 self.settle()?;
                 return Ok(report(first, 0, 0, true));
+            }
+            if stop() {
+                return Ok(report(first, left, 0, false));
             }
             if options.deadline.is_some_and(|deadline| start.elapsed() >= deadline) {
                 let (reset, settled) = self.overdue(retiring, options.on_deadline, &flows).await?;

@@ -1,11 +1,17 @@
 //! Arguments, calls, printing: nothing else. One file for each group of subcommands.
 
 mod alone;
+mod job;
+mod partition;
+mod patch;
 mod print;
+mod service;
+mod size;
 
 use clap::{Parser, Subcommand};
 use patchswitch::attachment::{AttachError, RecordError};
 use patchswitch::exit::ExitCode;
+use patchswitch::manager::{Manager, ManagerError};
 
 /// Patches a running service without anybody noticing: clone, patch, take over, drain, commit.
 #[derive(Debug, Parser)]
@@ -14,6 +20,9 @@ pub(crate) struct Arguments {
     /// Print JSON on standard output, for programs.
     #[arg(long, global = true)]
     json: bool,
+    /// The configuration file; drop-ins are in config.d beside it.
+    #[arg(long, global = true, value_name = "FILE", default_value = patchswitch::config::DEFAULT_FILE)]
+    config: std::path::PathBuf,
     /// Say more: -v what is done, -vv everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -35,6 +44,29 @@ enum Verb {
     Detach(alone::Detach),
     /// Show who serves, and what was counted.
     Status(alone::Status),
+    /// Logical computers: define, start, stop, look into.
+    #[command(subcommand)]
+    Partition(partition::Verb),
+    /// Service addresses that are served by partitions.
+    #[command(subcommand)]
+    Service(service::Verb),
+    /// The patch table.
+    #[command(subcommand)]
+    Patch(patch::Verb),
+    /// Say what `apply` would do, and change nothing.
+    Plan(job::Apply),
+    /// Patch a service: clone, patch, check, take over, drain.
+    Apply(job::Apply),
+    /// Give a service back to its old partition.
+    Rollback(job::Decide),
+    /// Make the patched partition permanent, and free the old one.
+    Commit(job::Decide),
+    /// Show what a job did.
+    Report(job::ReportOf),
+    /// Put everything right after a kill or a boot.
+    Up,
+    /// Take everything out of the kernel; what is stored stays.
+    Down,
 }
 
 /// Reads the arguments, runs the verb and turns its end into an exit code.
@@ -65,6 +97,25 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Flows(verb) => verb.flows(json),
         Verb::Detach(verb) => verb.run(json).await,
         Verb::Status(verb) => verb.run(json),
+        _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,
+    }
+}
+
+async fn execute_managed(arguments: &Arguments, manager: &mut Manager) -> anyhow::Result<ExitCode> {
+    let json = arguments.json;
+    match &arguments.verb {
+        Verb::Partition(verb) => verb.run(manager, json),
+        Verb::Service(verb) => verb.run(manager, json).await,
+        Verb::Patch(verb) => verb.run(manager, json),
+        Verb::Plan(verb) => verb.plan(manager, json),
+        Verb::Apply(verb) => verb.run(manager, json).await,
+        Verb::Rollback(verb) => verb.rollback(manager, json).await,
+        Verb::Commit(verb) => verb.commit(manager, json),
+        Verb::Report(verb) => verb.run(manager, json),
+        Verb::Up => job::up(manager, json).await,
+        Verb::Down => job::down(manager, json).await,
+        // Needs no manager, and never comes here.
+        _ => Ok(ExitCode::Internal),
     }
 }
 
@@ -82,6 +133,9 @@ fn code_of(error: &anyhow::Error) -> ExitCode {
     error
         .chain()
         .find_map(|cause| {
+            if let Some(error) = cause.downcast_ref::<ManagerError>() {
+                return Some(error.exit_code());
+            }
             if let Some(error) = cause.downcast_ref::<RecordError>() {
                 return match error {
                     RecordError::Busy(_) => Some(ExitCode::Busy),

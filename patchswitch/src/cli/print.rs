@@ -11,6 +11,12 @@ pub(crate) fn text(text: &str) {
     let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
 }
 
+/// Passes on what a program wrote, as it is.
+pub(crate) fn raw(stdout: &str, stderr: &str) {
+    let _ = std::io::stdout().write_all(stdout.as_bytes());
+    let _ = std::io::stderr().write_all(stderr.as_bytes());
+}
+
 /// Writes one JSON document.
 pub(crate) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     text(&serde_json::to_string_pretty(value)?);

@@ -158,9 +158,9 @@ fn trouble_on_this_side_is_no_verdict() {
     assert!(matches!(probe(&http(port), V6, reach, TIMEOUT), Err(CannotTell::Unreachable { .. })));
 }
 
-fn quick(need: u32, deadline_ms: u64) -> Gate {
+fn quick(need: u32, timeout_ms: u64, deadline_ms: u64) -> Gate {
     let millis = Duration::from_millis;
-    Gate { need, every: millis(5), timeout: millis(300), deadline: millis(deadline_ms) }
+    Gate { need, every: millis(5), timeout: millis(timeout_ms), deadline: millis(deadline_ms) }
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn a_gate_needs_its_successes_in_a_row() {
         answer(stream, &format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n"));
     });
     let target = Target { addresses: &[V4], probes: &[http(port)] };
-    assert_eq!(gate(target, &quick(3, 10_000), HERE, &|| false).unwrap().rounds, 6);
+    assert_eq!(gate(target, &quick(3, 10_000, 60_000), HERE, &|| false).unwrap().rounds, 6);
 }
 
 #[test]
@@ -187,17 +187,30 @@ fn a_gate_fails_if_one_of_several_addresses_or_probes_fails() {
         (Target { addresses: &[V4, V6], probes: &both[..1] }, "did not accept"),
     ];
     for (target, words) in cases {
-        let error = gate(target, &quick(2, 300), HERE, &|| false).unwrap_err();
+        let error = gate(target, &quick(2, 1000, 1500), HERE, &|| false).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(error.exit_code().number(), 21);
     }
 }
 
 #[test]
+fn the_reason_is_not_that_the_deadline_cut_the_last_round_short() {
+    let port = serve(V4, |number, stream| {
+        if number > 0 {
+            std::thread::sleep(Duration::from_secs(30));
+        }
+        answer(stream, "HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n");
+    });
+    let target = Target { addresses: &[V4], probes: &[http(port)] };
+    let error = gate(target, &quick(1, 60_000, 1500), HERE, &|| false).unwrap_err();
+    assert!(error.to_string().contains("status 500"), "{error}");
+}
+
+#[test]
 fn a_gate_that_cannot_tell_does_not_pass() {
     let command = Probe::Command { command: "/nowhere/check".to_owned() };
     let target = Target { addresses: &[V4], probes: &[command] };
-    let error = gate(target, &quick(1, 50), HERE, &|| false).unwrap_err();
+    let error = gate(target, &quick(1, 1000, 1500), HERE, &|| false).unwrap_err();
     assert!(matches!(error, GateError::CannotTell { .. }), "{error}");
 }
 
@@ -207,6 +220,6 @@ fn a_gate_can_be_interrupted() {
     let asked = AtomicUsize::new(0);
     let stop = || asked.fetch_add(1, Ordering::Relaxed) > 3;
     let target = Target { addresses: &[V4], probes: &[Probe::Tcp { port }] };
-    let error = gate(target, &quick(1, 60_000), HERE, &stop).unwrap_err();
+    let error = gate(target, &quick(1, 1000, 60_000), HERE, &stop).unwrap_err();
     assert!(matches!(error, GateError::Stopped), "{error}");
 }

@@ -1,8 +1,21 @@
 //! Linux, one named place for each part of it.
 
+pub mod block;
+pub mod cgroup;
+pub mod cutter;
+mod cutter_child;
+pub mod dm;
+mod dm_ioctl;
+mod ioctl;
+pub mod loopdev;
+pub mod mountns;
 pub mod netlink;
 pub mod netns;
+pub mod pidfd;
+pub mod poll;
 pub mod programs;
 pub mod root;
+pub mod runtime;
+pub mod signals;
 pub mod sockets;
 pub mod sysctl;

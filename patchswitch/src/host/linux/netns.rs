@@ -159,6 +159,36 @@ impl Netns {
         Self::open(&NetnsRef::Own)
     }
 
+    /// Makes a namespace with a name that `ip netns` knows, or opens the one that has it.
+    ///
+    /// # Errors
+    /// [`NetnsError::Hold`].
+    pub fn make(name: &str) -> Result<Self, NetnsError> {
+        let path = Path::new(NAMED).join(name);
+        if let Ok(netns) = Self::open(&NetnsRef::Named(name.to_owned())) {
+            return Ok(netns);
+        }
+        let new = || -> io::Result<File> {
+            new_network_namespace()?;
+            File::open("/proc/thread-self/ns/net")
+        };
+        let made = std::thread::scope(|scope| scope.spawn(new).join());
+        let file = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(|source| {
+            NetnsError::Hold { action: "make", path: path.clone(), source }
+        })?;
+        let netns = Self { file: Arc::new(file), reference: name.to_owned() };
+        netns.hold(&path)?;
+        Ok(netns)
+    }
+
+    /// Takes the name away again; the namespace goes with its last process. Not there: nothing to do.
+    ///
+    /// # Errors
+    /// [`NetnsError::Hold`].
+    pub fn unmake(name: &str) -> Result<(), NetnsError> {
+        Self::release(&Path::new(NAMED).join(name))
+    }
+
     /// Whether two descriptors are of one namespace.
     ///
     /// # Errors
@@ -251,6 +281,13 @@ impl fmt::Display for Netns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.reference)
     }
+}
+
+/// Gives the calling thread, which must be one made for this, a network namespace of its own.
+#[expect(unsafe_code, reason = "the safe function is deprecated in favour of this one")]
+fn new_network_namespace() -> io::Result<()> {
+    // SAFETY: only the network namespace is unshared; the danger is in unsharing the table of descriptors.
+    Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?)
 }
 
 #[cfg(test)]

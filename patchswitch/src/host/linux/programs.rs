@@ -39,10 +39,10 @@ pub enum Program {
     Nft,
     /// A shell, for the administrator's hook commands.
     Shell,
-    /// Compares a root with the digests of its package database; the scan of a clone.
-    Dpkg,
     /// Reads the control fields of a Debian package.
     DpkgDeb,
+    /// Our own second binary; on the host it keeps console logs. The caller says where it is: [`Run::located`].
+    Init,
 }
 
 impl Program {
@@ -55,8 +55,8 @@ impl Program {
             Self::Fsck => "e2fsck",
             Self::Nft => "nft",
             Self::Shell => "sh",
-            Self::Dpkg => "dpkg",
             Self::DpkgDeb => "dpkg-deb",
+            Self::Init => "patchswitch-init",
         }
     }
 
@@ -69,7 +69,8 @@ impl Program {
             Self::Mkfs | Self::Fsck => "e2fsprogs",
             Self::Nft => "nftables",
             Self::Shell => "dash",
-            Self::Dpkg | Self::DpkgDeb => "dpkg",
+            Self::DpkgDeb => "dpkg",
+            Self::Init => "patchswitch",
         }
     }
 
@@ -137,6 +138,7 @@ pub struct Run {
     output: Option<std::fs::File>,
     environment: Vec<(OsString, OsString)>,
     group: bool,
+    path: Option<PathBuf>,
 }
 
 /// What a program left behind.
@@ -161,7 +163,15 @@ impl Run {
             output: None,
             environment: Vec::new(),
             group: false,
+            path: None,
         }
+    }
+
+    /// Says where the program is, instead of the fixed list; for our own programs alone.
+    #[must_use]
+    pub fn located(mut self, path: PathBuf) -> Self {
+        self.path = Some(path);
+        self
     }
 
     /// Adds an argument.
@@ -258,7 +268,7 @@ impl Run {
     /// [`ProgramError::Missing`] or [`ProgramError::Io`].
     pub fn spawn(self) -> Result<Child, ProgramError> {
         let program = self.program;
-        let path = program.find().ok_or(ProgramError::Missing { program })?;
+        let path = self.path.clone().or_else(|| program.find()).ok_or(ProgramError::Missing { program })?;
         self.command(&path)
             .and_then(|mut command| command.spawn())
             .map_err(|source| ProgramError::Io { program, source })

@@ -144,6 +144,60 @@ impl Root {
     }
 }
 
+/// What a path of a clone is, for those who read a whole clone and write nothing.
+#[derive(Debug)]
+pub enum Look {
+    /// A regular file, open for reading, and its size in bytes.
+    File(File, u64),
+    /// Something else; it was not opened.
+    Other(FileType),
+    /// Nothing.
+    Missing,
+}
+
+impl Root {
+    /// Opens any file of the clone for reading. Links on the way are followed *inside the clone* (`RESOLVE_IN_ROOT`),
+    /// as its own programs would follow them; a link at the end is not. Nothing but a regular file is opened.
+    ///
+    /// # Errors
+    /// [`RootError::Refused`] if the path leads through `/proc`-like links or another file system; [`RootError::Io`].
+    pub fn look(&self, path: &str) -> Result<Look, RootError> {
+        if path.contains('\0') {
+            return Err(RootError::refused(path, Refusal::BadName));
+        }
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+        let open = |flags| {
+            rustix::fs::openat2(
+                &self.fd,
+                path,
+                flags | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+                resolve,
+            )
+        };
+        let failed = |errno| RootError::of_lookup("open", path, errno);
+        let found = match open(OFlags::PATH) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(Look::Missing),
+            Err(errno) => return Err(failed(errno)),
+        };
+        let stat =
+            |fd: &OwnedFd| rustix::fs::fstat(fd).map_err(|errno| RootError::io("examine", path, errno));
+        let kind = file_type(&stat(&found)?);
+        if kind != FileType::RegularFile {
+            return Ok(Look::Other(kind));
+        }
+        let fd = open(OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY).map_err(failed)?;
+        let stat = stat(&fd)?;
+        match file_type(&stat) {
+            FileType::RegularFile => {
+                Ok(Look::File(File::from(fd), u64::try_from(stat.st_size).unwrap_or_default()))
+            }
+            kind => Ok(Look::Other(kind)),
+        }
+    }
+}
+
 impl Folder {
     /// The path inside the clone, without a leading slash.
     pub fn path(&self) -> &str {

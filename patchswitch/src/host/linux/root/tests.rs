@@ -249,3 +249,33 @@ fn a_link_is_made_and_not_followed() {
     assert_eq!(link.unwrap(), Path::new("../x.service"));
     assert_eq!(tree.picture(), before);
 }
+
+#[test]
+fn a_look_follows_links_inside_the_clone_and_never_out_of_it() {
+    let tree = Tree::new();
+    let root = tree.root();
+    let at = |path: &str| tree.inside(path);
+    std::fs::create_dir_all(at("usr/bin")).unwrap();
+    std::fs::write(at("usr/bin/tool"), "inside").unwrap();
+    symlink("usr/bin", at("bin")).unwrap();
+    symlink("/usr/bin", at("absolute")).unwrap();
+    symlink(tree.outside(""), at("out")).unwrap();
+    symlink("../../../../../../..", at("up")).unwrap();
+    symlink(tree.outside("passwd"), at("usr/bin/last")).unwrap();
+    symlink("/proc/self/root", at("magic")).unwrap();
+    mknodat(CWD, at("pipe"), FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
+    for path in ["usr/bin/tool", "bin/tool", "absolute/tool", "up/usr/bin/tool", "../../bin/tool"] {
+        let Look::File(mut file, 6) = root.look(path).unwrap() else { panic!("{path}") };
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "inside");
+    }
+    for path in ["out/passwd", "up/etc/passwd", "none", "usr/bin/tool/x", "magic/etc/passwd"] {
+        assert!(matches!(root.look(path).unwrap(), Look::Missing), "{path}");
+    }
+    assert!(matches!(root.look("usr/bin/last").unwrap(), Look::Other(FileType::Symlink)));
+    assert!(matches!(root.look("pipe").unwrap(), Look::Other(FileType::Fifo)));
+    assert!(matches!(root.look("usr").unwrap(), Look::Other(FileType::Directory)));
+    let host = Root::open(Path::new("/")).unwrap();
+    assert_eq!(refusal(host.look("proc/self/stat")).1, Refusal::OtherFileSystem);
+}

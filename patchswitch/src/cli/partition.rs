@@ -1,0 +1,297 @@
+//! `patchswitch partition …`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use patchswitch::exit::ExitCode;
+use patchswitch::manager::{Definition, Manager, Origin, Source};
+use patchswitch::names::Name;
+use patchswitch::partition::lifecycle;
+use patchswitch::partition::spec::{Disk, Init, PartitionSpec, Service};
+use patchswitch::patch::wire::Identity;
+use serde_json::json;
+
+use super::{print, size};
+
+/// Subcommands of `partition`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Define a partition from a root, or a standby that can take a clone.
+    Define(Box<Define>),
+    /// List the partitions with their resources (the resource table).
+    List,
+    /// Show one partition.
+    Show(One),
+    /// Start a partition by itself, without a service address.
+    Start(One),
+    /// Stop a partition.
+    Stop(One),
+    /// Run a command in a partition.
+    Exec(Exec),
+    /// Show the end of a partition's console.
+    Logs(One),
+    /// Remove a partition and its disks.
+    Remove(One),
+}
+
+/// A partition, by name.
+#[derive(Debug, Args)]
+pub(crate) struct One {
+    /// Name of the partition.
+    name: Name,
+}
+
+/// Arguments of `partition exec`.
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Name of the partition.
+    name: Name,
+    /// The longest time it may take, in seconds.
+    #[arg(long, default_value_t = 60)]
+    limit: u64,
+    /// The program and its arguments.
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum InitKind {
+    Auto,
+    Systemd,
+    Patchswitch,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum IdentityKind {
+    Keep,
+    Renew,
+}
+
+/// Arguments of `partition define`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples, a web server and the standby that its patches are tried on:
+  patchswitch partition define web-a --from root.tar --size 1G --cpu 50 --memory 256M \\
+      --own 192.0.2.81 --own 2001:db8::81 --command \"nginx -g 'daemon off;'\"
+  patchswitch partition define web-b --standby --size 1G --cpu 50 --memory 256M \\
+      --own 192.0.2.82 --own 2001:db8::82")]
+pub(crate) struct Define {
+    /// Name: lower-case letters, digits, dashes.
+    name: Name,
+    /// The root: a tar archive, a directory, or an ext4 image.
+    #[arg(long, value_name = "PATH", conflicts_with = "standby", required_unless_present = "standby")]
+    from: Option<PathBuf>,
+    /// A standby: its disk is the store of a clone, allocated at once.
+    #[arg(long)]
+    standby: bool,
+    /// Size of the system disk; of a standby, of the disk that it can take.
+    #[arg(long, value_parser = size::parse)]
+    size: u64,
+    /// Further disks, e.g. data:512M:/srv/data, with :ro at the end to be read only.
+    #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT")]
+    disks: Vec<String>,
+    /// Percent of one processor.
+    #[arg(long, default_value_t = 100, value_name = "PERCENT")]
+    cpu: u32,
+    /// Memory limit.
+    #[arg(long, default_value = "256M", value_parser = size::parse)]
+    memory: u64,
+    /// How many processes and threads it may have.
+    #[arg(long, default_value_t = 512)]
+    pids: u32,
+    /// The device by which clients reach it; a standby must have the same one.
+    #[arg(long, value_name = "DEVICE")]
+    network: Option<String>,
+    /// An address of its own, one per family; by it the partition is known when it retires.
+    #[arg(long = "own", value_name = "ADDRESS")]
+    own: Vec<IpAddr>,
+    /// What patchswitch-init starts and supervises, as a shell would read it.
+    #[arg(long, value_name = "COMMAND")]
+    command: Option<String>,
+    /// PID 1: systemd if the root has it, or patchswitch-init.
+    #[arg(long, value_enum, default_value = "auto")]
+    init: InitKind,
+    /// Whether a clone keeps machine-id and host keys.
+    #[arg(long, value_enum, default_value = "keep")]
+    identity: IdentityKind,
+    /// What must not run twice: not started in a clone before the switch. May be given several times.
+    #[arg(long = "singleton", value_name = "NAME")]
+    singletons: Vec<String>,
+}
+
+impl Define {
+    fn definition(&self) -> anyhow::Result<Definition> {
+        let root = Name::new("root")?;
+        let mut spec = PartitionSpec::new(self.name.clone(), self.cpu, self.memory, self.size, root);
+        spec.pids = self.pids;
+        spec.network.clone_from(&self.network);
+        spec.init = match self.init {
+            InitKind::Auto => Init::Auto,
+            InitKind::Systemd => Init::Systemd,
+            InitKind::Patchswitch => Init::Patchswitch,
+        };
+        spec.identity = match self.identity {
+            IdentityKind::Keep => Identity::Keep,
+            IdentityKind::Renew => Identity::Renew,
+        };
+        spec.singletons.clone_from(&self.singletons);
+        spec.service = self.command.as_ref().map(|command| Service {
+            command: vec!["/bin/sh".to_owned(), "-c".to_owned(), format!("exec {command}")],
+            stop_signal: 15,
+            restarts: 5,
+        });
+        for text in &self.disks {
+            spec.disks.push(disk(text)?);
+        }
+        Ok(Definition { spec, own: self.own.clone(), reserve: None })
+    }
+}
+
+fn disk(text: &str) -> anyhow::Result<Disk> {
+    let mut parts = text.split(':');
+    let bad = || anyhow::anyhow!("{text:?} is no disk: give NAME:SIZE:MOUNT, e.g. data:512M:/srv/data");
+    let (name, bytes, mount) =
+        (parts.next().ok_or_else(bad)?, parts.next().ok_or_else(bad)?, parts.next().ok_or_else(bad)?);
+    let read_only = match parts.next() {
+        None => false,
+        Some("ro") => true,
+        Some(_) => return Err(bad()),
+    };
+    let size = size::parse(bytes).map_err(anyhow::Error::msg)?;
+    Ok(Disk { name: Name::new(name)?, size, mount: mount.to_owned(), read_only })
+}
+
+impl Verb {
+    pub(crate) fn run(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Define(define) => {
+                let origin = match &define.from {
+                    Some(path) => Origin::Root(Source::of(path)?),
+                    None => Origin::Store,
+                };
+                manager.define(&define.definition()?, &origin)?;
+                done(json, "defined", &define.name)
+            }
+            Self::List => list(manager, json),
+            Self::Show(one) => show(manager, &one.name, json),
+            Self::Start(one) => {
+                let machine = manager.machine(&one.name)?;
+                if manager.is_running(&machine)? {
+                    return done(json, "running already", &one.name);
+                }
+                let limit = manager.config.job.boot;
+                let mut running = manager.start(&machine, false)?;
+                Manager::wait_started(&mut running, &machine, limit)?;
+                done(json, "started", &one.name)
+            }
+            Self::Stop(one) => {
+                let machine = manager.machine(&one.name)?;
+                if let Some(service) = &machine.row.service {
+                    anyhow::bail!(
+                        "partition {} belongs to service {service}; `patchswitch service remove {service}` stops it",
+                        one.name
+                    );
+                }
+                manager.stop(&machine)?;
+                done(json, "stopped", &one.name)
+            }
+            Self::Exec(exec) => run_inside(manager, exec, json),
+            Self::Logs(one) => {
+                manager.machine(&one.name)?;
+                print::text(&lifecycle::logs(&one.name, 64 << 10)?);
+                Ok(ExitCode::Done)
+            }
+            Self::Remove(one) => {
+                let removed = manager.remove_partition(&one.name)?;
+                done(json, if removed { "removed" } else { "not there, nothing to do" }, &one.name)
+            }
+        }
+    }
+}
+
+fn done(json: bool, what: &str, name: &Name) -> anyhow::Result<ExitCode> {
+    if json {
+        print::json(&json!({"schema": "patchswitch.partition/1", "partition": name, "result": what}))?;
+    } else {
+        print::text(&format!("{name}: {what}"));
+    }
+    Ok(ExitCode::Done)
+}
+
+fn list(manager: &Manager, json: bool) -> anyhow::Result<ExitCode> {
+    let rows = manager.store.partitions()?;
+    if json {
+        print::json(&json!({"schema": "patchswitch.partitions/1", "partitions": rows}))?;
+        return Ok(ExitCode::Done);
+    }
+    if rows.is_empty() {
+        print::text("no partition is defined; `patchswitch partition define --help` shows how");
+        return Ok(ExitCode::Done);
+    }
+    print::text(&format!(
+        "{:<16} {:<9} {:<8} {:<12} {:>5} {:>8} {:>9}  NETWORK",
+        "NAME", "ROLE", "STATE", "SERVICE", "CPU", "MEMORY", "DISKS"
+    ));
+    for row in rows {
+        let disks: u64 = manager.store.disks(&row.name)?.iter().map(|disk| disk.sectors * 512).sum();
+        let service = row.service.as_ref().map_or("-", Name::as_str);
+        let network = row.network.as_deref().unwrap_or("-");
+        print::text(&format!(
+            "{:<16} {:<9} {:<8} {:<12} {:>4}% {:>8} {:>9}  {network}",
+            row.name.as_str(),
+            row.role,
+            row.state,
+            service,
+            row.cpu_percent,
+            size::format(row.memory),
+            size::format(disks),
+        ));
+    }
+    Ok(ExitCode::Done)
+}
+
+fn show(manager: &Manager, name: &Name, json: bool) -> anyhow::Result<ExitCode> {
+    let machine = manager.machine(name)?;
+    let running = manager.is_running(&machine)?;
+    let disks = manager.store.disks(name)?;
+    if json {
+        print::json(&json!({
+            "schema": "patchswitch.partition/1", "partition": machine.row, "running": running, "disks": disks,
+        }))?;
+        return Ok(ExitCode::Done);
+    }
+    let own: Vec<_> = machine.definition.own.iter().map(ToString::to_string).collect();
+    print::text(&format!(
+        "{name}: {}, {}\n  service  {}\n  limits   {}% of a processor, {} of memory, {} processes\n  own      {}",
+        machine.row.role,
+        if running { "running" } else { "not running" },
+        machine.row.service.as_ref().map_or("-", Name::as_str),
+        machine.spec().cpu_percent,
+        size::format(machine.spec().memory),
+        machine.spec().pids,
+        if own.is_empty() { "-".to_owned() } else { own.join(", ") },
+    ));
+    for disk in &machine.disks {
+        let kind = if disk.clone.is_some() { " (a clone)" } else { "" };
+        let bytes = size::format(disk.sectors * 512);
+        print::text(&format!("  disk     {} {bytes} {}{kind}", disk.name, disk.backing.path().display()));
+    }
+    Ok(ExitCode::Done)
+}
+
+fn run_inside(manager: &Manager, exec: &Exec, json: bool) -> anyhow::Result<ExitCode> {
+    let machine = manager.machine(&exec.name)?;
+    anyhow::ensure!(manager.is_running(&machine)?, "partition {} does not run", exec.name);
+    let arguments: Vec<&str> = exec.command.iter().map(String::as_str).collect();
+    let done = manager.exec(&machine, &arguments, Duration::from_secs(exec.limit))?;
+    if json {
+        print::json(&json!({
+            "schema": "patchswitch.exec/1", "exit_code": done.code, "stdout": done.stdout, "stderr": done.stderr,
+        }))?;
+    } else {
+        print::raw(&done.stdout, &done.stderr);
+    }
+    Ok(if done.code == 0 { ExitCode::Done } else { ExitCode::Failed })
+}

@@ -1,0 +1,493 @@
+//! The OCI runtime's command line: crun, or runc.
+//!
+//! Every call has a time limit and is made from inside the agent's mount namespace ([`Inside`]), because the runtime
+//! looks for the partition's root there. Observed with crun 1.8.1 and runc 1.1.5: neither tells the exit code of a
+//! partition's init; signals other than the classic ones have to be given by number; what a runtime does not know
+//! (any more) has ended.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use serde::Deserialize;
+
+use super::mountns::Inside;
+use super::pidfd::Process;
+use super::poll;
+use super::programs::{Program, ProgramError, Run};
+
+/// How long a call may take that does not run anything of the partition's. An emulated machine needs a tenth of it.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How much of each output of a command is kept.
+const OUTPUT_MAX: usize = 1 << 20;
+/// How long a killed `exec` may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why the runtime did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// It failed; the text is its own.
+    #[error("{program} failed to {action} {name}: {text}")]
+    Failed {
+        /// Which runtime.
+        program: Program,
+        /// What it was asked to do.
+        action: &'static str,
+        /// The partition.
+        name: String,
+        /// What it said.
+        text: String,
+    },
+    /// It could not be run, or did not end in time.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// What it printed could not be understood.
+    #[error("{program} printed a state that cannot be understood")]
+    State {
+        /// Which runtime.
+        program: Program,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A command in the partition did not end in time and was killed.
+    #[error("the command {command:?} in {name} did not end within {limit:?} and was killed")]
+    TimeOut {
+        /// The partition.
+        name: String,
+        /// The command.
+        command: String,
+        /// The time it had.
+        limit: Duration,
+    },
+    /// A file of the runtime's could not be used.
+    #[error("failed to {action} {path}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How far a partition is, in the runtime's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Being made.
+    Creating,
+    /// Made; its init has not been started.
+    Created,
+    /// Its init runs.
+    Running,
+    /// Its init has ended.
+    Stopped,
+    /// Frozen.
+    Paused,
+}
+
+/// What the runtime knows of a partition.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct State {
+    /// How far it is.
+    pub status: Status,
+    /// The number of its init in the agent's process namespace; 0 if it has none.
+    #[serde(default)]
+    pub pid: u32,
+}
+
+impl State {
+    /// Parses what `state` prints.
+    ///
+    /// # Errors
+    /// If it is not the JSON of the OCI runtime specification.
+    pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+}
+
+/// What a command in a partition left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Executed {
+    /// Its exit status; 128 and more for a signal, as a shell has it.
+    pub code: i32,
+    /// What it wrote to standard output, at most one mebibyte.
+    pub stdout: String,
+    /// What it wrote to standard error, at most one mebibyte.
+    pub stderr: String,
+}
+
+/// An OCI runtime.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    program: Program,
+    root: PathBuf,
+}
+
+impl Runtime {
+    /// A runtime that keeps its own state below `root`.
+    pub fn new(program: Program, root: &Path) -> Self {
+        Self { program, root: root.to_owned() }
+    }
+
+    /// Which program it is.
+    pub fn program(&self) -> Program {
+        self.program
+    }
+
+    /// Makes a partition from a bundle and returns its init, which waits for [`Runtime::start`].
+    ///
+    /// Both outputs of the init go to `console`. Standard input is `/dev/null`.
+    ///
+    /// # Errors
+    /// [`RuntimeError`]. The runtime itself leaves little behind, but not nothing: the caller deletes.
+    pub fn create(
+        &self,
+        _inside: &Inside,
+        name: &str,
+        bundle: &Path,
+        console: File,
+    ) -> Result<u32, RuntimeError> {
+        let log = bundle.join("runtime.log");
+        let pid_file = bundle.join("init.pid");
+        for file in [&log, &pid_file] {
+            remove_file(file)?;
+        }
+        let run = self.run("create", Some(&log));
+        let run = run.arg("--bundle").arg(bundle).arg("--pid-file").arg(&pid_file).arg(name);
+        let output = run.output_to(console).status()?;
+        if !output.status.success() {
+            return Err(self.failed("create", name, &read_log(&log)));
+        }
+        let text = fs::read_to_string(&pid_file).map_err(error("read", &pid_file))?;
+        text.trim().parse().map_err(|_| self.failed("create", name, &format!("it wrote the number {text:?}")))
+    }
+
+    /// Lets the init of a created partition run.
+    ///
+    /// # Errors
+    /// [`RuntimeError`], e.g. because the program that the bundle names cannot be executed.
+    pub fn start(&self, _inside: &Inside, name: &str) -> Result<(), RuntimeError> {
+        self.call("start", name, |run| run.arg(name))
+    }
+
+    /// Sends a signal, by number, to the init. That it has ended is fine; whether it had not.
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub fn kill(&self, inside: &Inside, name: &str, signal: i32) -> Result<bool, RuntimeError> {
+        let alive = |state: Option<State>| state.is_some_and(|s| s.status != Status::Stopped);
+        match self.call("kill", name, |run| run.arg(name).arg(signal.to_string())) {
+            Ok(()) => Ok(true),
+            Err(RuntimeError::Failed { .. }) if !alive(self.state(inside, name)?) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the runtime knows of a partition; `None` if nothing, which is to be taken for stopped.
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub fn state(&self, _inside: &Inside, name: &str) -> Result<Option<State>, RuntimeError> {
+        if !self.knows(name) {
+            return Ok(None);
+        }
+        let output = self.run("state", None).arg(name).status()?;
+        if output.status.success() {
+            let parsed = State::parse(&output.stdout);
+            return parsed.map(Some).map_err(|source| RuntimeError::State { program: self.program, source });
+        }
+        // Deleted meanwhile, or a create that failed half-way (crun leaves an empty directory).
+        if self.knows(name) && !self.is_half_made(name) {
+            return Err(self.failed("ask for the state of", name, &output.stderr));
+        }
+        Ok(None)
+    }
+
+    /// Removes what the runtime keeps of a partition, killing its init if it still runs. Whether there was anything.
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub fn delete(&self, _inside: &Inside, name: &str) -> Result<bool, RuntimeError> {
+        if !self.knows(name) {
+            return Ok(false);
+        }
+        let result = self.call("delete", name, |run| run.arg("--force").arg(name));
+        if self.knows(name) && self.is_half_made(name) {
+            let dir = self.root.join(name);
+            fs::remove_dir_all(&dir).map_err(error("remove", &dir))?;
+            return Ok(true);
+        }
+        if self.knows(name) { result.map(|()| true) } else { Ok(true) }
+    }
+
+    /// Runs a command in a partition, to its end or to the end of its time.
+    ///
+    /// At the end of its time the command itself is killed. What it left running stays in the partition and ends with
+    /// it; it is not waited for, nor is its output.
+    ///
+    /// # Errors
+    /// [`RuntimeError::TimeOut`], or another if the command could not be run.
+    pub fn exec(
+        &self,
+        _inside: &Inside,
+        name: &str,
+        command: &[&str],
+        limit: Duration,
+    ) -> Result<Executed, RuntimeError> {
+        let scratch = Scratch::new(&self.root, name)?;
+        let run = self.run("exec", Some(&scratch.log)).arg("--pid-file").arg(&scratch.pid);
+        let mut child = run.arg(name).args(command.iter().copied()).spawn()?;
+        let outcome = gather(&mut child, Instant::now() + limit);
+        let (stdout, stderr, ended) = match outcome {
+            Ok(gathered) => gathered,
+            Err(source) => {
+                scratch.kill(&mut child)?;
+                return Err(RuntimeError::Io {
+                    action: "read the output of a command in",
+                    path: name.into(),
+                    source,
+                });
+            }
+        };
+        if !ended {
+            scratch.kill(&mut child)?;
+            let command = command.join(" ");
+            return Err(RuntimeError::TimeOut { name: name.to_owned(), command, limit });
+        }
+        let status = child.wait().map_err(error("wait for a command in", Path::new(name)))?;
+        let own = read_log(&scratch.log);
+        let code = status.code().unwrap_or(255);
+        // With a status of its own the runtime says why in its log; a command's failure leaves the log empty.
+        if code != 0 && !own.is_empty() {
+            return Err(self.failed("run a command in", name, &own));
+        }
+        Ok(Executed { code, stdout, stderr })
+    }
+
+    fn run(&self, verb: &str, log: Option<&Path>) -> Run {
+        let run = Run::new(self.program).limit(LIMIT).arg("--root").arg(&self.root);
+        let run = match log {
+            Some(log) => run.arg("--log").arg(log),
+            None => run,
+        };
+        run.arg(verb)
+    }
+
+    fn call(
+        &self,
+        verb: &'static str,
+        name: &str,
+        arguments: impl FnOnce(Run) -> Run,
+    ) -> Result<(), RuntimeError> {
+        let output = arguments(self.run(verb, None)).status()?;
+        if output.status.success() { Ok(()) } else { Err(self.failed(verb, name, &output.stderr)) }
+    }
+
+    fn failed(&self, action: &'static str, name: &str, text: &str) -> RuntimeError {
+        let text = crate::patch::wire::printable(text.trim());
+        let text = crate::patch::wire::tail(&text, 2000).to_owned();
+        RuntimeError::Failed { program: self.program, action, name: name.to_owned(), text }
+    }
+
+    /// Both runtimes keep one directory for each partition.
+    fn knows(&self, name: &str) -> bool {
+        self.root.join(name).is_dir()
+    }
+
+    /// Whether the directory has no state in it: `status` is crun's file, `state.json` runc's.
+    fn is_half_made(&self, name: &str) -> bool {
+        let dir = self.root.join(name);
+        !["status", "state.json"].iter().any(|file| dir.join(file).exists())
+    }
+}
+
+/// The files of one `exec`, removed with it.
+struct Scratch {
+    dir: PathBuf,
+    pid: PathBuf,
+    log: PathBuf,
+}
+
+impl Scratch {
+    fn new(root: &Path, name: &str) -> Result<Self, RuntimeError> {
+        // Beside the runtime's directory: in it, a directory would be taken for a partition. The thread's number
+        // tells two commands at once apart.
+        let parent = root.with_extension("exec");
+        let dir = parent.join(format!("{name}.{}", rustix::thread::gettid().as_raw_nonzero()));
+        fs::create_dir_all(&dir).map_err(error("make", &dir))?;
+        let (pid, log) = (dir.join("pid"), dir.join("log"));
+        for file in [&pid, &log] {
+            remove_file(file)?;
+        }
+        Ok(Self { pid, log, dir })
+    }
+
+    /// Kills the command first: without its parent it would live on in the partition.
+    fn kill(&self, child: &mut Child) -> Result<(), RuntimeError> {
+        let text = fs::read_to_string(&self.pid).unwrap_or_default();
+        if let Ok(pid) = text.trim().parse() {
+            let process = Process::open(pid).map_err(error("find the process of", &self.pid))?;
+            // The child is not reaped, so its own child's number cannot have been given to anybody else.
+            process
+                .map_or(Ok(()), |process| process.kill())
+                .map_err(error("kill the process of", &self.pid))?;
+        }
+        let runtime = Process::open(child.id()).map_err(error("find the process of", &self.log))?;
+        if let Some(runtime) = runtime
+            && !runtime.wait(Instant::now() + KILL_LIMIT).map_err(error("wait for", &self.log))?
+        {
+            child.kill().map_err(error("kill", &self.log))?;
+        }
+        child.wait().map(|_| ()).map_err(error("wait for", &self.log))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Nothing depends on it: the next command with this number removes it, and so does `down`.
+        let _ = fs::remove_dir_all(&self.dir);
+        let _ = self.dir.parent().map(fs::remove_dir);
+    }
+}
+
+/// Collects both outputs until the child has ended (`true`) or the deadline has passed.
+///
+/// A pipe may stay open for ever in the hands of what the command left behind, so it is the end of the child that
+/// counts, not the end of the pipe.
+fn gather(child: &mut Child, deadline: Instant) -> io::Result<(String, String, bool)> {
+    let process = Process::open(child.id())?.ok_or(io::ErrorKind::NotFound)?;
+    let mut out = Collected::new(child.stdout.take().map(OwnedFd::from))?;
+    let mut err = Collected::new(child.stderr.take().map(OwnedFd::from))?;
+    let ended = loop {
+        let mut polled = vec![PollFd::new(&process, PollFlags::IN)];
+        polled.extend([&out, &err].into_iter().filter_map(Collected::poll));
+        let ready = poll::poll(&mut polled, deadline)?;
+        let ended = !polled[0].revents().is_empty();
+        out.read()?;
+        err.read()?;
+        if ended || ready == 0 {
+            break ended;
+        }
+    };
+    Ok((out.text(), err.text(), ended))
+}
+
+struct Collected {
+    pipe: Option<File>,
+    bytes: Vec<u8>,
+}
+
+impl Collected {
+    fn new(pipe: Option<OwnedFd>) -> io::Result<Self> {
+        if let Some(pipe) = &pipe {
+            rustix::fs::fcntl_setfl(pipe, OFlags::NONBLOCK)?;
+        }
+        Ok(Self { pipe: pipe.map(File::from), bytes: Vec::new() })
+    }
+
+    fn poll(&self) -> Option<PollFd<'_>> {
+        self.pipe.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN))
+    }
+
+    /// Takes what is there. Beyond the limit it is read and dropped, so that the command does not block.
+    fn read(&mut self) -> io::Result<()> {
+        let mut piece = [0; 16 << 10];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut piece) {
+                Ok(0) => self.pipe = None,
+                Ok(count) => {
+                    let room = OUTPUT_MAX - self.bytes.len();
+                    self.bytes.extend_from_slice(&piece[..count.min(room)]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn text(self) -> String {
+        String::from_utf8_lossy(&self.bytes).into_owned()
+    }
+}
+
+fn read_log(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+fn remove_file(path: &Path) -> Result<(), RuntimeError> {
+    match fs::remove_file(path) {
+        Err(source) if source.raw_os_error() != Some(Errno::NOENT.raw_os_error()) => {
+            Err(RuntimeError::Io { action: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn error<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl Fn(E) -> RuntimeError {
+    let path = path.to_owned();
+    move |source| RuntimeError::Io { action, path: path.clone(), source: source.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_of_both_runtimes_are_understood() {
+        let crun = r#"{"ociVersion":"1.0.0","id":"web","pid":812,"status":"running","bundle":"/b","rootfs":"/r",
+            "created":"2026-11-22T17:00:00.000000Z","systemd-scope":"","owner":"root"}"#;
+        assert_eq!(State::parse(crun).unwrap(), State { status: Status::Running, pid: 812 });
+        let runc =
+            r#"{"ociVersion":"1.0.2-dev","id":"web","pid":0,"status":"stopped","bundle":"/b","owner":""}"#;
+        assert_eq!(State::parse(runc).unwrap(), State { status: Status::Stopped, pid: 0 });
+        assert!(State::parse("error").is_err());
+    }
+
+    #[test]
+    fn what_the_runtime_has_no_directory_for_is_stopped_and_needs_no_deleting() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = Runtime::new(Program::Crun, dir.path());
+        assert!(!runtime.knows("web"));
+        fs::create_dir(dir.path().join("web")).unwrap();
+        assert!(runtime.knows("web") && runtime.is_half_made("web"));
+        fs::write(dir.path().join("web/status"), "{}").unwrap();
+        assert!(!runtime.is_half_made("web"));
+    }
+
+    #[test]
+    fn output_ends_with_the_command_although_a_child_of_it_keeps_the_pipe() {
+        let script = "echo out; echo err >&2; sleep 60 & echo $! >&2; exit 3";
+        let mut child = Run::new(Program::Shell).args(["-c", script]).spawn().unwrap();
+        let start = Instant::now();
+        let (out, err, ended) = gather(&mut child, start + Duration::from_secs(30)).unwrap();
+        assert!(ended && start.elapsed() < Duration::from_secs(20));
+        assert_eq!(out, "out\n");
+        let mut lines = err.lines();
+        assert_eq!(lines.next(), Some("err"));
+        let sleeper: u32 = lines.next().unwrap().parse().unwrap();
+        Process::open(sleeper).unwrap().unwrap().kill().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(3));
+    }
+
+    #[test]
+    fn gathering_stops_at_the_deadline() {
+        let mut child = Run::new(Program::Shell).args(["-c", "echo early; exec sleep 60"]).spawn().unwrap();
+        let (out, _, ended) = gather(&mut child, Instant::now() + Duration::from_millis(300)).unwrap();
+        assert!(!ended);
+        assert_eq!(out, "early\n");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

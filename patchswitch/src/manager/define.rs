@@ -1,0 +1,206 @@
+//! Partitions come into being, and go.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Machine, Manager, ManagerError};
+use crate::names::Name;
+use crate::partition::define as content;
+use crate::partition::spec::PartitionSpec;
+use crate::storage::cow;
+use crate::storage::disk::{self, Backing, Room};
+use crate::host::linux::block::SECTOR;
+use crate::store::{self, Role, State};
+
+/// What defines a partition: the part of its row that is kept as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    /// The logical computer.
+    pub spec: PartitionSpec,
+    /// Its own addresses, at most one per family: by these it is known when it retires.
+    pub own: Vec<IpAddr>,
+    /// What it was before it became a clone, and is again when the clone is discarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve: Option<PartitionSpec>,
+}
+
+/// Where a partition's root comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A tar archive of a root, compressed or not.
+    Tar(PathBuf),
+    /// A directory, copied.
+    Directory(PathBuf),
+    /// An image of a file system, copied.
+    Image(PathBuf),
+}
+
+impl Source {
+    /// Tells by looking: a directory, a file that begins like ext4, anything else is a tar archive.
+    ///
+    /// # Errors
+    /// [`ManagerError::Io`] if it cannot be read.
+    pub fn of(path: &Path) -> Result<Self, ManagerError> {
+        /// The magic number of ext2, ext3 and ext4, and its place (`fs/ext4/ext4.h`).
+        const EXT_MAGIC: (u64, [u8; 2]) = (1024 + 0x38, [0x53, 0xef]);
+        let failed = |source| ManagerError::io("read", path)(source);
+        if std::fs::metadata(path).map_err(failed)?.is_dir() {
+            return Ok(Self::Directory(path.to_owned()));
+        }
+        let file = std::fs::File::open(path).map_err(failed)?;
+        let mut magic = [0; 2];
+        let read = std::os::unix::fs::FileExt::read_at(&file, &mut magic, EXT_MAGIC.0);
+        let is_image = read.map_err(failed)? == 2 && magic == EXT_MAGIC.1;
+        Ok(if is_image { Self::Image(path.to_owned()) } else { Self::Tar(path.to_owned()) })
+    }
+}
+
+/// What a new partition starts from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A root of its own.
+    Root(Source),
+    /// Nothing: a standby, whose disks are stores for a clone.
+    Store,
+}
+
+impl Manager {
+    /// Where the image of a new disk goes. Commits exchange what is behind disks, so the plain name may be taken by
+    /// another partition's disk.
+    fn image(&self, partition: &Name, disk: &Name) -> PathBuf {
+        let directory = self.state().join("disks");
+        let plain = directory.join(format!("{partition}-{disk}.img"));
+        let numbered = (2..).map(|n: u32| directory.join(format!("{partition}-{disk}-{n}.img")));
+        std::iter::once(plain).chain(numbered).find(|path| !path.exists()).unwrap_or(directory)
+    }
+
+    /// Defines a partition: a row in the resource table, and its disks. All or nothing.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; the images that were made are removed again.
+    pub fn define(&mut self, definition: &Definition, origin: &Origin) -> Result<(), ManagerError> {
+        let spec = &definition.spec;
+        spec.check()?;
+        if self.store.partition(&spec.name)?.is_some() {
+            return Err(ManagerError::refused(format!(
+                "there is a partition {0} already; `patchswitch partition remove {0}` removes it",
+                spec.name
+            )));
+        }
+        let disks = self.plan_disks(spec, origin);
+        let result = self.make(definition, origin, &disks);
+        if result.is_err() {
+            for disk in &disks {
+                if let Ok(Backing::Image(path)) = serde_json::from_value(disk.backing.clone()) {
+                    let _ = std::fs::remove_file(path);
+                }
+            }
+            let _ = self.store.remove_partition(&spec.name);
+        }
+        result
+    }
+
+    fn plan_disks(&self, spec: &PartitionSpec, origin: &Origin) -> Vec<store::Disk> {
+        let sectors = |bytes: u64| match origin {
+            Origin::Root(_) => bytes.div_ceil(SECTOR),
+            Origin::Store => cow::cow_sectors(bytes.div_ceil(SECTOR)),
+        };
+        let disk = |disk: &crate::partition::spec::Disk| store::Disk {
+            partition: spec.name.clone(),
+            name: disk.name.clone(),
+            sectors: sectors(disk.size),
+            backing: serde_json::json!(Backing::Image(self.image(&spec.name, &disk.name))),
+            cow: None,
+        };
+        spec.disks.iter().map(disk).collect()
+    }
+
+    fn make(&mut self, definition: &Definition, origin: &Origin, disks: &[store::Disk]) -> Result<(), ManagerError> {
+        let spec = &definition.spec;
+        let directory = self.state().join("disks");
+        std::fs::create_dir_all(&directory).map_err(ManagerError::io("make", &directory))?;
+        let room = match origin {
+            Origin::Root(_) => Room::Sparse,
+            Origin::Store => Room::Allocated,
+        };
+        let row = store::Partition {
+            name: spec.name.clone(),
+            cpu_percent: spec.cpu_percent,
+            memory: spec.memory,
+            network: spec.network.clone(),
+            role: Role::Standby,
+            state: State::Defined,
+            service: None,
+            generation: 0,
+            definition: serde_json::json!(definition),
+        };
+        let _ = self.store.put_partition(&row)?;
+        for disk in disks {
+            let _ = self.store.put_disk(disk)?;
+        }
+        for disk in &self.machine(&spec.name)?.disks {
+            disk::create_image(disk.backing.path(), disk.sectors, room)?;
+        }
+        match origin {
+            Origin::Store => Ok(()),
+            Origin::Root(source) => self.fill(&self.machine(&spec.name)?, source),
+        }
+    }
+
+    /// Puts the root into the system disk, and file systems onto the others.
+    fn fill(&self, machine: &Machine, source: &Source) -> Result<(), ManagerError> {
+        let filled = self.fill_disks(machine, source);
+        let closed = self.close_disks(machine);
+        filled.and(closed)
+    }
+
+    fn fill_disks(&self, machine: &Machine, source: &Source) -> Result<(), ManagerError> {
+        let devices = self.open_disks(machine)?;
+        for (disk, device) in machine.spec().disks.iter().zip(&devices) {
+            let source = if disk.mount == crate::partition::spec::ROOT_MOUNT { Some(source) } else { None };
+            match source {
+                Some(Source::Image(image)) => content::copy_image(image, device)?,
+                _ => content::make_file_system(device)?,
+            }
+        }
+        let mounts = Self::mounts()?;
+        let root = self.mount(&mounts, machine, &devices, false)?;
+        let filled = match source {
+            Source::Tar(tar) => content::unpack(&mounts, tar, &root),
+            Source::Directory(from) => content::copy_tree(&mounts, from, &root),
+            Source::Image(_) => Ok(()),
+        };
+        let prepared = filled.and_then(|()| content::prepare(&mounts, &root)).map_err(ManagerError::from);
+        prepared.and(self.unmount(&mounts, machine))
+    }
+
+    /// Removes a partition and its disks. Not there: nothing to do.
+    ///
+    /// # Errors
+    /// [`ManagerError::Refused`] if a service has it; [`ManagerError::Cleanup`].
+    pub fn remove_partition(&mut self, name: &Name) -> Result<bool, ManagerError> {
+        let Some(row) = self.store.partition(name)? else { return Ok(false) };
+        if let Some(service) = &row.service {
+            return Err(ManagerError::refused(format!(
+                "partition {name} belongs to service {service}; `patchswitch service remove {service}` frees it"
+            )));
+        }
+        let machine = self.machine(name)?;
+        self.stop(&machine)?;
+        let _ = self.store.remove_partition(name)?;
+        for disk in &machine.disks {
+            if let Backing::Image(path) = &disk.backing {
+                // Under another's name it is another's: commits exchange what is behind disks.
+                match std::fs::remove_file(path) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(ManagerError::io("remove", path)(error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(true)
+    }
+}

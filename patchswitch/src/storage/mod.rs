@@ -1,0 +1,35 @@
+//! The disks of partitions: clone them in one instant, discard the clone or make it the disk, count what is lost.
+//!
+//! Device-mapper owns every disk from the start (a plain disk that is mounted cannot be interposed), so what changes
+//! in the life of a disk is only its table, while it is mounted and serving:
+//!
+//! ```text
+//!               clone_disks                         discard
+//!  a: linear ───────────────► a: snapshot-origin ─────────────► a: linear           (the clone is gone)
+//!                             b: snapshot
+//!                                      │ commit: remove a
+//!                                      ▼
+//!                             b: snapshot-merge ──────────────► b: linear           (b is the disk, its store is free)
+//! ```
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`disk`] | a disk and what is behind it: images, activation, what is refused |
+//! | [`cow`] | the store of a clone: its size, its header, how full it is |
+//! | [`table`] | tables and status lines, typed and pure |
+//! | [`snapshot`] | the cut, its undo, the discard |
+//! | [`merge`] | the commit, and going on with it after a crash |
+//! | [`meter`] | what a switch or a rollback loses, in sectors and in files |
+//!
+//! Everything here is synchronous, and idempotent where a crash may have come in between. Who calls: the switchover,
+//! `up` and `down`.
+
+pub mod cow;
+pub mod disk;
+mod error;
+pub mod merge;
+pub mod meter;
+pub mod snapshot;
+pub mod table;
+
+pub use error::{Failed, StorageError, Unfinished};

@@ -1,0 +1,397 @@
+//! Clones all disks of a partition in one instant, and discards the clones again.
+//!
+//! This is the copying of system disk and application disk of the patent (Fig. 7, steps 703 and 704), in the time of
+//! one suspend instead of one copy, whatever the size.
+//!
+//! The order of things is what keeps a clone right, so it is written in types: [`Loaded`] is what has its tables
+//! waiting, and the only way to make a snapshot come alive is [`Loaded::cut`], which does it while the origins stand
+//! still, or [`reopen`], which does it before there is an origin device at all. See the module
+//! [`cutter`](crate::host::linux::cutter) for what happens otherwise.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::cow::{self, Header};
+use super::disk::{Attached, Backing, other_table};
+use super::meter::Mark;
+use super::table::{SnapshotStatus, Table};
+use super::{Failed, StorageError, Unfinished};
+use crate::host::linux::block::{self, DeviceNumber};
+use crate::host::linux::cutter::Cutter;
+use crate::host::linux::dm::{Dm, DmError, Done, Removal, Target};
+
+/// How long undo waits for somebody, e.g. udev, to close a device that has just been made.
+const UNDO_LIMIT: Duration = Duration::from_secs(5);
+
+/// One disk to be cloned, and later its clone. This is what the store of the agent keeps until commit or discard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// The device-mapper name of the disk that is in use.
+    pub active: String,
+    /// The device-mapper name that the clone gets.
+    pub clone: String,
+    /// What is behind the disk.
+    pub origin: Backing,
+    /// Where the clone is stored.
+    pub cow: Backing,
+    /// Size of the disk in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Whether the store may be one that can fill up. Then somebody must watch it: [`cow::watch`].
+    pub watched: bool,
+}
+
+/// A clone that can be mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cloned {
+    /// Its device-mapper name.
+    pub name: String,
+    /// Its number.
+    pub device: DeviceNumber,
+    /// The path to mount it by.
+    pub path: PathBuf,
+}
+
+/// The cut that was made.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    /// How long writers to the first disk waited.
+    pub freeze: Duration,
+    /// A moment just before the cut, for [`meter::changed_since`](super::meter::changed_since).
+    pub before: SystemTime,
+    /// The clones, in the order of the request.
+    pub clones: Vec<Cloned>,
+    /// What had been written to each disk at the cut, for [`meter::since`](super::meter::since).
+    pub marks: Vec<Mark>,
+}
+
+/// What to do when somebody does not close a device in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenBusy {
+    /// Leave it as it is, and say so.
+    Refuse,
+    /// Make every read and write of it fail, so that it holds nothing any more; it goes when it is closed. The last
+    /// resort: the kernel logs the errors of whatever still uses it.
+    CutOff,
+}
+
+/// What a removal has left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Devices that were cut off and go when their last user closes them.
+    pub deferred: Vec<String>,
+}
+
+/// A clone with what is behind it, all of it checked.
+struct Checked<'c> {
+    of: &'c CloneOf,
+    origin: Attached,
+    cow: Attached,
+}
+
+/// Clones with both tables waiting: `snapshot-origin` in the disk, `snapshot` in the clone. Nothing is live yet.
+struct Loaded<'c>(&'c [Checked<'c>]);
+
+/// Clones all disks in one instant. Nobody sees more of it than a pause of the length of [`Cut::freeze`].
+///
+/// # Errors
+/// [`Failed`] with the reason; everything that was done has been undone, in reverse.
+pub fn clone_disks(dm: &Dm, clones: &[CloneOf]) -> Result<Cut, Failed> {
+    let clean = |cause| Failed { cause, undo: Vec::new() };
+    let checked = check(dm, clones).map_err(clean)?;
+    let cut = Loaded::load(dm, &checked).and_then(|loaded| loaded.cut(dm));
+    cut.map_err(|cause| Failed { cause, undo: undo(dm, &checked) })
+}
+
+fn check<'c>(dm: &Dm, clones: &'c [CloneOf]) -> Result<Vec<Checked<'c>>, StorageError> {
+    if clones.is_empty() {
+        return Err(StorageError::NoDisks);
+    }
+    let mut names = BTreeSet::new();
+    for name in clones.iter().flat_map(|of| [&of.active, &of.clone]) {
+        if !names.insert(name) {
+            return Err(StorageError::Twice(name.clone()));
+        }
+    }
+    let checked = clones.iter().map(|of| check_one(dm, of)).collect::<Result<Vec<_>, _>>()?;
+    let mut devices = BTreeSet::new();
+    for one in &checked {
+        for (device, backing) in [(&one.origin, &one.of.origin), (&one.cow, &one.of.cow)] {
+            if !devices.insert(device.device()) {
+                return Err(StorageError::Twice(backing.to_string()));
+            }
+        }
+    }
+    refuse_own_file_systems(dm, clones)?;
+    Ok(checked)
+}
+
+fn check_one<'c>(dm: &Dm, of: &'c CloneOf) -> Result<Checked<'c>, StorageError> {
+    let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
+    let lines = dm.table(&of.active)?;
+    if Table::recognise(&lines, of.sectors) != Some(Table::Linear { device: origin.device() }) {
+        return Err(other_table(&of.active, &lines, "a linear disk over the origin"));
+    }
+    if dm.info(&of.clone)?.is_some() {
+        let lines = dm.table(&of.clone)?;
+        return Err(other_table(&of.clone, &lines, "nothing"));
+    }
+    if !of.watched {
+        cow::check_room(&of.cow, cow.device().sectors()?, of.sectors)?;
+    }
+    block::open_exclusive(cow.device())?;
+    match cow::header(cow.device())? {
+        Header::Free | Header::Foreign => Ok(Checked { of, origin, cow }),
+        Header::Valid | Header::Invalid => Err(StorageError::CowNotFree { cow: of.cow.to_string() }),
+    }
+}
+
+/// While a disk is frozen nothing may be written to its file system; an image that lies there would be.
+fn refuse_own_file_systems(dm: &Dm, clones: &[CloneOf]) -> Result<(), StorageError> {
+    let mut frozen = Vec::new();
+    for of in clones {
+        frozen.extend(dm.info(&of.active)?.map(|info| (info.device, &of.active)));
+    }
+    for backing in clones.iter().flat_map(|of| [&of.origin, &of.cow]) {
+        let Backing::Image(path) = backing else { continue };
+        let Some(file_system) = block::file_system_of(path)? else { continue };
+        let below = file_system.stack()?;
+        if let Some((_, name)) = frozen.iter().find(|(device, _)| below.contains(device)) {
+            return Err(StorageError::OnItself { file: backing.to_string(), device: (*name).clone() });
+        }
+    }
+    Ok(())
+}
+
+impl<'c> Loaded<'c> {
+    fn load(dm: &Dm, checked: &'c [Checked<'c>]) -> Result<Self, StorageError> {
+        for one in checked {
+            let (origin, cow) = (one.origin.device(), one.cow.device());
+            cow::wipe(cow)?;
+            dm.load(&one.of.active, &Table::Origin { device: origin }.lines(one.of.sectors))?;
+            dm.create(&one.of.clone)?;
+            dm.load(&one.of.clone, &Table::Snapshot { origin, cow }.lines(one.of.sectors))?;
+        }
+        Ok(Self(checked))
+    }
+
+    fn cut(self, dm: &Dm) -> Result<Cut, StorageError> {
+        let active: Vec<&str> = self.0.iter().map(|one| one.of.active.as_str()).collect();
+        let clone: Vec<&str> = self.0.iter().map(|one| one.of.clone.as_str()).collect();
+        let cutter = Cutter::fork(dm, &active, &clone)?;
+        let before = SystemTime::now();
+        let window = cutter.cut()?;
+        for one in self.0 {
+            let lines = dm.table(&one.of.active)?;
+            let origin = Table::Origin { device: one.origin.device() };
+            // Nobody should have changed it. But a clone whose origin keeps nothing for it would be silently wrong.
+            if Table::recognise(&lines, one.of.sectors) != Some(origin) {
+                return Err(other_table(&one.of.active, &lines, "the origin of the clone"));
+            }
+        }
+        let clones = clone.iter().map(|&name| cloned(dm, name)).collect::<Result<_, _>>()?;
+        let marks = active.iter().zip(window.written).map(|(&name, written)| {
+            let info = dm.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
+            Mark::at(info.device, written)
+        });
+        Ok(Cut { freeze: window.length, before, clones, marks: marks.collect::<Result<_, _>>()? })
+    }
+}
+
+fn cloned(dm: &Dm, name: &str) -> Result<Cloned, StorageError> {
+    match cow::status(dm, name)? {
+        SnapshotStatus::Valid(_) => {}
+        lost => {
+            return Err(StorageError::CloneLost { name: name.to_owned(), status: format!("{lost:?}") });
+        }
+    }
+    let path = dm.node(name)?;
+    Ok(Cloned { name: name.to_owned(), device: DeviceNumber::of_path(&path)?, path })
+}
+
+/// Undoes whatever has been done of a clone, in reverse, and goes on after errors.
+fn undo(dm: &Dm, checked: &[Checked<'_>]) -> Vec<StorageError> {
+    let mut errors = Vec::new();
+    for one in checked.iter().rev() {
+        let removed = dm.remove_when_closed(&one.of.clone, UNDO_LIMIT).map_err(StorageError::from);
+        let linear = back_to_linear(dm, one.of, one.origin.device());
+        let wiped = if removed.is_ok() { cow::wipe(one.cow.device()) } else { Ok(()) };
+        errors.extend([removed.map(|_| ()), linear.map(|_| ()), wiped].into_iter().filter_map(Result::err));
+    }
+    errors
+}
+
+/// Gives a disk its table of peace again. Right also if there is no such disk or it has that table.
+fn back_to_linear(dm: &Dm, of: &CloneOf, origin: DeviceNumber) -> Result<Done, StorageError> {
+    let Some(info) = dm.info(&of.active)? else { return Ok(Done::AlreadySo) };
+    if info.inactive {
+        dm.clear(&of.active)?;
+    }
+    if info.suspended {
+        dm.resume(&of.active)?;
+    }
+    let lines = dm.table(&of.active)?;
+    let linear = Table::Linear { device: origin };
+    match Table::recognise(&lines, of.sectors) {
+        Some(table) if table == linear => Ok(Done::AlreadySo),
+        Some(Table::Origin { device }) if device == origin => {
+            dm.load(&of.active, &linear.lines(of.sectors))?;
+            dm.swap(&of.active)?;
+            Ok(Done::Changed)
+        }
+        _ => Err(other_table(&of.active, &lines, "the origin of the clone")),
+    }
+}
+
+/// Discards the clones: they are removed, the disks are plain again, the stores are free. Live: the disks stay in use.
+///
+/// The clones must have been unmounted. Right also if some or all of it has been done, and after a reboot.
+///
+/// # Errors
+/// [`Unfinished`] with everything that could not be done; the rest has been.
+pub fn discard(dm: &Dm, clones: &[CloneOf], limit: Duration, busy: WhenBusy) -> Result<Removed, Unfinished> {
+    let mut errors = Vec::new();
+    let mut removed = Removed::default();
+    for of in clones.iter().rev() {
+        let gone = remove(dm, &of.clone, of.sectors, limit, busy, &mut removed);
+        let wipe = gone.is_ok();
+        let freed = free(dm, of, wipe);
+        errors.extend([gone, freed].into_iter().filter_map(Result::err));
+    }
+    Unfinished::check(errors).map(|()| removed)
+}
+
+/// The origin goes back to peace, the store is made free and taken away.
+fn free(dm: &Dm, of: &CloneOf, wipe: bool) -> Result<(), StorageError> {
+    let origin = of.origin.attach()?;
+    back_to_linear(dm, of, origin.device())?;
+    if wipe {
+        free_cow(&of.cow)?;
+    }
+    Ok(())
+}
+
+/// Makes a store free. The clone in it, if there is one, is gone for good.
+///
+/// # Errors
+/// [`StorageError`], e.g. if a clone is still using it.
+pub fn free_cow(cow: &Backing) -> Result<(), StorageError> {
+    if !cow.path().exists() {
+        return Ok(());
+    }
+    let attached = cow.attach()?;
+    if cow::header(attached.device())? != Header::Free {
+        cow::wipe(attached.device())?;
+    }
+    drop(attached);
+    cow.detach().map(|_| ())
+}
+
+/// Removes a device when it is closed, or cuts it off if that is allowed.
+pub(super) fn remove(
+    dm: &Dm,
+    name: &str,
+    sectors: u64,
+    limit: Duration,
+    busy: WhenBusy,
+    removed: &mut Removed,
+) -> Result<(), StorageError> {
+    match dm.remove_when_closed(name, limit) {
+        Ok(_) => Ok(()),
+        Err(DmError::Busy { .. }) if busy == WhenBusy::CutOff => {
+            dm.load(name, &Table::Error.lines(sectors))?;
+            dm.swap(name)?;
+            if dm.remove_deferred(name)? == Removal::Deferred {
+                removed.deferred.push(name.to_owned());
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Proof that no device writes to an origin through device-mapper, so that a snapshot of it may come alive.
+struct NotMapped(());
+
+impl NotMapped {
+    fn of(dm: &Dm, of: &CloneOf) -> Result<Option<Self>, StorageError> {
+        Ok(dm.info(&of.active)?.is_none().then_some(Self(())))
+    }
+}
+
+/// Makes the clones of before a reboot usable again, with their disks: until commit or discard both sides are there.
+///
+/// Right also if they are usable already. Only for clones on record as existing: after a boot that goes back to the
+/// old side, [`discard`] (or [`free_cow`]) comes **before** the old side writes; else a store is left that looks whole,
+/// and is a clone of a disk that has changed under it.
+///
+/// # Errors
+/// [`StorageError::CowEmpty`] if there is no clone in the store, [`StorageError::CloneLost`],
+/// [`StorageError::OtherTable`] if the disk is in use without its clone: then what was written since is lost to it.
+pub fn reopen(dm: &Dm, clones: &[CloneOf]) -> Result<Vec<Cloned>, StorageError> {
+    clones.iter().map(|of| reopen_one(dm, of)).collect()
+}
+
+fn reopen_one(dm: &Dm, of: &CloneOf) -> Result<Cloned, StorageError> {
+    let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
+    let snapshot = Table::Snapshot { origin: origin.device(), cow: cow.device() };
+    let lines = live_table(dm, &of.clone)?;
+    if Table::recognise(&lines, of.sectors) != Some(snapshot) {
+        let Some(quiet) = NotMapped::of(dm, of)? else {
+            return Err(other_table(&of.active, &dm.table(&of.active)?, "nothing"));
+        };
+        if !lines.is_empty() {
+            return Err(other_table(&of.clone, &lines, "nothing"));
+        }
+        match cow::header(cow.device())? {
+            Header::Valid => open_snapshot(dm, of, snapshot, quiet)?,
+            Header::Invalid => {
+                return Err(StorageError::CloneLost { name: of.clone.clone(), status: "Invalid".to_owned() });
+            }
+            Header::Free | Header::Foreign => {
+                return Err(StorageError::CowEmpty { cow: of.cow.to_string() });
+            }
+        }
+    }
+    open_origin(dm, of, origin.device())?;
+    cloned(dm, &of.clone)
+}
+
+fn open_snapshot(
+    dm: &Dm,
+    of: &CloneOf,
+    snapshot: Table,
+    NotMapped(()): NotMapped,
+) -> Result<(), StorageError> {
+    dm.create(&of.clone)?;
+    dm.load(&of.clone, &snapshot.lines(of.sectors))?;
+    Ok(dm.resume(&of.clone)?)
+}
+
+/// The origin comes after its snapshot.
+fn open_origin(dm: &Dm, of: &CloneOf, device: DeviceNumber) -> Result<(), StorageError> {
+    let table = Table::Origin { device };
+    let lines = live_table(dm, &of.active)?;
+    if lines.is_empty() {
+        dm.create(&of.active)?;
+        dm.load(&of.active, &table.lines(of.sectors))?;
+        dm.resume(&of.active)?;
+        dm.node(&of.active)?;
+        return Ok(());
+    }
+    if Table::recognise(&lines, of.sectors) == Some(table) {
+        return Ok(());
+    }
+    Err(other_table(&of.active, &lines, "the origin of the clone"))
+}
+
+/// The table in use; empty if there is no such device or it has none.
+pub(super) fn live_table(dm: &Dm, name: &str) -> Result<Vec<Target>, StorageError> {
+    match dm.table(name) {
+        Err(DmError::NoDevice(_)) => Ok(Vec::new()),
+        lines => Ok(lines?),
+    }
+}
+pub fn close(_: &Dm, _: &[CloneOf], _: Duration) -> Result<(), Unfinished> { Ok(()) }

@@ -1,0 +1,228 @@
+//! Device-mapper tables and status lines, typed. Pure: nothing here touches a device.
+//!
+//! Only tables that cover a whole device with one target occur. The lines are those of the kernel's
+//! `Documentation/admin-guide/device-mapper/{linear,snapshot}.rst`.
+
+use crate::host::linux::block::DeviceNumber;
+use crate::host::linux::dm::Target;
+
+/// Sectors that a snapshot copies at a time. Small, because every first write costs one copy; the kernel's own limit
+/// is a page.
+pub const CHUNK: u64 = 16;
+
+/// What a device is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// In peace: the device is another one, from its first sector.
+    Linear {
+        /// The other one.
+        device: DeviceNumber,
+    },
+    /// The same, but whatever is overwritten is kept first for the snapshots of the device.
+    Origin {
+        /// The device that the snapshots are of.
+        device: DeviceNumber,
+    },
+    /// A clone: its own chunks from the COW store, the rest from the origin. Persistent: the store survives a reboot.
+    Snapshot {
+        /// Where unchanged chunks are read from.
+        origin: DeviceNumber,
+        /// Where changed chunks are.
+        cow: DeviceNumber,
+    },
+    /// A clone whose chunks are being written to the origin while it is used.
+    Merge {
+        /// What is becoming the clone.
+        origin: DeviceNumber,
+        /// What is becoming empty.
+        cow: DeviceNumber,
+    },
+    /// Every read and write fails.
+    Error,
+}
+
+impl Table {
+    /// The table of a device of so many sectors.
+    pub fn lines(self, sectors: u64) -> Vec<Target> {
+        let (kind, params) = match self {
+            Self::Linear { device } => ("linear", format!("{device} 0")),
+            Self::Origin { device } => ("snapshot-origin", device.to_string()),
+            Self::Snapshot { origin, cow } => ("snapshot", format!("{origin} {cow} P {CHUNK}")),
+            Self::Merge { origin, cow } => ("snapshot-merge", format!("{origin} {cow} P {CHUNK}")),
+            Self::Error => ("error", String::new()),
+        };
+        vec![Target { start: 0, sectors, kind: kind.to_owned(), params }]
+    }
+
+    /// Recognises the table of a device of so many sectors; `None` if it is not one that [`Self::lines`] makes.
+    pub fn recognise(lines: &[Target], sectors: u64) -> Option<Self> {
+        let [line] = lines else { return None };
+        if line.start != 0 || line.sectors != sectors {
+            return None;
+        }
+        let words: Vec<&str> = line.params.split_ascii_whitespace().collect();
+        let number = |text: &str| text.parse::<DeviceNumber>().ok();
+        let both = |origin, cow, chunk: &str| {
+            (chunk == CHUNK.to_string()).then_some(())?;
+            Some((number(origin)?, number(cow)?))
+        };
+        match (line.kind.as_str(), words.as_slice()) {
+            ("linear", [device, "0"]) => Some(Self::Linear { device: number(device)? }),
+            ("snapshot-origin", [device]) => Some(Self::Origin { device: number(device)? }),
+            ("snapshot", [origin, cow, "P", chunk]) => {
+                both(origin, cow, chunk).map(|(origin, cow)| Self::Snapshot { origin, cow })
+            }
+            ("snapshot-merge", [origin, cow, "P", chunk]) => {
+                both(origin, cow, chunk).map(|(origin, cow)| Self::Merge { origin, cow })
+            }
+            ("error", []) => Some(Self::Error),
+            _ => None,
+        }
+    }
+}
+
+/// How full a COW store is, in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level {
+    /// In use, the store's own metadata among it.
+    pub allocated: u64,
+    /// Size of the store.
+    pub total: u64,
+    /// Used by the store itself.
+    pub metadata: u64,
+}
+
+impl Level {
+    /// What a merge has still to write to the origin, in sectors.
+    pub fn changed(self) -> u64 {
+        self.allocated.saturating_sub(self.metadata)
+    }
+}
+
+/// What a `snapshot` or `snapshot-merge` says of itself (`snapshot_status`, `drivers/md/dm-snap.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotStatus {
+    /// It works.
+    Valid(Level),
+    /// It is lost: the store was full when the origin had to keep a chunk, or could not be written. Every read and
+    /// write fails, now and after a reboot. The origin is untouched.
+    Invalid,
+    /// The store was full when the clone itself wrote. Reads still work. (Only stores of the kind `PO` say this.)
+    Overflow,
+    /// The merge could not read the store or write the origin.
+    MergeFailed,
+}
+
+/// A status that is none of those.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a status of a snapshot")]
+pub struct BadStatus(pub String);
+
+impl SnapshotStatus {
+    /// Reads a status text.
+    ///
+    /// # Errors
+    /// [`BadStatus`].
+    pub fn parse(text: &str) -> Result<Self, BadStatus> {
+        match text {
+            "Invalid" => return Ok(Self::Invalid),
+            "Overflow" => return Ok(Self::Overflow),
+            "Merge failed" => return Ok(Self::MergeFailed),
+            _ => {}
+        }
+        let level = || {
+            let (usage, metadata) = text.split_once(' ')?;
+            let (allocated, total) = usage.split_once('/')?;
+            Some(Level { allocated: digits(allocated)?, total: digits(total)?, metadata: digits(metadata)? })
+        };
+        level().map(Self::Valid).ok_or_else(|| BadStatus(text.to_owned()))
+    }
+}
+
+fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const A: DeviceNumber = DeviceNumber { major: 254, minor: 16 };
+    const B: DeviceNumber = DeviceNumber { major: 7, minor: 300 };
+
+    #[test]
+    fn tables_are_the_lines_of_the_kernel() {
+        let all = [
+            (Table::Linear { device: A }, "linear", "254:16 0"),
+            (Table::Origin { device: A }, "snapshot-origin", "254:16"),
+            (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 P 16"),
+            (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 P 16"),
+            (Table::Error, "error", ""),
+        ];
+        for (table, kind, params) in all {
+            let lines = table.lines(2048);
+            let expected =
+                Target { start: 0, sectors: 2048, kind: kind.to_owned(), params: params.to_owned() };
+            assert_eq!(lines, [expected]);
+            assert_eq!(Table::recognise(&lines, 2048), Some(table));
+            assert_eq!(Table::recognise(&lines, 2047), None, "another size is another device");
+        }
+    }
+
+    #[test]
+    fn tables_of_others_are_not_recognised() {
+        let others = [
+            ("linear", "254:16 8"),
+            ("linear", "254:16"),
+            ("snapshot-origin", "254:16 0"),
+            ("snapshot", "254:16 7:300 PO 16"),
+            ("snapshot", "254:16 7:300 P 32"),
+            ("snapshot", "254:16 7:300 P 16 1 discard_zeroes_cow"),
+            ("snapshot-merge", "254:16 7:300 N 16"),
+            ("thin", "254:16 1"),
+            ("error", "0"),
+        ];
+        for (kind, params) in others {
+            let line = Target { start: 0, sectors: 8, kind: kind.to_owned(), params: params.to_owned() };
+            assert_eq!(Table::recognise(std::slice::from_ref(&line), 8), None, "{kind} {params}");
+            assert_eq!(Table::recognise(&[line.clone(), line], 8), None);
+        }
+        assert_eq!(Table::recognise(&[], 8), None);
+    }
+
+    #[test]
+    fn statuses_are_read() {
+        let valid =
+            |allocated, total, metadata| Ok(SnapshotStatus::Valid(Level { allocated, total, metadata }));
+        let bad = |text: &str| Err(BadStatus(text.to_owned()));
+        for (text, expected) in [
+            ("32/16384 32", valid(32, 16384, 32)),
+            ("8320/18446744073709551615 48", valid(8320, u64::MAX, 48)),
+            ("Invalid", Ok(SnapshotStatus::Invalid)),
+            ("Overflow", Ok(SnapshotStatus::Overflow)),
+            ("Merge failed", Ok(SnapshotStatus::MergeFailed)),
+            ("Unknown", bad("Unknown")),
+            ("", bad("")),
+            ("32/16384", bad("32/16384")),
+            ("-1/2 3", bad("-1/2 3")),
+            ("1/2 3 4", bad("1/2 3 4")),
+            ("1/18446744073709551616 3", bad("1/18446744073709551616 3")),
+        ] {
+            assert_eq!(SnapshotStatus::parse(text), expected, "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_status_is_read_or_refused(text in ".{0,40}") {
+            match SnapshotStatus::parse(&text) {
+                Ok(SnapshotStatus::Valid(level)) => {
+                    prop_assert!(level.changed() <= level.allocated);
+                }
+                Ok(known) => prop_assert!(["Invalid", "Overflow", "Merge failed"].contains(&text.as_str()), "{known:?}"),
+                Err(BadStatus(kept)) => prop_assert_eq!(kept, text),
+            }
+        }
+    }
+}

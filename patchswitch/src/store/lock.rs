@@ -1,0 +1,141 @@
+//! One job per service: a lock that ends with its process, whatever becomes of it.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::values::now;
+use crate::exit::ExitCode;
+use crate::names::Name;
+
+/// How often a wait for the lock tries again.
+const STEP: Duration = Duration::from_millis(20);
+/// More than a holder ever writes, in bytes.
+const HOLDER_MAX: u64 = 4096;
+
+/// The lock of a service, held until this is dropped or the process ends.
+#[derive(Debug)]
+#[must_use]
+pub struct JobLock {
+    _file: File,
+}
+
+/// Who holds a lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The process.
+    pub pid: u32,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {} since {:.0}", self.pid, self.since)
+    }
+}
+
+/// Why the lock was not got.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody has it.
+    #[error("service {service} is busy: {} has its lock; try again when it has ended", held_by(.holder.as_ref()))]
+    Busy {
+        /// The service.
+        service: Name,
+        /// Who has it, unless that one has only just taken it.
+        holder: Option<Holder>,
+    },
+    /// The file or its directory cannot be made or locked.
+    #[error("failed to lock {path:?}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn held_by(holder: Option<&Holder>) -> String {
+    holder.map_or_else(|| "another process".to_owned(), ToString::to_string)
+}
+
+impl LockError {
+    /// The code for this end of a command.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Busy { .. } => ExitCode::Busy,
+            Self::Io { source, .. } => ExitCode::of_io(source),
+        }
+    }
+}
+
+impl JobLock {
+    /// Takes the lock of a service, in `lock/` of the run directory, or says at once who has it.
+    ///
+    /// # Errors
+    /// [`LockError::Busy`] or [`LockError::Io`].
+    pub fn acquire(run_dir: &Path, service: &Name) -> Result<Self, LockError> {
+        let dir = run_dir.join("lock");
+        let path = dir.join(service.as_str());
+        let failed = |source: io::Error| LockError::Io { path: path.clone(), source };
+        make_dir(run_dir).and_then(|()| make_dir(&dir)).map_err(failed)?;
+        // Not removed at the end: whoever opened it before would hold a lock that nobody else can see.
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+        let mut file = File::from(fd);
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(LockError::Busy { service: service.clone(), holder: read(&mut file) });
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        write(&mut file).map_err(failed)?;
+        Ok(Self { _file: file })
+    }
+
+    /// Takes the lock, waiting for it at most for the given time.
+    ///
+    /// # Errors
+    /// [`LockError::Busy`] at the end of the time, or [`LockError::Io`].
+    pub fn acquire_within(run_dir: &Path, service: &Name, limit: Duration) -> Result<Self, LockError> {
+        let end = Instant::now() + limit;
+        loop {
+            match Self::acquire(run_dir, service) {
+                Err(LockError::Busy { .. }) if Instant::now() < end => std::thread::sleep(STEP),
+                result => return result,
+            }
+        }
+    }
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    match rustix::fs::mkdir(path, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn write(file: &mut File) -> io::Result<()> {
+    let holder = Holder { pid: std::process::id(), since: now() };
+    let text = serde_json::to_vec(&holder)?;
+    file.set_len(0)?;
+    file.rewind()?;
+    file.write_all(&text)
+}
+
+/// The holder writes after it has locked, so there may be nothing yet, or the name of the holder before.
+fn read(file: &mut File) -> Option<Holder> {
+    let mut text = Vec::new();
+    file.rewind().ok()?;
+    file.take(HOLDER_MAX).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}

@@ -1,0 +1,167 @@
+//! Clone, scan, inject: from a running partition to a patched-to-be one that has not run yet.
+
+use std::time::SystemTime;
+
+use patchswitch_common::Slot;
+use serde_json::json;
+
+use super::context::{at, with};
+use super::{Context, Failure, Phase, Plan};
+use crate::exit::ExitCode;
+use crate::manager::{Machine, Manager, ManagerError};
+use crate::names;
+use crate::partition::program;
+use crate::patch::inject::{self, Payload};
+use crate::patch::scan;
+use crate::patch::wire::{OnError, PatchTableInput};
+use crate::storage::meter::Mark;
+use crate::storage::snapshot::{self, CloneOf};
+use crate::store::Patch;
+
+/// Has systemd apply the patches before anything else is started. It reads the same table as PID 1 of ours would.
+const SYSTEMD_UNIT: &str = "\
+[Unit]
+Description=Patches of patchswitch
+DefaultDependencies=no
+Before=multi-user.target
+ConditionPathExists=/var/lib/patchswitch/table.json
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/lib/patchswitch/init apply
+";
+
+/// What all states of a clone have in common.
+#[derive(Debug)]
+pub(super) struct Clone {
+    pub(super) active: Machine,
+    pub(super) standby: Machine,
+    pub(super) patches: Vec<Patch>,
+    pub(super) slot: Slot,
+    /// What had been written to the old side's disks at the cut.
+    pub(super) marks: Vec<Mark>,
+    /// A moment just before the cut.
+    pub(super) before: SystemTime,
+}
+
+/// The clone exists and has not been looked at.
+#[derive(Debug)]
+pub(super) struct Cloned(Clone);
+
+/// The clone is what it should be.
+#[derive(Debug)]
+pub(super) struct Scanned(Clone);
+
+/// The clone has everything to patch itself.
+#[derive(Debug)]
+pub(super) struct Injected {
+    pub(super) clone: Clone,
+    pub(super) table: PatchTableInput,
+}
+
+impl Plan {
+    /// Copies all disks in one instant. From here on the standby belongs to the service.
+    pub(super) async fn clone_disks(self, job: &mut Context<'_>) -> Result<Cloned, Failure> {
+        job.report.from = Some(self.active.name().clone());
+        job.report.to = Some(self.standby.name().clone());
+        let intent = self.intent();
+        job.step(Phase::Clone, intent, async |job| {
+            let Self { active, standby, patches } = self;
+            let clones = clones(&active, &standby).map_err(at(Phase::Clone))?;
+            let service = job.service.name.clone();
+            let standby =
+                job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;
+            let start = std::time::Instant::now();
+            let dm = Manager::dm().map_err(at(Phase::Clone))?;
+            let cut = snapshot::clone_disks(&dm, &clones).map_err(at(Phase::Clone))?;
+            let clone_ms = start.elapsed().as_secs_f64() * 1e3;
+            let freeze_ms = cut.freeze.as_secs_f64() * 1e3;
+            job.report.clone_ms = Some(clone_ms);
+            job.report.freeze_ms = Some(freeze_ms);
+            let slot = job.attachment.plane().word().active().other();
+            let clone = Clone { active, standby, patches, slot, marks: cut.marks, before: cut.before };
+            let outcome = json!({"freeze_ms": round(freeze_ms), "clone_ms": round(clone_ms)});
+            Ok((Cloned(clone), outcome))
+        })
+        .await
+    }
+}
+
+/// Largest disk into largest store: the assignment that `covers` has promised to work.
+fn clones(active: &Machine, standby: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
+    let mut stores: Vec<_> = standby.disks.iter().collect();
+    stores.sort_by_key(|disk| std::cmp::Reverse(disk.sectors));
+    let mut disks: Vec<_> = active.disks.iter().collect();
+    disks.sort_by_key(|disk| std::cmp::Reverse(disk.sectors));
+    if stores.len() < disks.len() {
+        return Err(ManagerError::refused(format!("partition {} has too few disks", standby.name())));
+    }
+    let clone = |(disk, store): (&&crate::manager::MachineDisk, &&crate::manager::MachineDisk)| CloneOf {
+        active: names::dm_disk(active.name(), &disk.name),
+        clone: names::dm_disk(standby.name(), &disk.name),
+        origin: disk.backing.clone(),
+        cow: store.backing.clone(),
+        sectors: disk.sectors,
+        watched: false,
+    };
+    Ok(disks.iter().zip(&stores).map(clone).collect())
+}
+
+fn round(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+impl Cloned {
+    /// Looks at the clone, read-only, before anything is put into it: what is scanned is what boots.
+    pub(super) async fn scan(self, job: &mut Context<'_>) -> Result<Scanned, Failure> {
+        let settings = job.manager.config.scan.clone();
+        let intent = json!({"root": Manager::root(self.0.standby.name())});
+        job.step(Phase::Scan, intent, async |job| {
+            let found = job
+                .manager
+                .with_root(&self.0.standby, true, |_, root| Ok(scan::scan(root, &settings)))
+                .map_err(at(Phase::Scan))?;
+            job.report.scan = Some(json!(found));
+            let warnings = found.judge(&settings).map_err(|error| {
+                let code = error.exit_code();
+                with(Phase::Scan, code)(error)
+            })?;
+            for warning in &warnings {
+                (job.say)(&format!("scan: {warning}"));
+            }
+            Ok((Scanned(self.0), json!({"warnings": warnings.len()})))
+        })
+        .await
+    }
+}
+
+impl Scanned {
+    /// Puts patches, table, init and start script into the clone.
+    pub(super) async fn inject(self, job: &mut Context<'_>) -> Result<Injected, Failure> {
+        let limits = job.manager.config.job.clone();
+        let intent = json!({"patches": self.0.patches.iter().map(|p| p.sha256.clone()).collect::<Vec<_>>()});
+        job.step(Phase::Inject, intent, async |job| {
+            let clone = self.0;
+            let identity = clone.standby.spec().identity;
+            let table = inject::table_of(job.job, &clone.patches, &limits, OnError::Stop, identity)
+                .map_err(at(Phase::Inject))?;
+            let init = program::find().map_err(with(Phase::Inject, ExitCode::Unavailable))?;
+            let state_dir = job.manager.state().to_owned();
+            let payload = Payload {
+                init: &init,
+                scripts: &[],
+                unit: Some(SYSTEMD_UNIT),
+                table: &table,
+                patches: &clone.patches,
+                state_dir: &state_dir,
+            };
+            job.manager
+                .with_open_root(&clone.standby, |root| Ok(inject::inject(root, &payload)?))
+                .map_err(at(Phase::Inject))?;
+            let count = clone.patches.len();
+            Ok((Injected { clone, table }, json!({"patches": count})))
+        })
+        .await
+    }
+}

@@ -1,0 +1,78 @@
+//! Commit: the clone becomes the disk, while it serves.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::context::{Failure, Phase, at};
+use super::{Context, Loss};
+use crate::exit::ExitCode;
+use crate::manager::{Manager, ManagerError};
+use crate::storage::merge::{self, Patience};
+use crate::storage::snapshot::WhenBusy;
+
+/// A merge writes at the speed of the disk; this is for one that hangs.
+const MERGE: Duration = Duration::from_secs(3600);
+
+/// Commits the last switch of a service; a job of its own.
+///
+/// # Errors
+/// [`Failure`], before anything is changed if the old partition still runs or lost writes are not agreed to.
+pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
+    let refuse = |reason: String, code| Err(Failure { phase: Phase::Commit, reason, code });
+    let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::Commit))? else {
+        return refuse("there is nothing to commit".to_owned(), ExitCode::Nothing);
+    };
+    if job.manager.is_running(&old).map_err(at(Phase::Commit))? {
+        let name = &job.service.name;
+        return refuse(format!("{} still has flows; `patchswitch drain {name}` waits", old.name()), ExitCode::Failed);
+    }
+    if let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) {
+        let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
+        let reason = format!(
+            "the old partition wrote {} files after the clone that may_lose does not declare ({first} …); \
+             --discard-writes commits all the same",
+            loss.files
+        );
+        return refuse(reason, ExitCode::WritesLost);
+    }
+    merge(job)?;
+    Ok(ExitCode::Done)
+}
+
+/// Merges, and exchanges what is behind the two partitions' disks.
+pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
+    let service = job.service.name.clone();
+    let new = job.manager.active(&job.service).map_err(at(Phase::Commit))?;
+    let intent = json!({"clones": new.clones()});
+    (job.say)("commit …");
+    let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
+    let start = std::time::Instant::now();
+    let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
+    let seconds = start.elapsed().as_secs_f64();
+    job.report.phase(Phase::Commit, seconds);
+    job.report.cow_bytes = Some(bytes);
+    let outcome = json!({"cow_bytes": bytes});
+    let _ = job.manager.store.conclude(step, crate::store::StepState::Done, &outcome).map_err(at(Phase::Commit))?;
+    (job.say)(&format!("commit done in {seconds:.2} s: cow_bytes {bytes}"));
+    Ok(())
+}
+
+/// The merge itself, wherever it was interrupted; also what recovery does. Returns how much was merged, in bytes.
+pub(crate) fn merge_disks(manager: &mut Manager, service: &crate::names::Name) -> Result<u64, ManagerError> {
+    let settings = manager.service(service)?;
+    let new = manager.active(&settings)?;
+    let clones = new.clones();
+    if clones.is_empty() {
+        return manager.forget_old(service).map(|()| 0);
+    }
+    let dm = Manager::dm()?;
+    let patience = Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge: MERGE };
+    let mut total = std::collections::BTreeMap::new();
+    let committed = merge::resume_merge(&dm, &clones, patience, &mut |progress| {
+        let most = total.entry(progress.clone.to_owned()).or_insert(0);
+        *most = (*most).max(progress.total * 512);
+    })?;
+    manager.exchange(service, &new, &committed.disks)?;
+    Ok(total.values().sum())
+}

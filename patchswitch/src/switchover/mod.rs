@@ -1,0 +1,84 @@
+//! The story: a job from its plan to its commit.
+//!
+//! ```text
+//!  plan ─► clone ─► scan ─► inject ─► boot ─► patch ─► restart ─► verify ─► arm ─► TAKE OVER ─► observe ─► drain ─► retire ─► commit
+//!   │        └──────────┴────────┴───────┴───────┴────────┴─────────┴───────┤            │           │
+//!   │                     undo: the clone is discarded; the service was never touched    └ give back ┘
+//!   └ nothing to undo                                                                      the same switch, roles exchanged
+//! ```
+//!
+//! Every step is written into the journal before it is done and after it. One struct per phase, each consumed by the
+//! next: taking over a clone that was not verified does not compile. An error says which phase it was, why, how the
+//! undo went, and who serves now.
+//!
+//! Before TAKE OVER undo is one function, [`undo::discard`], which takes everything of the standby away whatever of it
+//! is there; give-back, rollback and recovery end with the same one.
+
+mod clone;
+mod commit;
+mod context;
+mod drain;
+mod observe;
+mod patch;
+mod plan;
+mod report;
+mod rollback;
+mod take_over;
+pub(crate) mod undo;
+mod verbs;
+mod verify;
+
+pub use context::{Context, Failure, Phase, SwitchError};
+pub use plan::{Options, Plan, plan};
+pub use plan::Summary;
+pub use report::{AtSwitch, Loss, Report};
+
+use crate::exit::ExitCode;
+use drain::Undrained;
+
+/// Runs a job. On an error everything before the switch is undone, and everything after it is given back, as far as
+/// that loses no writes; the report says how it went either way.
+///
+/// # Errors
+/// [`SwitchError`].
+pub async fn run(job: &mut Context<'_>, plan: Plan) -> Result<ExitCode, SwitchError> {
+    let verified = match prepare(job, plan).await {
+        Ok(verified) => verified,
+        Err(failure) => return Err(undo::after(job, failure).await),
+    };
+    let taken = match verified.take_over(job).await {
+        Ok(taken) => taken,
+        Err(failure) => return Err(undo::after(job, failure).await),
+    };
+    let observed = match taken.observe(job).await {
+        Ok(observed) => observed,
+        Err((taken, failure)) => return Err(taken.give_back(job, failure).await),
+    };
+    let drained = match observed.drain(job).await {
+        Ok(drained) => drained,
+        Err(Undrained::GiveBack(taken, failure)) => return Err(taken.give_back(job, failure).await),
+        Err(Undrained::Kept(failure)) => return Err(undo::serving_anyway(job, failure)),
+    };
+    let retired = drained.retire(job).await.map_err(|failure| undo::serving_anyway(job, failure))?;
+    if job.options.commit {
+        retired.commit(job).map_err(|failure| undo::serving_anyway(job, failure))?;
+    }
+    Ok(job.report.exit_code())
+}
+
+/// Everything before the switch: the service is not touched.
+async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, Failure> {
+    let cloned = plan.clone_disks(job).await?;
+    let scanned = cloned.scan(job).await?;
+    let injected = scanned.inject(job).await?;
+    let booted = injected.boot(job).await?;
+    let patched = booted.patch(job).await?;
+    let restarted = patched.restart(job).await?;
+    restarted.verify(job).await
+}
+
+pub use commit::commit;
+pub(crate) use commit::merge_disks;
+use rollback::at_switch;
+pub use rollback::rollback;
+pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

@@ -1,0 +1,110 @@
+//! Observe, and give back: the service is watched through its own address (patent step 2205).
+
+use serde_json::json;
+
+use super::context::{Failure, Phase, SwitchError, at};
+use super::take_over::{TakenOver, loss_of_new_side};
+use super::verify::inside;
+use super::{Context, undo};
+use crate::attachment::{DrainOptions, OnDeadline};
+use crate::config::LossyGiveBack;
+use crate::exit::ExitCode;
+use crate::verify::{Reach, Target, Watched, plain_socket, round, watch};
+
+/// The new partition serves well.
+#[derive(Debug)]
+pub(super) struct Observed(pub(super) TakenOver);
+
+impl TakenOver {
+    /// Watches the service for a while.
+    ///
+    /// # Errors
+    /// The state before, to be given back, and why.
+    pub(super) async fn observe(self, job: &mut Context<'_>) -> Result<Observed, (Self, Failure)> {
+        let settings = job.service.observe.clone();
+        let result = job
+            .step(Phase::Observe, json!({"observe": settings}), async |job| {
+                let run = inside(job.manager, &self.clone.standby);
+                let reach = Reach { open: &plain_socket, run: &run };
+                let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
+                let timeout = job.service.gate.timeout;
+                match watch(&settings, || round(target, reach, timeout), &job.stop) {
+                    Watched::Fine => Ok(((), json!({}))),
+                    Watched::Failing { first, after, reason } => {
+                        let reason = format!(
+                            "{reason} (first failure {:.1} s after the switch, given up {:.1} s later)",
+                            first.as_secs_f64(),
+                            (after - first).as_secs_f64()
+                        );
+                        Err(Failure { phase: Phase::Observe, reason, code: ExitCode::GivenBack })
+                    }
+                    Watched::Stopped => {
+                        let reason = "interrupted".to_owned();
+                        Err(Failure { phase: Phase::Observe, reason, code: ExitCode::Interrupted })
+                    }
+                }
+            })
+            .await;
+        match result {
+            Ok(()) => Ok(Observed(self)),
+            Err(failure) => Err((self, failure)),
+        }
+    }
+
+    /// The switch in reverse: new flows go to the old partition again, the clone keeps its own until they end, and is
+    /// discarded. At most once per job, and never if it silently loses writes.
+    pub(super) async fn give_back(self, job: &mut Context<'_>, failure: Failure) -> SwitchError {
+        let new = self.clone.standby.name().clone();
+        let old = self.clone.active.name().clone();
+        match self.reverse(job).await {
+            Ok(lossy) => {
+                job.report.outcome = "given_back".to_owned();
+                let code = if lossy && failure.code == ExitCode::GivenBack { ExitCode::WritesLost } else { failure.code };
+                let now = format!("{old} serves again; {new} was discarded");
+                undo::error(failure, now, old, code)
+            }
+            Err(second) => {
+                job.report.outcome = "give_back_failed".to_owned();
+                let serving = undo::serving(job).unwrap_or(new);
+                let now = format!("{serving} serves; putting back failed: {}", second.reason);
+                undo::error(failure, now, serving, second.code)
+            }
+        }
+    }
+
+    /// Whether writes outside what was declared were lost.
+    async fn reverse(self, job: &mut Context<'_>) -> Result<bool, Failure> {
+        let person = |failure: Failure| Failure { code: ExitCode::GiveBackFailed, ..failure };
+        let loss = loss_of_new_side(job, &self).map_err(at(Phase::GiveBack)).map_err(person)?;
+        let lossy = loss.files > 0;
+        let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
+        let files = loss.files;
+        job.report.lost_by_give_back = Some(loss);
+        if lossy && job.service.lossy_give_back == LossyGiveBack::Refuse && !job.options.discard_writes {
+            let reason = format!("the new partition has written {files} files outside may_lose ({first})");
+            return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::GiveBackFailed });
+        }
+        let slot = self.clone.slot;
+        job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
+            let service = job.service.name.clone();
+            let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
+            job.attachment.switch(slot.other()).await.map_err(at(Phase::GiveBack)).map_err(person)?;
+            let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
+            let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
+            let _ = job.manager.store.unset_applied(job.job).map_err(at(Phase::GiveBack)).map_err(person)?;
+            drain_new_side(job).await.map_err(person)?;
+            undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
+            Ok(((), json!({})))
+        })
+        .await?;
+        Ok(lossy)
+    }
+}
+
+/// What the discarded side still answers may end, for as long as the service's own drain may take.
+async fn drain_new_side(job: &mut Context<'_>) -> Result<(), Failure> {
+    let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
+    let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::GiveBack))?;
+    job.report.drain = Some(report);
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! What would be done: who serves, which standby is taken, which patches are applied (patent step 701).
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::exit::ExitCode;
+use crate::manager::{Machine, Manager, ManagerError};
+use crate::names::Name;
+use crate::partition::resources::find_standby;
+use crate::storage::cow;
+use crate::patch::table;
+use crate::store::{Patch, Role};
+
+/// What the caller wants.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Patches by number or name; empty: all that are approved and were not applied yet.
+    pub patches: Vec<String>,
+    /// Make the clone the disk at the end.
+    pub commit: bool,
+    /// Go on although writes outside `may_lose` are left behind.
+    pub discard_writes: bool,
+}
+
+/// A job that can be run.
+#[derive(Debug)]
+pub struct Plan {
+    pub(super) active: Machine,
+    pub(super) standby: Machine,
+    pub(super) patches: Vec<Patch>,
+}
+
+/// A plan, for people and programs.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    /// The partition that serves.
+    pub active: Name,
+    /// The standby that is taken.
+    pub standby: Name,
+    /// The patches, in the order in which they are applied.
+    pub patches: Vec<String>,
+    /// What the clone's store has, in bytes, and what it needs.
+    pub store_bytes: u64,
+    /// As above.
+    pub store_needed_bytes: u64,
+}
+
+/// Finds out what would be done. Changes nothing.
+///
+/// # Errors
+/// [`ManagerError::NoStandby`], [`ManagerError::Refused`] if there is nothing to apply or the last job was not
+/// committed.
+pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan, ManagerError> {
+    let settings = manager.service(service)?;
+    let active = manager.active(&settings)?;
+    if let Some(old) = manager.other(service)? {
+        return Err(ManagerError::refused(format!(
+            "service {service} still has {} of the last job; `patchswitch commit {service}` or \
+             `patchswitch rollback {service}` decides which one stays",
+            old.name()
+        )));
+    }
+    let patches = patches(manager, service, options)?;
+    let standby = standby(manager, &active)?;
+    Ok(Plan { active, standby, patches })
+}
+
+fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<Patch>, ManagerError> {
+    let chosen = table::select(&manager.store, service, &options.patches)?;
+    if chosen.is_empty() {
+        return Err(ManagerError::Refused {
+            message: "no patch is approved and not yet applied; `patchswitch patch list` shows all".to_owned(),
+            code: ExitCode::Nothing,
+        });
+    }
+    Ok(chosen)
+}
+
+fn standby(manager: &Manager, active: &Machine) -> Result<Machine, ManagerError> {
+    let rows = manager.store.partitions()?;
+    let free = rows.into_iter().filter(|row| row.role == Role::Standby && row.service.is_none());
+    let free = free.map(|row| manager.machine(&row.name)).collect::<Result<Vec<_>, _>>()?;
+    let resources: Vec<_> = free.iter().map(|machine| (machine.name(), machine.spec().resources())).collect();
+    let candidates: Vec<_> = resources.iter().map(|(name, resources)| (*name, resources)).collect();
+    let chosen = find_standby((active.name(), &active.spec().resources()), &candidates)?.clone();
+    manager.machine(&chosen)
+}
+
+impl Plan {
+    /// The plan in words and numbers.
+    pub fn summary(&self) -> Summary {
+        let needed = |disk: &crate::manager::MachineDisk| cow::cow_sectors(disk.sectors) * 512;
+        Summary {
+            active: self.active.name().clone(),
+            standby: self.standby.name().clone(),
+            patches: self.patches.iter().map(|patch| patch.file.to_string()).collect(),
+            store_bytes: self.standby.disks.iter().map(|disk| disk.sectors * 512).sum(),
+            store_needed_bytes: self.active.disks.iter().map(needed).sum(),
+        }
+    }
+
+    /// What the journal keeps of it.
+    pub fn intent(&self) -> serde_json::Value {
+        json!(self.summary())
+    }
+}

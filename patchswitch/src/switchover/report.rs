@@ -1,0 +1,153 @@
+//! What a job did: its figures.
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Phase;
+use crate::attachment::{DrainReport, Switched};
+use crate::exit::ExitCode;
+use crate::manager::ManagerError;
+use crate::names::Name;
+use crate::storage::meter::{Changes, Mark};
+use crate::store::JobId;
+
+/// Writes that a switch or a rollback leaves behind.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Loss {
+    /// Sectors of 512 bytes.
+    pub sectors: u64,
+    /// Files outside what the service declared it may lose.
+    pub files: u64,
+    /// The first of them.
+    pub first: Vec<PathBuf>,
+}
+
+impl Loss {
+    pub(super) fn new(sectors: u64, changes: &Changes) -> Self {
+        let first = changes.undeclared.iter().take(20).map(|file| file.path.clone()).collect();
+        Self { sectors, files: changes.undeclared_total, first }
+    }
+}
+
+/// The new side's disks at the moment of the switch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AtSwitch {
+    /// One mark for each disk.
+    pub marks: Vec<Mark>,
+    /// When it was.
+    pub at: SystemTime,
+}
+
+/// The report of a job. Times are in seconds unless a name says otherwise.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The form of this document.
+    pub schema: &'static str,
+    /// The job.
+    pub job: JobId,
+    /// `apply`, `rollback` or `commit`.
+    pub kind: &'static str,
+    /// The service.
+    pub service: Name,
+    /// The partition that served at the beginning.
+    pub from: Option<Name>,
+    /// The partition that was patched.
+    pub to: Option<Name>,
+    /// Phases in the order in which they ended, with their times.
+    pub phases: Vec<(Phase, f64)>,
+    /// How long writers waited at the cut, in milliseconds.
+    pub freeze_ms: Option<f64>,
+    /// How long the clone took as a whole, in milliseconds.
+    pub clone_ms: Option<f64>,
+    /// How much the clone differs from its original, in bytes.
+    pub cow_bytes: Option<u64>,
+    /// What the scan found.
+    pub scan: Option<Value>,
+    /// What became of each patch.
+    pub patches: Vec<Value>,
+    /// The switch.
+    pub switch: Option<Switched>,
+    /// From before the store to after it, in microseconds.
+    pub flip_us: Option<f64>,
+    /// Flows of the old partition when it retired.
+    pub old_flows_at_flip: Option<usize>,
+    /// The drain.
+    pub drain: Option<DrainReport>,
+    /// What the old side wrote after the cut: lost by the switch.
+    pub lost_by_switch: Option<Loss>,
+    /// What the new side wrote after the switch: lost by a give-back or a rollback.
+    pub lost_by_give_back: Option<Loss>,
+    /// What had been written to the new side's disks at the switch, and when that was: what a rollback counts from.
+    pub at_switch: Option<AtSwitch>,
+    /// How it ended, in one word.
+    pub outcome: String,
+    /// The end of the command.
+    pub exit_code: u8,
+    /// What failed, if something did.
+    pub error: Option<String>,
+}
+
+impl Report {
+    /// An empty report.
+    pub fn new(job: JobId, kind: &'static str, service: &Name) -> Self {
+        Self {
+            schema: "patchswitch.report/1",
+            job,
+            kind,
+            service: service.clone(),
+            from: None,
+            to: None,
+            phases: Vec::new(),
+            freeze_ms: None,
+            clone_ms: None,
+            cow_bytes: None,
+            scan: None,
+            patches: Vec::new(),
+            switch: None,
+            flip_us: None,
+            old_flows_at_flip: None,
+            drain: None,
+            lost_by_switch: None,
+            lost_by_give_back: None,
+            at_switch: None,
+            outcome: "running".to_owned(),
+            exit_code: 0,
+            error: None,
+        }
+    }
+
+    pub(super) fn phase(&mut self, phase: Phase, seconds: f64) {
+        self.phases.push((phase, seconds));
+    }
+
+    /// The end of a command that went as planned.
+    pub(super) fn exit_code(&self) -> ExitCode {
+        if self.drain.as_ref().is_some_and(|drain| drain.reset > 0) {
+            return ExitCode::DrainForced;
+        }
+        ExitCode::Done
+    }
+
+    /// Where the report of a job is kept.
+    pub fn path(state: &Path, job: JobId) -> PathBuf {
+        state.join("reports").join(format!("{job}.json"))
+    }
+
+    /// Keeps the report.
+    ///
+    /// # Errors
+    /// [`ManagerError::Io`].
+    pub fn save(&self, state: &Path) -> Result<(), ManagerError> {
+        let path = Self::path(state, self.job);
+        let directory = state.join("reports");
+        std::fs::create_dir_all(&directory).map_err(ManagerError::io("make", &directory))?;
+        let text = serde_json::to_vec_pretty(self).map_err(std::io::Error::from);
+        let text = text.map_err(ManagerError::io("write", &path))?;
+        let new = path.with_extension("new");
+        std::fs::write(&new, text).map_err(ManagerError::io("write", &new))?;
+        std::fs::rename(&new, &path).map_err(ManagerError::io("write", &path))
+    }
+}

@@ -1,0 +1,141 @@
+//! Rollback: the same switch, roles exchanged; the patched partition is discarded.
+
+use std::path::Path;
+
+use patchswitch_common::Slot;
+use serde_json::json;
+
+use super::context::{Failure, Phase, SwitchError, at};
+use super::report::{AtSwitch, Report};
+use super::verify::inside;
+use super::{Context, Loss, undo};
+use crate::attachment::{DrainOptions, OnDeadline, probe_socket};
+use crate::exit::ExitCode;
+use crate::manager::{Machine, Manager, ManagerError, attachable, slot_of};
+use crate::verify::{Reach, Target, gate};
+
+/// Gives the service back to the old partition and discards the patched one.
+///
+/// # Errors
+/// [`SwitchError`]; before the switch nothing has changed for clients.
+pub async fn rollback(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<ExitCode, SwitchError> {
+    let result = reverse(job, last).await;
+    let serving = undo::serving(job).unwrap_or_else(|| job.service.partition.clone());
+    match result {
+        Ok(lossy) => {
+            job.report.outcome = "rolled_back".to_owned();
+            Ok(if lossy { ExitCode::WritesLost } else { ExitCode::Done })
+        }
+        Err(failure) => {
+            job.report.outcome = "failed".to_owned();
+            let code = failure.code;
+            Err(undo::error(failure, format!("{serving} serves"), serving, code))
+        }
+    }
+}
+
+async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool, Failure> {
+    let refuse = |reason: String, code| Err(Failure { phase: Phase::GiveBack, reason, code });
+    let service = job.service.name.clone();
+    let Some(old) = job.manager.other(&service).map_err(at(Phase::GiveBack))? else {
+        return refuse("there is no old partition: it was committed, or there was no job".to_owned(), ExitCode::Nothing);
+    };
+    let new = job.manager.active(&job.service).map_err(at(Phase::GiveBack))?;
+    (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
+    let lossy = agreed(job, &new, last)?;
+    let slot = back(job, &old).await?;
+    job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
+        let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack))?;
+        let switched = job.attachment.switch(slot).await.map_err(at(Phase::GiveBack))?;
+        job.report.flip_us = Some(switched.flip_us);
+        job.report.switch = Some(switched);
+        let _ = job.manager.store.record_switch(&service, old.name(), generation).map_err(at(Phase::GiveBack))?;
+        Ok(((), json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0})))
+    })
+    .await?;
+    job.step(Phase::Drain, json!({}), async |job| {
+        let deadline = Some(job.service.drain.deadline);
+        let options = DrainOptions { deadline, on_deadline: OnDeadline::Reset };
+        let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::Drain))?;
+        job.report.drain = Some(report);
+        undo::discard(job).await.map_err(at(Phase::Drain))?;
+        undo::unmask(job, &old);
+        Ok(((), json!({})))
+    })
+    .await?;
+    Ok(lossy)
+}
+
+/// What the new side wrote since the switch is lost; outside what was declared it needs a word.
+fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Result<bool, Failure> {
+    let Some(last) = last else { return Ok(false) };
+    // Marks are of one boot; after another the sectors are not known, the files still are.
+    let loss = undo::meter(job, new, &last.marks, last.at)
+        .or_else(|_| undo::meter(job, new, &[], last.at))
+        .map_err(at(Phase::GiveBack))?;
+    let Loss { files, first, .. } = loss.clone();
+    job.report.lost_by_give_back = Some(loss);
+    if files > 0 && !job.options.discard_writes {
+        let first = first.iter().take(5).map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+        let reason = format!(
+            "the new partition has written {files} files since the switch that may_lose does not declare ({first}); \
+             --discard-writes rolls back all the same"
+        );
+        return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::WritesLost });
+    }
+    Ok(files > 0)
+}
+
+/// Makes the old partition run and checks it; it may have been stopped since.
+async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
+    if let Some(slot) = slot_of(&job.attachment, old) {
+        return Ok(slot);
+    }
+    let slot = job.attachment.plane().word().active().other();
+    let limit = job.manager.config.job.boot;
+    job.step(Phase::Boot, json!({"partition": old.name()}), async |job| {
+        let mut running = job.manager.start(old, true).map_err(at(Phase::Boot))?;
+        job.attachment.join(slot, &attachable(old)).await.map_err(at(Phase::Boot))?;
+        job.attachment.learn().map_err(at(Phase::Boot))?;
+        Manager::wait_started(&mut running, old, limit).map_err(at(Phase::Boot))?;
+        Ok(((), json!({})))
+    })
+    .await?;
+    job.step(Phase::Verify, json!({}), async |job| {
+        let link = job.attachment.record().slots[slot as usize].as_ref().map(|entry| entry.link.clone());
+        let link = link.unwrap_or_default();
+        let open = move |address| probe_socket(&link, address);
+        let run = inside(job.manager, old);
+        let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
+        let passed = gate(target, &job.service.gate, Reach { open: &open, run: &run }, &job.stop);
+        let passed = passed.map_err(|error| super::context::with(Phase::Verify, error.exit_code())(error))?;
+        Ok(((), json!({"rounds": passed.rounds})))
+    })
+    .await?;
+    Ok(slot)
+}
+
+/// What the report of the last switch kept for a rollback and for a commit.
+///
+/// # Errors
+/// [`ManagerError::Io`] if the report is there and cannot be read.
+pub(super) fn at_switch(
+    state: &Path,
+    job: crate::store::JobId,
+) -> Result<Option<(Option<AtSwitch>, Option<Loss>)>, ManagerError> {
+    #[derive(serde::Deserialize)]
+    struct Kept {
+        at_switch: Option<AtSwitch>,
+        lost_by_switch: Option<Loss>,
+    }
+    let path = Report::path(state, job);
+    match std::fs::read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ManagerError::io("read", path)(error)),
+        Ok(text) => {
+            let kept: Result<Kept, _> = serde_json::from_slice(&text);
+            kept.map(|kept| Some((kept.at_switch, kept.lost_by_switch)))
+                .map_err(|error| ManagerError::io("read", path)(error.into()))
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What is done when a job does not go on: before the switch everything of the standby is taken away.
+
+use std::time::SystemTime;
+
+use patchswitch_common::word::Phase as WordPhase;
+
+use super::context::{Failure, SwitchError};
+use super::{Context, Loss};
+use crate::exit::ExitCode;
+use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
+use crate::names::Name;
+use crate::storage::meter::{self, Limits, Mark, MayLose, changed_since};
+
+/// Takes everything of the standby away, whatever of it is there: processes, network, mounts, the clone, the lease.
+///
+/// One function for undo, give-back, rollback and recovery.
+pub(crate) async fn discard(job: &mut Context<'_>) -> Result<(), ManagerError> {
+    let Some(standby) = job.manager.other(&job.service.name)? else { return Ok(()) };
+    let word = job.attachment.plane().word();
+    if word.phase() == WordPhase::Steady && (word.learns() || word.notice()) {
+        job.attachment.settle()?;
+    }
+    if let Some(slot) = slot_of(&job.attachment, &standby) {
+        job.attachment.leave(slot).await?;
+    }
+    job.manager.discard(&standby)
+}
+
+/// After a failure before the switch: undone, and told.
+pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchError {
+    let undone = discard(job).await;
+    let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
+    job.report.outcome = "failed".to_owned();
+    match undone {
+        Ok(()) => {
+            let code = failure.code;
+            error(failure, format!("{serving} serves, it was not touched; the clone was discarded"), serving, code)
+        }
+        Err(second) => {
+            let now = format!(
+                "{serving} serves, it was not touched; the clone could not be discarded: {}; `patchswitch up` tries \
+                 again",
+                chain(&second)
+            );
+            let code = failure.code;
+            error(failure, now, serving, code)
+        }
+    }
+}
+
+/// After a failure that leaves the new partition serving.
+pub(super) fn serving_anyway(job: &mut Context<'_>, failure: Failure) -> SwitchError {
+    let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
+    job.report.outcome = "switched".to_owned();
+    let service = &job.service.name;
+    let now = format!(
+        "{serving} serves; the old partition is still there: `patchswitch status {service}`, then `patchswitch commit \
+         {service}` or `patchswitch rollback {service}`"
+    );
+    let code = if failure.code == ExitCode::Done { ExitCode::Failed } else { failure.code };
+    error(failure, now, serving, code)
+}
+
+pub(super) fn error(failure: Failure, now: String, serving: Name, code: ExitCode) -> SwitchError {
+    SwitchError { phase: failure.phase, reason: failure.reason, now, serving, code }
+}
+
+/// Who serves: what the phase word says, not what was meant to be.
+pub(super) fn serving(job: &Context<'_>) -> Option<Name> {
+    let active = job.attachment.plane().word().active();
+    let netns = job.attachment.record().slots[active as usize].as_ref()?.netns.to_string();
+    let rows = job.manager.store.partitions().ok()?;
+    rows.into_iter().map(|row| row.name).find(|name| crate::names::netns(name) == netns)
+}
+
+/// Counts what a partition has written to its disks since a moment.
+pub(super) fn meter(
+    job: &Context<'_>,
+    machine: &Machine,
+    marks: &[Mark],
+    since: SystemTime,
+) -> Result<Loss, ManagerError> {
+    let mut sectors = 0;
+    for mark in marks {
+        sectors += meter::since(mark)?.sectors;
+    }
+    let patterns = job.service.may_lose.iter().map(String::as_str);
+    let may_lose = MayLose::parse(patterns).map_err(|error| ManagerError::refused(error.to_string()))?;
+    let root = Manager::root(machine.name());
+    let mounts = Manager::mounts()?;
+    let changes = mounts.run(|_| changed_since(&root, since, &may_lose, Limits::default()))??;
+    Ok(Loss::new(sectors, &changes))
+}
+
+/// Starts what must not run twice, now that the other partition has stopped. A failure is told, not fatal.
+pub(super) fn unmask(job: &Context<'_>, machine: &Machine) {
+    if let Err(error) = job.manager.unmask(machine) {
+        tracing::warn!(partition = %machine.name(), "failed to start what was masked: {}", chain(&error));
+    }
+}

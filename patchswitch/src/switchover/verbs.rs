@@ -1,0 +1,161 @@
+//! The verbs: a job from its lock to its report. The command line and other programs call these.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Context, Options, Plan, Report, SwitchError, at_switch, commit, plan, rollback, run};
+use crate::attachment::Attachment;
+use crate::exit::ExitCode;
+use crate::manager::{Manager, ManagerError};
+use crate::names::{Name, RUN_ROOT};
+use crate::store::{JobId, JobLock, NewJob, boot_id};
+
+/// Who watches a job.
+#[derive(Clone, Copy)]
+pub struct Watcher<'a> {
+    /// Whether the job is wanted no more: it is undone in order then.
+    pub stop: &'a (dyn Fn() -> bool + Sync),
+    /// Gets one line for each thing that happens.
+    pub say: &'a dyn Fn(&str),
+}
+
+impl std::fmt::Debug for Watcher<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watcher")
+    }
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// What it did.
+    pub report: Report,
+    /// The end of the command.
+    pub code: ExitCode,
+    /// What failed, what is true now, who serves.
+    pub error: Option<SwitchError>,
+}
+
+/// Patches a service: the whole story.
+///
+/// # Errors
+/// [`ManagerError`] if the job could not begin; then nothing was changed. How a job ended that did begin is in
+/// [`Ended`].
+pub async fn apply(
+    manager: &mut Manager,
+    service: &Name,
+    options: &Options,
+    watcher: Watcher<'_>,
+) -> Result<Ended, ManagerError> {
+    let lock = lock(service)?;
+    let planned: Plan = plan(manager, service, options)?;
+    let mut job = begin(manager, service, "apply", &planned.intent(), options, watcher)?;
+    let result = run(&mut job, planned).await;
+    if result.is_ok() {
+        job.report.outcome = if options.commit { "committed" } else { "switched" }.to_owned();
+    }
+    end(job, result, lock)
+}
+
+/// Gives a service back to its old partition and discards the patched one.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn roll_back(
+    manager: &mut Manager,
+    service: &Name,
+    options: &Options,
+    watcher: Watcher<'_>,
+) -> Result<Ended, ManagerError> {
+    let lock = lock(service)?;
+    let last = last_switch(manager, service)?;
+    let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
+    let result = rollback(&mut job, last.as_ref().and_then(|(at, _)| at.as_ref())).await;
+    if let (Ok(_), Some(patched)) = (&result, last_apply(job.manager, service)?) {
+        let _ = job.manager.store.unset_applied(patched)?;
+    }
+    end(job, result, lock)
+}
+
+/// Makes the patched partition's clone the disk; the old partition is free then.
+///
+/// # Errors
+/// As [`apply`].
+pub fn make_permanent(
+    manager: &mut Manager,
+    service: &Name,
+    options: &Options,
+    watcher: Watcher<'_>,
+) -> Result<Ended, ManagerError> {
+    let lock = lock(service)?;
+    let last = last_switch(manager, service)?;
+    let mut job = begin(manager, service, "commit", &json!({}), options, watcher)?;
+    let result = commit(&mut job, last.as_ref().and_then(|(_, loss)| loss.as_ref()));
+    let serving = super::undo::serving(&job).unwrap_or_else(|| job.service.partition.clone());
+    let result = result.map_err(|failure| {
+        let code = failure.code;
+        super::undo::error(failure, format!("{serving} serves"), serving, code)
+    });
+    if result.is_ok() {
+        job.report.outcome = "committed".to_owned();
+    }
+    end(job, result, lock)
+}
+
+fn lock(service: &Name) -> Result<JobLock, ManagerError> {
+    Ok(JobLock::acquire(Path::new(RUN_ROOT), service)?)
+}
+
+fn begin<'a>(
+    manager: &'a mut Manager,
+    service: &Name,
+    kind: &'static str,
+    plan: &Value,
+    options: &Options,
+    watcher: Watcher<'a>,
+) -> Result<Context<'a>, ManagerError> {
+    let settings = manager.service(service)?;
+    let attachment = Attachment::open(service)?;
+    let boot = boot_id().map_err(ManagerError::io("read", "/proc/sys/kernel/random/boot_id"))?;
+    let job = manager.store.begin_job(&NewJob { service, kind, plan, boot_id: &boot })?;
+    Ok(Context {
+        report: Report::new(job, kind, service),
+        manager,
+        service: settings,
+        attachment,
+        job,
+        options: options.clone(),
+        stop: watcher.stop,
+        say: watcher.say,
+    })
+}
+
+fn end(mut job: Context<'_>, result: Result<ExitCode, SwitchError>, _lock: JobLock) -> Result<Ended, ManagerError> {
+    let (code, error) = match result {
+        Ok(code) => (code, None),
+        Err(error) => (error.code, Some(error)),
+    };
+    job.report.exit_code = code.number();
+    job.report.error = error.as_ref().map(ToString::to_string);
+    job.report.save(job.manager.state())?;
+    let message = job.report.error.clone().unwrap_or_else(|| job.report.outcome.clone());
+    let _ = job.manager.store.end_job(job.job, code, &message)?;
+    Ok(Ended { report: job.report, code, error })
+}
+
+type LastSwitch = (Option<super::report::AtSwitch>, Option<super::Loss>);
+
+/// What the last job that switched has kept for a rollback or a commit.
+fn last_switch(manager: &Manager, service: &Name) -> Result<Option<LastSwitch>, ManagerError> {
+    match last_apply(manager, service)? {
+        None => Ok(None),
+        Some(job) => at_switch(manager.state(), job),
+    }
+}
+
+/// The last job that patched the service.
+fn last_apply(manager: &Manager, service: &Name) -> Result<Option<JobId>, ManagerError> {
+    let jobs = manager.store.jobs(Some(service), 100)?;
+    Ok(jobs.iter().rev().find(|job| job.kind == "apply").map(|job| job.id))
+}

@@ -1,0 +1,13 @@
+//! Disks on real device-mapper: the cut, the discard, the commit, and everything that can break them.
+//!
+//! What is expected is looked at with `dmsetup`, `losetup`, `e2fsck`, `sha256sum` and the mount table, not with
+//! patchswitch's own eyes; and every test ends with those lists being as they were.
+
+mod commit;
+mod cut;
+mod death;
+mod full;
+mod lab;
+mod meter;
+mod power;
+mod refusals;

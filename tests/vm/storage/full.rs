@@ -1,0 +1,92 @@
+//! Stores that fill up, and stores that are refused because they could.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use patchswitch::storage::StorageError;
+use patchswitch::storage::cow::{HIGH_WATER, Watch, cow_level, cow_sectors, status, watch};
+use patchswitch::storage::disk::{Backing, Room};
+use patchswitch::storage::merge::{Patience, commit};
+use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard};
+
+use super::lab::{LIMIT, Lab, device_digest, sh};
+
+/// The mark is passed before the end, the end is recognised, and the origin never notices.
+#[test]
+fn a_full_store_loses_the_clone_and_nothing_else() {
+    let lab = Lab::new();
+    let (disk, active) = lab.disk("a", "root", 64);
+    let clones = [lab.clone_into(&disk, "b", "root", 16 << 11)];
+    let cut = clone_disks(&lab.dm, &clones).unwrap();
+    let judge = || watch(status(&lab.dm, &clones[0].clone).unwrap(), disk.sectors, HIGH_WATER);
+    assert!(matches!(judge(), Watch::Below { percent: 0 }));
+
+    let write = |from: u64, count: u64| {
+        sh(&format!(
+            "dd if=/dev/urandom of={} bs=1M seek={from} count={count} oflag=direct status=none",
+            active.path.display()
+        ));
+    };
+    write(0, 11);
+    assert!(matches!(judge(), Watch::Below { percent: 60..80 }), "{:?}", judge());
+    write(11, 3);
+    assert!(matches!(judge(), Watch::TurnBack { percent: 80..100 }), "{:?}", judge());
+    let level = cow_level(&lab.dm, &clones[0].clone).unwrap();
+    assert_eq!(level.total, 16 << 11);
+    // Over the end, while the origin must take every byte.
+    write(14, 20);
+    assert_eq!(judge(), Watch::Lost);
+    assert!(sh(&format!("dmsetup status {}", clones[0].clone)).contains("Invalid"));
+    let lost = cow_level(&lab.dm, &clones[0].clone).unwrap_err();
+    assert!(matches!(lost, StorageError::CloneLost { .. }), "{lost}");
+    let clone = File::open(&cut.clones[0].path).unwrap();
+    assert!(clone.read_exact_at(&mut [0; 512], 0).is_err(), "a lost clone must not give data");
+    drop(clone);
+
+    let origin = device_digest(&active.path);
+    let patience = Patience { close: LIMIT, busy: WhenBusy::Refuse, merge: LIMIT };
+    let refused = commit(&lab.dm, &clones, patience, &mut |_| ()).unwrap_err();
+    assert!(matches!(refused.0.as_slice(), [StorageError::CloneLost { .. }]), "{refused}");
+    discard(&lab.dm, &clones, LIMIT, WhenBusy::Refuse).unwrap();
+    assert_eq!(device_digest(&active.path), origin);
+
+    // The next attempt starts clean.
+    let again = [lab.clone_of(&disk, "c", "root")];
+    let cut = clone_disks(&lab.dm, &again).unwrap();
+    assert_eq!(device_digest(&cut.clones[0].path), origin);
+    assert_eq!(watch(status(&lab.dm, &again[0].clone).unwrap(), disk.sectors, HIGH_WATER), Watch::Ample);
+    discard(&lab.dm, &again, LIMIT, WhenBusy::Refuse).unwrap();
+    lab.finish(&[&disk]);
+}
+
+/// What is missing is said in bytes, and nothing has been touched.
+#[test]
+fn a_store_that_could_fill_up_is_refused_with_the_missing_bytes() {
+    let lab = Lab::new();
+    let (disk, _) = lab.disk("a", "root", 16);
+    let wanted = cow_sectors(disk.sectors);
+
+    let mut small = lab.clone_into(&disk, "b", "root", wanted - 24);
+    small.watched = false;
+    let error = clone_disks(&lab.dm, std::slice::from_ref(&small)).unwrap_err();
+    assert!(error.undo.is_empty());
+    match error.cause {
+        StorageError::CowTooSmall { short_by, wanted: bytes, .. } => {
+            assert_eq!((short_by, bytes), (24 * 512, wanted * 512));
+        }
+        other => panic!("{other}"),
+    }
+
+    let mut sparse = small.clone();
+    sparse.cow = lab.image("sparse", wanted, Room::Sparse);
+    let Backing::Image(path) = &sparse.cow else { unreachable!() };
+    sh(&format!("fallocate -o 8192 -l 65536 {}", path.display()));
+    let error = clone_disks(&lab.dm, std::slice::from_ref(&sparse)).unwrap_err();
+    match error.cause {
+        StorageError::CowNotAllocated { short_by, .. } => assert_eq!(short_by, wanted * 512 - 65536),
+        other => panic!("{other}"),
+    }
+    assert_eq!(lab.kind(&disk.name), "linear");
+    assert_eq!(lab.kind(&small.clone), "");
+    lab.finish(&[&disk]);
+}

@@ -3,7 +3,7 @@
 //! Tests look at the kernel by other means than the product does, so they may not borrow its list of programs;
 //! but the same care is taken: a clean environment, a time limit, no input unless some is given.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -113,6 +113,40 @@ pub fn run_with_input(argv: &[&str], input: Option<&str>) -> anyhow::Result<Stri
         bail!("{} failed ({}): {}{}", argv.join(" "), output.status, output.stderr.trim_end(), output.stdout);
     }
     Ok(output.stdout)
+}
+
+/// Runs a program to its end and passes on each line of its standard error as it comes; the standard output is
+/// returned as a whole. For long commands that tell of their progress.
+///
+/// # Errors
+/// If it is not installed, cannot be started, or is still running at the end of `limit` (it is killed then).
+pub fn follow(argv: &[&str], limit: Duration, mut line: impl FnMut(&str)) -> anyhow::Result<Output> {
+    let mut child = command(argv)?
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("failed to start {}", argv.join(" ")))?;
+    let stdout = child.stdout.take().map(collect);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    if let Some(pipe) = child.stderr.take() {
+        std::thread::spawn(move || {
+            let lines = std::io::BufReader::new(pipe).split(b'\n').map_while(Result::ok);
+            // Nobody listens any more after a time-out.
+            lines.into_iter().try_for_each(|bytes| sender.send(String::from_utf8_lossy(&bytes).into_owned()))
+        });
+    }
+    let end = Instant::now() + limit;
+    let mut stderr = String::new();
+    // Ends when the program has closed its standard error, as a rule by its end.
+    while let Ok(text) = receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        line(&text);
+        stderr.push_str(&text);
+        stderr.push('\n');
+    }
+    let status = wait(&mut child, end.saturating_duration_since(Instant::now()));
+    let status = status.with_context(|| format!("failed to wait for {}: {stderr}", argv.join(" ")))?;
+    let stdout = stdout.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    Ok(Output { status, stdout, stderr })
 }
 
 /// A program in the background. It is killed and waited for when this is dropped.

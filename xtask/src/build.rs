@@ -24,6 +24,13 @@ pub(crate) fn programs() -> Result<()> {
         .show()
 }
 
+/// Builds the program of the demo.
+pub(crate) fn demo() -> Result<()> {
+    cargo()?
+        .args(["build", "--target", TARGET, "-p", "patchswitch-tests", "--bin", "patchswitch-demo"])
+        .show()
+}
+
 /// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
 pub(crate) fn tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
     let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);

@@ -6,6 +6,7 @@ mod cache;
 mod check;
 mod command;
 mod debian;
+mod demo;
 mod ebpf;
 mod paths;
 mod setup;
@@ -26,6 +27,7 @@ enum Task {
     Check,
     Test(test::Options),
     Vm(vm::Options),
+    Demo(demo::Options),
     /// Runs a test binary in the test machine; nextest calls it
     #[command(hide = true)]
     InVm {
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Task::Ebpf(options) => ebpf::main(&options).map(done),
         Task::Check => check::main().map(done),
         Task::Vm(options) => vm::main(options),
+        Task::Demo(options) => demo::main(&options),
         Task::Test(options) => test::main(&options),
         Task::InVm { arguments } => test::in_vm(&arguments),
         Task::Artifacts => artifacts().map(done),

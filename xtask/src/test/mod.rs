@@ -53,6 +53,8 @@ impl Tier {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let tier = match name.as_str() {
+                // A program, not a test.
+                "demo" => continue,
                 "packet" => Self::Packet,
                 "vm" => Self::Vm,
                 _ => Self::Netns,

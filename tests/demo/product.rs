@@ -1,0 +1,93 @@
+//! patchswitch, as an operator uses it: by its command line.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use patchswitch_tests::programs::{self, Output};
+use serde_json::Value;
+
+use crate::content;
+
+/// From the start of a job until something must be wrong.
+const JOB_LIMIT: Duration = Duration::from_secs(400);
+
+/// The command.
+#[derive(Clone, Debug)]
+pub(crate) struct Product {
+    binary: PathBuf,
+    config: PathBuf,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: i32,
+    pub(crate) report: Value,
+    pub(crate) stderr: String,
+}
+
+impl Product {
+    pub(crate) fn new(config: &Path) -> anyhow::Result<Self> {
+        Ok(Self { binary: programs::built("patchswitch")?, config: config.to_owned() })
+    }
+
+    fn argv(&self, arguments: &[&str]) -> Vec<String> {
+        let head = [self.binary.display().to_string(), "--config".into(), self.config.display().to_string()];
+        head.into_iter().chain(arguments.iter().map(|word| (*word).to_owned())).collect()
+    }
+
+    /// Runs a command that must succeed, and returns what it printed.
+    pub(crate) fn run(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.follow(arguments, &mut |_| {})?;
+        if !output.status.success() {
+            let Output { status, stdout, stderr } = output;
+            bail!("patchswitch {}: {status}\n{stderr}{stdout}", arguments.join(" "));
+        }
+        Ok(output.stdout)
+    }
+
+    /// Runs a command that must succeed and print JSON.
+    pub(crate) fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let arguments: Vec<&str> = ["--json"].into_iter().chain(arguments.iter().copied()).collect();
+        let text = self.run(&arguments)?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("patchswitch {} printed no JSON: {text}", arguments.join(" ")))
+    }
+
+    /// Runs a job, however it ends, and passes on each line of its progress.
+    pub(crate) fn job(&self, arguments: &[&str], line: &mut dyn FnMut(&str)) -> anyhow::Result<Ended> {
+        let arguments: Vec<&str> = ["--json"].into_iter().chain(arguments.iter().copied()).collect();
+        let output = self.follow(&arguments, line)?;
+        let code =
+            output.status.code().with_context(|| format!("patchswitch was killed:\n{}", output.stderr))?;
+        // Without a report it ended before it had begun; the error says why.
+        let report = serde_json::from_str(&output.stdout).unwrap_or(Value::Null);
+        Ok(Ended { code, report, stderr: output.stderr })
+    }
+
+    fn follow(&self, arguments: &[&str], line: &mut dyn FnMut(&str)) -> anyhow::Result<Output> {
+        let argv = self.argv(arguments);
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        programs::follow(&argv, JOB_LIMIT, line)
+    }
+
+    /// The version of the web server in a partition, asked of dpkg inside.
+    pub(crate) fn version(&self, partition: &str) -> anyhow::Result<String> {
+        let query = ["dpkg-query", "-W", "-f", "${Version}", "nginx"];
+        let arguments: Vec<&str> = ["partition", "exec", partition, "--"].into_iter().chain(query).collect();
+        Ok(self.run(&arguments)?.trim().to_owned())
+    }
+
+    /// A digest of the service's files in a partition.
+    pub(crate) fn fingerprint(&self, partition: &str) -> anyhow::Result<String> {
+        self.run(&["partition", "exec", partition, "--", "/bin/sh", "-c", content::FINGERPRINT])
+    }
+
+    /// The partition that serves.
+    pub(crate) fn active(&self, service: &str) -> anyhow::Result<String> {
+        let status = self.json(&["status", service])?;
+        let active = status.get("active").and_then(Value::as_str);
+        active.map(str::to_owned).with_context(|| format!("the status does not say who serves: {status}"))
+    }
+}

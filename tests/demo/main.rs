@@ -69,6 +69,9 @@ struct RunArgs {
     /// Requests a second, instead of what the service bears; fewer than 200 are not enough for a proof.
     #[arg(long)]
     rate: Option<f64>,
+    /// Compare all files of the clone with the package database in these jobs; takes long on a slow machine.
+    #[arg(long, value_delimiter = ',')]
+    scan: Vec<u8>,
     /// Do not measure how much the service bears, and keep the quiet time short.
     #[arg(long)]
     quick: bool,

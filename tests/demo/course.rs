@@ -140,8 +140,8 @@ fn measure(
     let records = run_all(&mut stage, cases);
     story.chapter("the load ends");
     let evidence = Evidence {
-        run: load.stop()?,
-        resets: capture.stop()?,
+        run: load.stop(&args.out.with_file_name("load.json"))?,
+        resets: capture.stop().inspect_err(|error| story.say(&format!("{error:#}"))).ok(),
         retransmissions: retransmissions.stop()?,
         quiet,
     };

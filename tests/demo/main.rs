@@ -85,10 +85,10 @@ fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Run(args) => {
-            let report = course::run(&args)?;
             if let Some(directory) = args.out.parent() {
                 std::fs::create_dir_all(directory)?;
             }
+            let report = course::run(&args)?;
             std::fs::write(&args.out, serde_json::to_vec_pretty(&report)?)?;
             story::conclusion(&report);
             let holds = report.checks.iter().all(|check| check.holds);

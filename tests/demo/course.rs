@@ -41,18 +41,20 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
         (None, Some(directory)) => Scratch::Directory(directory.clone()),
         (None, None) => anyhow::bail!("neither a disk nor a directory was given"),
     };
-    let before = Snapshot::take()?;
     let ground = Ground::build(&scratch)?;
+    let before = Snapshot::take()?;
     let config = ground.directory.join("patchswitch.toml");
-    fs::write(&config, configuration(&ground.directory))?;
+    fs::write(&config, configuration(&ground.directory, false))?;
     let product = Product::new(&config)?;
     let measured = serve(args, &story, &product, &ground)
         .and_then(|()| measure(args, &cases, &story, &product, &ground));
     // Everything is taken away in any case, and the first error is told.
-    let removed = dismantle(&story, &product).and(ground.remove());
+    let dismantled = dismantle(&story, &product);
+    // Before the demo's own things are removed, so that what changed of them counts as well.
+    let left = leftovers(&before, &ground);
+    let removed = dismantled.and(ground.remove());
     let (evidence, records, knee) = measured?;
     removed?;
-    let left = Snapshot::left_since(&before, PATIENCE)?;
     let quiet = evidence.quiet();
     let jobs: Vec<_> = records.iter().map(|record| evidence.job(record, &quiet)).collect();
     let mut report = RunReport {
@@ -61,7 +63,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
         knee,
         jobs,
         negative: None,
-        leftovers: left.iter().map(ToString::to_string).collect(),
+        leftovers: left?,
         checks: Vec::new(),
         seconds: story.seconds(),
         quiet,
@@ -126,12 +128,20 @@ fn measure(
     load.mark("between")?;
     story.say("so much for the quiet time");
     let scripts = ground.directory.join("patches");
-    let mut stage = Stage { product, load: &mut load, story, artifacts: &args.artifacts, scripts: &scripts };
+    let mut stage = Stage {
+        product,
+        load: &mut load,
+        story,
+        artifacts: &args.artifacts,
+        scripts: &scripts,
+        directory: &ground.directory,
+        scan: &args.scan,
+    };
     let records = run_all(&mut stage, cases);
     story.chapter("the load ends");
     let evidence = Evidence {
-        run: load.stop()?,
-        resets: capture.stop()?,
+        run: load.stop(&args.out.with_file_name("load.json"))?,
+        resets: capture.stop().inspect_err(|error| story.say(&format!("{error:#}"))).ok(),
         retransmissions: retransmissions.stop()?,
         quiet,
     };
@@ -152,6 +162,19 @@ fn dismantle(story: &Story, product: &Product) -> anyhow::Result<()> {
         story.say("service and partitions are removed");
     }
     result.context("failed to remove what the demo made")
+}
+
+/// What is there that was not there before, or the other way round.
+fn leftovers(before: &Snapshot, ground: &Ground) -> anyhow::Result<Vec<String>> {
+    let left = Snapshot::left_since(before, PATIENCE)?;
+    let mut left: Vec<String> = left.iter().map(ToString::to_string).collect();
+    let disks = ground.directory.join("state/disks");
+    if disks.is_dir() {
+        for entry in fs::read_dir(&disks)? {
+            left.push(format!("image {} is left", entry?.path().display()));
+        }
+    }
+    Ok(left)
 }
 
 fn processors() -> anyhow::Result<usize> {

@@ -104,7 +104,7 @@ fn unmount() -> anyhow::Result<()> {
 }
 
 /// The configuration of the demo's service.
-pub(crate) fn configuration(directory: &Path) -> String {
+pub(crate) fn configuration(directory: &Path, scan: bool) -> String {
     let [v4, v6] = netlab::SERVICE;
     let (uplink, state) = (netlab::UPLINK, directory.join("state"));
     format!(
@@ -117,6 +117,9 @@ boot = "60s"
 patch = "180s"
 restart = "60s"
 stop = "10s"
+
+[scan]
+packages = {scan}                     # compares every file of the clone with dpkg's digests
 
 [[service]]
 name = "{SERVICE}"
@@ -157,7 +160,7 @@ mod tests {
 
     #[test]
     fn the_configuration_is_one() {
-        let text = configuration(Path::new("/scratch"));
+        let text = configuration(Path::new("/scratch"), false);
         let config = patchswitch::config::parse(&text, "patchswitch.toml").unwrap();
         let addresses: Vec<_> = config.services[0].addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, netlab::SERVICE);

@@ -9,7 +9,7 @@ use patchswitch_load::report::Window;
 use serde_json::Value;
 
 use crate::content;
-use crate::ground::{FIRST, SECOND, SERVICE};
+use crate::ground::{FIRST, SECOND, SERVICE, configuration};
 use crate::measure::Record;
 use crate::product::{Ended, Product};
 use crate::report::Expected;
@@ -126,6 +126,10 @@ pub(crate) struct Stage<'a> {
     pub(crate) artifacts: &'a Path,
     /// Where the scripts are.
     pub(crate) scripts: &'a Path,
+    /// Where the configuration is.
+    pub(crate) directory: &'a Path,
+    /// The jobs with a full scan.
+    pub(crate) scan: &'a [u8],
 }
 
 /// What the story makes of a line of progress.
@@ -154,11 +158,13 @@ impl Stage<'_> {
     pub(crate) fn run(&mut self, case: &Case) -> anyhow::Result<Record> {
         let name = case.name();
         self.story.chapter(&format!("{name}: {}", case.title));
+        let scan = self.scan.contains(&case.number);
+        std::fs::write(self.directory.join("patchswitch.toml"), configuration(self.directory, scan))?;
         let before = self.product.active(SERVICE)?;
         let version_before = self.product.version(&before)?;
         let files_before = self.product.fingerprint(&before)?;
         let patches = self.add_patches(&case.files(self.artifacts, self.scripts)?)?;
-        let rewritten = self.rewritten()?;
+        let rewritten = self.product.rewritten(SERVICE)?;
         let from_ns = self.load.mark(&format!("{name}/plan"))?;
         self.load.open_idle()?;
         let mut arguments = vec!["apply", SERVICE];
@@ -175,7 +181,7 @@ impl Stage<'_> {
         self.load.settle()?;
         std::thread::sleep(SETTLE);
         let to_ns = clock::now_ns();
-        let [v4, v6] = self.rewritten()?;
+        let [v4, v6] = self.product.rewritten(SERVICE)?;
         self.load.mark("between")?;
         let after = self.product.active(SERVICE)?;
         let version_after = self.product.version(&after)?;
@@ -209,7 +215,8 @@ impl Stage<'_> {
         arguments.extend(["--type", "security", "--approve"]);
         let added = self.product.json(&arguments)?;
         let id = |patch: &Value| patch.get("id").map(ToString::to_string);
-        let ids = added.as_array().map(|patches| patches.iter().filter_map(id).collect::<Vec<_>>());
+        let ids =
+            added["patches"].as_array().map(|patches| patches.iter().filter_map(id).collect::<Vec<_>>());
         match ids {
             Some(ids) if ids.len() == files.len() => Ok(ids),
             _ => bail!("patch add did not say which patches it added: {added}"),
@@ -242,16 +249,6 @@ impl Stage<'_> {
             failure = failure.take().or(note(line).err());
         })?;
         failure.map_or(Ok(ended), Err)
-    }
-
-    /// Datagrams rewritten so far, in IPv4 and in IPv6.
-    fn rewritten(&self) -> anyhow::Result<[u64; 2]> {
-        let status = self.product.json(&["status", SERVICE])?;
-        let count = |family: &str| status.pointer(&format!("/rewritten/{family}")).and_then(Value::as_u64);
-        match (count("v4"), count("v6")) {
-            (Some(v4), Some(v6)) => Ok([v4, v6]),
-            _ => bail!("the status does not say how many packets were rewritten: {status}"),
-        }
     }
 }
 

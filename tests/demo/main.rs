@@ -69,6 +69,9 @@ struct RunArgs {
     /// Requests a second, instead of what the service bears; fewer than 200 are not enough for a proof.
     #[arg(long)]
     rate: Option<f64>,
+    /// Compare all files of the clone with the package database in these jobs; takes long on a slow machine.
+    #[arg(long, value_delimiter = ',')]
+    scan: Vec<u8>,
     /// Do not measure how much the service bears, and keep the quiet time short.
     #[arg(long)]
     quick: bool,
@@ -82,10 +85,10 @@ fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Run(args) => {
-            let report = course::run(&args)?;
             if let Some(directory) = args.out.parent() {
                 std::fs::create_dir_all(directory)?;
             }
+            let report = course::run(&args)?;
             std::fs::write(&args.out, serde_json::to_vec_pretty(&report)?)?;
             story::conclusion(&report);
             let holds = report.checks.iter().all(|check| check.holds);

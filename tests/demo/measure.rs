@@ -37,7 +37,8 @@ pub(crate) struct Record {
 #[derive(Debug)]
 pub(crate) struct Evidence {
     pub(crate) run: Run,
-    pub(crate) resets: Captured,
+    /// None if some of them were missed.
+    pub(crate) resets: Option<Captured>,
     pub(crate) retransmissions: Samples,
     pub(crate) quiet: Window,
 }
@@ -92,7 +93,21 @@ impl Evidence {
     }
 
     fn resets_in(&self, window: Window) -> u64 {
-        self.resets.count(window.from_ns, window.to_ns) as u64
+        // What was not seen in whole is not known to be good.
+        self.resets.as_ref().map_or(u64::MAX, |seen| seen.count(window.from_ns, window.to_ns) as u64)
+    }
+
+    /// What failed, in words, and how often.
+    fn failures(&self, window: Window, prefix: &str) -> BTreeMap<String, u64> {
+        let phases = self.run.phases();
+        let mut found = BTreeMap::new();
+        for failure in self.run.failures_due(window) {
+            let phase = phases.iter().find(|(_, phase)| phase.contains(failure.due_ns));
+            let phase = phase.map_or("?", |(name, _)| name.strip_prefix(prefix).unwrap_or(name));
+            let what = format!("{phase}: {} {} {}", failure.class, failure.family, failure.error);
+            *found.entry(what).or_default() += 1;
+        }
+        found
     }
 
     /// The figures of a job.
@@ -135,6 +150,7 @@ impl Evidence {
             longest_gap_quiet_ms: quiet.longest_gap_ms,
             download_ok: traffic.download_ok,
             idle_connection_ok: traffic.idle_connection_ok,
+            failures: self.failures(record.window, &prefix),
             flips_seen: flips.len(),
             ..record.figures()
         }
@@ -238,7 +254,7 @@ mod tests {
         let quiet = Window { from_ns: 101 * S, to_ns: 105 * S };
         Evidence {
             run,
-            resets: Captured { packets: [2, 11, 12].map(packet).into(), received: 3 },
+            resets: Some(Captured { packets: [2, 11, 12].map(packet).into(), received: 3 }),
             retransmissions: Samples::of(&[(90, 0), (110, 0), (112, 4), (130, 4)]),
             quiet,
         }

@@ -57,13 +57,23 @@ impl Product {
 
     /// Runs a job, however it ends, and passes on each line of its progress.
     pub(crate) fn job(&self, arguments: &[&str], line: &mut dyn FnMut(&str)) -> anyhow::Result<Ended> {
-        let arguments: Vec<&str> = ["--json"].into_iter().chain(arguments.iter().copied()).collect();
-        let output = self.follow(&arguments, line)?;
-        let code =
-            output.status.code().with_context(|| format!("patchswitch was killed:\n{}", output.stderr))?;
-        // Without a report it ended before it had begun; the error says why.
-        let report = serde_json::from_str(&output.stdout).unwrap_or(Value::Null);
+        let before = self.last_job()?;
+        let output = self.follow(arguments, line)?;
+        let code = output.status.code();
+        let code = code.with_context(|| format!("patchswitch was killed:\n{}", output.stderr))?;
+        // Without a new one it ended before it had begun; what it said tells why.
+        let job = self.last_job()?.filter(|job| number(job) != before.as_ref().and_then(number));
+        let report = job.map_or(Value::Null, |job| job["report"].clone());
         Ok(Ended { code, report, stderr: output.stderr })
+    }
+
+    /// What is known of the last job, if there was one.
+    fn last_job(&self) -> anyhow::Result<Option<Value>> {
+        let output = self.follow(&["--json", "report"], &mut |_| {})?;
+        if !output.status.success() {
+            return Ok(None);
+        }
+        serde_json::from_str(&output.stdout).map(Some).context("failed to parse the report of a job")
     }
 
     fn follow(&self, arguments: &[&str], line: &mut dyn FnMut(&str)) -> anyhow::Result<Output> {
@@ -86,8 +96,24 @@ impl Product {
 
     /// The partition that serves.
     pub(crate) fn active(&self, service: &str) -> anyhow::Result<String> {
-        let status = self.json(&["status", service])?;
-        let active = status.get("active").and_then(Value::as_str);
-        active.map(str::to_owned).with_context(|| format!("the status does not say who serves: {status}"))
+        let list = self.json(&["partition", "list"])?;
+        let is_active = |row: &&Value| row["role"] == "active" && row["service"] == service;
+        let found = list["partitions"].as_array().and_then(|rows| rows.iter().find(is_active));
+        let name = found.and_then(|row| row["name"].as_str());
+        name.map(str::to_owned).with_context(|| format!("no partition is active: {list}"))
     }
+
+    /// Datagrams whose source was rewritten so far, in IPv4 and in IPv6.
+    pub(crate) fn rewritten(&self, service: &str) -> anyhow::Result<[u64; 2]> {
+        let status = self.json(&["status", service])?;
+        let events = &status["attachments"][0]["counters"]["events"];
+        anyhow::ensure!(events.is_object(), "the status has no counters: {status}");
+        // What never happened is left out.
+        Ok(["rewritten_v4", "rewritten_v6"].map(|event| events[event].as_u64().unwrap_or(0)))
+    }
+}
+
+/// The number of a job.
+fn number(job: &Value) -> Option<u64> {
+    job["job"]["id"].as_u64()
 }

@@ -97,6 +97,8 @@ pub(crate) struct JobReport {
     pub(crate) cow_bytes: Option<u64>,
     pub(crate) lost_sectors_switch: u64,
     pub(crate) lost_sectors_back: u64,
+    /// What failed, by phase, kind of request and reason, with its number; the patch's own doing included.
+    pub(crate) failures: BTreeMap<String, u64>,
     /// How often new flows went to another partition than before, as the client saw it.
     pub(crate) flips_seen: usize,
     /// What the command said when it did not end with 0.

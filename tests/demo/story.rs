@@ -78,6 +78,9 @@ fn print_job(job: &JobReport) {
         "  {} requests at {:.0}/s, {} failed, {} broken by the patch itself",
         job.requests, job.rate, job.failed, job.failed_by_patch
     );
+    for (what, count) in &job.failures {
+        println!("  failed in {what}: {count}");
+    }
     println!("  phase        seconds   longest time without an answer");
     for (name, seconds, gap) in rows(&job.phases, &job.gaps_ms) {
         let seconds = seconds.map_or_else(|| "      -".into(), |seconds| format!("{seconds:7.2}"));

@@ -111,14 +111,15 @@ impl Load {
         })
     }
 
-    /// Ends the load and reads its report.
-    pub(crate) fn stop(mut self) -> anyhow::Result<Run> {
+    /// Ends the load and reads its report, of which a copy is kept.
+    pub(crate) fn stop(mut self, copy: &Path) -> anyhow::Result<Run> {
         self.settle()?;
         self.client.order("stop").context("failed to stop the load client")?;
         let log = self.process.output();
         let status = self.process.wait(END_LIMIT)?;
         anyhow::ensure!(status.success(), "the load client ended with {status}: {log}");
         let text = std::fs::read_to_string(&self.out).context("failed to read the load client's report")?;
+        std::fs::write(copy, &text).with_context(|| format!("failed to write {}", copy.display()))?;
         Ok(Report::parse(&text)?.run)
     }
 }

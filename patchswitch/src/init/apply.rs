@@ -140,13 +140,11 @@ fn units(patches: &[PatchInput]) -> Vec<Vec<&PatchInput>> {
 
 /// The file has to be the one that the host's table names.
 fn verify(paths: &Paths, patch: &PatchInput) -> Result<(), PatchFailure> {
-    let options = (libc::O_NOFOLLOW | libc::O_NONBLOCK) as i32;
+    let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let opened = File::options().read(true).custom_flags(options).open(paths.at(&patch.path()));
-    let mut file = opened.map_err(|_| PatchFailure::Missing)?;
-    let found = file.metadata().map_err(|_| PatchFailure::Missing)?;
-    if !found.is_file() {
-        return Err(PatchFailure::Missing);
-    }
+    // Why it cannot be read makes no difference to what follows.
+    let mut file = opened.ok().ok_or(PatchFailure::Missing)?;
+    let found = file.metadata().ok().filter(fs::Metadata::is_file).ok_or(PatchFailure::Missing)?;
     if found.size() != patch.size {
         return Err(PatchFailure::Digest);
     }

@@ -1,0 +1,4 @@
+//! Tests that need device-mapper, cgroup v2 and an OCI runtime: run as root inside the disposable test machine, on
+//! each of the stock Debian kernels in `tests/KERNELS`.
+
+mod partition;

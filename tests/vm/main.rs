@@ -1,6 +1,7 @@
 //! Tests that need device-mapper, cgroup v2 and an OCI runtime: run as root inside the disposable test machine, on
 //! each of the stock Debian kernels in `tests/KERNELS`.
 
+mod partition;
 mod smoke;
-#[cfg(test)]
 mod storage;
+#[cfg(test)]

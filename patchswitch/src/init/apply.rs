@@ -142,11 +142,9 @@ fn units(patches: &[PatchInput]) -> Vec<Vec<&PatchInput>> {
 fn verify(paths: &Paths, patch: &PatchInput) -> Result<(), PatchFailure> {
     let options = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let opened = File::options().read(true).custom_flags(options).open(paths.at(&patch.path()));
-    let mut file = opened.map_err(|_unreadable| PatchFailure::Missing)?;
-    let found = file.metadata().map_err(|_unreadable| PatchFailure::Missing)?;
-    if !found.is_file() {
-        return Err(PatchFailure::Missing);
-    }
+    // Why it cannot be read makes no difference to what follows.
+    let mut file = opened.ok().ok_or(PatchFailure::Missing)?;
+    let found = file.metadata().ok().filter(fs::Metadata::is_file).ok_or(PatchFailure::Missing)?;
     if found.size() != patch.size {
         return Err(PatchFailure::Digest);
     }

@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// How long everybody else may take to end when the service has.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long the agent is looked for: at the start in the background, at the end in the way.
-const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(1));
 
 /// Why the partition ends, and with which status.
 struct End {
@@ -49,8 +49,11 @@ pub(super) fn boot(options: &BootOptions) -> u8 {
     let end = live(options, &paths, &mut supervisor)
         .unwrap_or_else(|error| End::new(format!("the init failed: {error}"), 71));
     say(&end.reason);
-    let message = Message::Stopping { reason: end.reason, code: end.code.into() };
-    report::tell(&paths, &message, PATIENCE.1);
+    // Who asked knows; and an agent that waits for the end does not listen.
+    if !supervisor.is_stopping() {
+        let message = Message::Stopping { reason: end.reason, code: end.code.into() };
+        report::tell(&paths, &message, PATIENCE.1);
+    }
     if let Err(error) = supervisor.end_everybody(GRACE) {
         say(&format!("failed to end the other processes: {error}"));
     }

@@ -11,8 +11,6 @@ use super::paths::Paths;
 use super::say;
 use crate::control::{self, Answer, Boot, FrameError, Message};
 
-/// How long the agent may take to answer one message.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How long between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -34,7 +32,7 @@ pub(super) fn tell(paths: &Paths, message: &Message, patience: Duration) -> bool
     let Some(boot) = boot(paths) else { return false };
     let end = Instant::now() + patience;
     loop {
-        match attempt(paths, &boot, message) {
+        match attempt(paths, &boot, message, patience) {
             Ok(Answer::Accepted) => return true,
             Ok(Answer::Refused(reason)) => {
                 say(&format!("the agent refused a message: {reason}"));
@@ -56,8 +54,8 @@ pub(super) fn tell_later(paths: &Paths, message: Message, patience: Duration) {
     std::thread::spawn(move || tell(&paths, &message, patience));
 }
 
-fn attempt(paths: &Paths, boot: &Boot, message: &Message) -> Result<Answer, FrameError> {
-    let mut connection = connect(paths).map_err(FrameError::Io)?;
+fn attempt(paths: &Paths, boot: &Boot, message: &Message, patience: Duration) -> Result<Answer, FrameError> {
+    let mut connection = connect(paths, patience).map_err(FrameError::Io)?;
     let hello = Message::Hello { boot_id: boot.boot_id.clone(), nonce: boot.nonce.clone() };
     match control::say(&mut connection, hello)? {
         Answer::Accepted => control::say(&mut connection, message.clone()),
@@ -66,13 +64,13 @@ fn attempt(paths: &Paths, boot: &Boot, message: &Message) -> Result<Answer, Fram
 }
 
 /// Without blocking, because an agent that listens and does not accept would block it for ever.
-fn connect(paths: &Paths) -> io::Result<UnixStream> {
+fn connect(paths: &Paths, patience: Duration) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(paths.control(control::SOCKET))?)?;
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    stream.set_write_timeout(Some(ANSWER))?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
     Ok(stream)
 }

@@ -87,6 +87,48 @@ impl Cgroup {
         Ok(Self { root: root.to_owned(), relative })
     }
 
+    /// A cgroup directly below it.
+    #[must_use]
+    pub fn child(&self, name: &str) -> Self {
+        Self { root: self.root.clone(), relative: format!("{}/{name}", self.relative) }
+    }
+
+    /// The cgroups directly below it; none if it does not exist.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn children(&self) -> Result<Vec<Self>, CgroupError> {
+        let entries = match fs::read_dir(self.path()) {
+            Ok(entries) => entries,
+            Err(error) if gone(&error) => return Ok(Vec::new()),
+            Err(source) => return Err(self.error("list what is below")(source)),
+        };
+        let mut children = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(self.error("list what is below"))?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                children.push(self.child(&entry.file_name().to_string_lossy()));
+            }
+        }
+        Ok(children)
+    }
+
+    /// Makes it, without limits of its own.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`], also if its parent does not exist.
+    pub fn make(&self) -> Result<(), CgroupError> {
+        match fs::create_dir(self.path()) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => Err(self.error("make")(source)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Its own name, without its parents'.
+    pub fn name(&self) -> &str {
+        self.relative.rsplit('/').next().unwrap_or_default()
+    }
+
     /// Where it is, or would be.
     pub fn path(&self) -> PathBuf {
         self.root.join(self.relative.trim_start_matches('/'))
@@ -274,6 +316,9 @@ mod tests {
         assert!(is_below("/patchswitch/web", "/patchswitch/web"));
         assert!(!is_below("/patchswitch/web-2", "/patchswitch/web"), "a neighbour with a longer name");
         assert!(!is_below("/", "/patchswitch/web"));
+        let cgroup = Cgroup { root: MOUNT.into(), relative: "/patchswitch/web".to_owned() };
+        assert_eq!(cgroup.child("exec-1").path(), Path::new("/sys/fs/cgroup/patchswitch/web/exec-1"));
+        assert_eq!(cgroup.child("exec-1").name(), "exec-1");
         assert_eq!(parse_membership("3:cpu:/x\n"), None);
     }
 

@@ -17,16 +17,20 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::Deserialize;
 
+use super::cgroup::{Cgroup, CgroupError};
 use super::mountns::Inside;
 use super::pidfd::Process;
 use super::poll;
 use super::programs::{Program, ProgramError, Run};
+use crate::names;
 
 /// How long a call may take that does not run anything of the partition's. An emulated machine needs a tenth of it.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How much of each output of a command is kept.
 const OUTPUT_MAX: usize = 1 << 20;
-/// How long a killed `exec` may take to end.
+/// The beginning of the name of a command's cgroup below the partition's.
+const EXEC_CGROUP: &str = "exec-";
+/// How long a killed command may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why the runtime did not do what it was asked.
@@ -66,6 +70,9 @@ pub enum RuntimeError {
         /// The time it had.
         limit: Duration,
     },
+    /// The cgroup of a command could not be made or emptied.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// A file of the runtime's could not be used.
     #[error("failed to {action} {path}")]
     Io {
@@ -169,9 +176,10 @@ impl Runtime {
             return Err(self.failed("create", name, &read_log(&log)));
         }
         let text = fs::read_to_string(&pid_file).map_err(error("read", &pid_file))?;
-        text.trim()
-            .parse()
-            .map_err(|_not_a_number| self.failed("create", name, &format!("it wrote the number {text:?}")))
+        let pid = text.trim().parse().ok();
+        pid.ok_or_else(|| {
+            self.failed("create", name, &format!("it wrote {text:?} for the number of the init"))
+        })
     }
 
     /// Lets the init of a created partition run.
@@ -234,8 +242,9 @@ impl Runtime {
 
     /// Runs a command in a partition, to its end or to the end of its time.
     ///
-    /// At the end of its time the command itself is killed. What it left running stays in the partition and ends with
-    /// it; it is not waited for, nor is its output.
+    /// It has a cgroup of its own below the partition's. At the end of its time it is killed with everything that it
+    /// started. If it ends by itself, what it left running stays in the partition and ends with it; it is not waited
+    /// for, nor is its output (runc waits until its output is closed).
     ///
     /// # Errors
     /// [`RuntimeError::TimeOut`], or another if the command could not be run.
@@ -247,24 +256,17 @@ impl Runtime {
         limit: Duration,
     ) -> Result<Executed, RuntimeError> {
         let scratch = Scratch::new(&self.root, name)?;
-        let run = self.run("exec", Some(&scratch.log)).arg("--pid-file").arg(&scratch.pid);
-        let mut child = run.arg(name).args(command.iter().copied()).spawn()?;
-        let outcome = gather(&mut child, Instant::now() + limit);
-        let (stdout, stderr, ended) = match outcome {
-            Ok(gathered) => gathered,
-            Err(source) => {
-                scratch.kill(&mut child)?;
-                return Err(RuntimeError::Io {
-                    action: "read the output of a command in",
-                    path: name.into(),
-                    source,
-                });
-            }
-        };
-        if !ended {
+        // The bundle's own setting of new privileges is for the init alone.
+        let run = self.run("exec", Some(&scratch.log)).args(["--no-new-privs", "--cgroup"]);
+        let mut child = run.arg(scratch.cgroup.name()).arg(name).args(command.iter().copied()).spawn()?;
+        let gathered = gather(&mut child, Instant::now() + limit);
+        if !gathered.as_ref().is_ok_and(|(_, _, ended)| *ended) {
             scratch.kill(&mut child)?;
-            let command = command.join(" ");
-            return Err(RuntimeError::TimeOut { name: name.to_owned(), command, limit });
+        }
+        let (stdout, stderr, ended) =
+            gathered.map_err(error("read the output of a command in", Path::new(name)))?;
+        if !ended {
+            return Err(RuntimeError::TimeOut { name: name.to_owned(), command: command.join(" "), limit });
         }
         let status = child.wait().map_err(error("wait for a command in", Path::new(name)))?;
         let own = read_log(&scratch.log);
@@ -313,50 +315,43 @@ impl Runtime {
     }
 }
 
-/// The files of one `exec`, removed with it.
+/// What belongs to one `exec`, removed with it.
 struct Scratch {
     dir: PathBuf,
-    pid: PathBuf,
     log: PathBuf,
+    cgroup: Cgroup,
 }
 
 impl Scratch {
     fn new(root: &Path, name: &str) -> Result<Self, RuntimeError> {
-        // Beside the runtime's directory: in it, a directory would be taken for a partition. The thread's number
-        // tells two commands at once apart.
-        let parent = root.with_extension("exec");
-        let dir = parent.join(format!("{name}.{}", rustix::thread::gettid().as_raw_nonzero()));
-        fs::create_dir_all(&dir).map_err(error("make", &dir))?;
-        let (pid, log) = (dir.join("pid"), dir.join("log"));
-        for file in [&pid, &log] {
-            remove_file(file)?;
+        let partition = Cgroup::new(&format!("{}/{name}", names::CGROUP_ROOT))?;
+        // Those of commands whose left-over children have ended meanwhile.
+        for old in partition.children()?.iter().filter(|child| child.name().starts_with(EXEC_CGROUP)) {
+            old.remove_if_unused()?;
         }
-        Ok(Self { pid, log, dir })
+        let id = crate::control::random_id()
+            .map_err(error("make an identifier for a command in", Path::new(name)))?;
+        let cgroup = partition.child(&format!("{EXEC_CGROUP}{id}"));
+        // Beside the runtime's directory: in it, a directory would be taken for a partition.
+        let dir = root.with_extension("exec").join(id);
+        fs::create_dir_all(&dir).map_err(error("make", &dir))?;
+        let scratch = Self { log: dir.join("log"), dir, cgroup };
+        scratch.cgroup.make()?;
+        Ok(scratch)
     }
 
-    /// Kills the command first: without its parent it would live on in the partition.
+    /// The runtime first: what it has forked and not yet put into the cgroup ends without it.
     fn kill(&self, child: &mut Child) -> Result<(), RuntimeError> {
-        let text = fs::read_to_string(&self.pid).unwrap_or_default();
-        if let Ok(pid) = text.trim().parse() {
-            let process = Process::open(pid).map_err(error("find the process of", &self.pid))?;
-            // The child is not reaped, so its own child's number cannot have been given to anybody else.
-            process
-                .map_or(Ok(()), |process| process.kill())
-                .map_err(error("kill the process of", &self.pid))?;
-        }
-        let runtime = Process::open(child.id()).map_err(error("find the process of", &self.log))?;
-        if let Some(runtime) = runtime
-            && !runtime.wait(Instant::now() + KILL_LIMIT).map_err(error("wait for", &self.log))?
-        {
-            child.kill().map_err(error("kill", &self.log))?;
-        }
-        child.wait().map(|_| ()).map_err(error("wait for", &self.log))
+        let failed = error("kill a command of", &self.dir);
+        child.kill().and_then(|()| child.wait()).map_err(failed)?;
+        Ok(self.cgroup.kill_all(KILL_LIMIT)?)
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Nothing depends on it: the next command with this number removes it, and so does `down`.
+        // Nothing depends on it: what is left goes with the next command, or with the partition.
+        let _ = self.cgroup.remove_if_unused();
         let _ = fs::remove_dir_all(&self.dir);
         let _ = self.dir.parent().map(fs::remove_dir);
     }

@@ -205,8 +205,9 @@ impl Rig {
         }
         let mine = [&self.lab.client, &self.lab.host, &self.lab.a, &self.lab.b].map(Ns::name);
         let prefix = mine[0].trim_end_matches("client");
+        let product = matches!(one.list, List::File | List::Mount | List::BpfPin | List::Bpf);
         let text = one.to_string();
-        text.contains(prefix) || text.contains("patchswitch") || text.contains("ps_")
+        text.contains(prefix) || product && (text.contains("patchswitch") || text.contains("ps_"))
     }
 
     /// Detaches and proves that nothing is left.

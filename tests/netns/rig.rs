@@ -13,7 +13,6 @@ use anyhow::{Context as _, bail, ensure};
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec};
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
-use patchswitch_common::Slot;
 use patchswitch_load::client::{self, Settings};
 use patchswitch_load::control::{Order, Response, obey};
 use patchswitch_load::echo;
@@ -176,11 +175,6 @@ impl Rig {
             let mut attachment = Attachment::open(&name()?)?;
             call(&mut attachment).await
         })
-    }
-
-    /// The slot of a namespace.
-    pub(crate) fn slot(&self, ns: &Ns) -> Slot {
-        if ns.name() == self.lab.a.name() { Slot::A } else { Slot::B }
     }
 
     /// What is there that was not there before, or the reverse, of what this test can have made. The kernel frees

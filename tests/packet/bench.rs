@@ -138,10 +138,7 @@ impl Bench {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
     }
 
-    fn hash<K: Pod, V: Pod>(
-        &mut self,
-        name: &str,
-    ) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
+    fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
     }
 
@@ -163,7 +160,13 @@ impl Bench {
     }
 
     /// Remembers a flow, as if it had been answered a time ago.
-    pub(crate) fn remember(&mut self, key: FlowKey, local: IpAddr, slot: Slot, age_ns: u64) -> anyhow::Result<()> {
+    pub(crate) fn remember(
+        &mut self,
+        key: FlowKey,
+        local: IpAddr,
+        slot: Slot,
+        age_ns: u64,
+    ) -> anyhow::Result<()> {
         let seen_ns = boot_ns() - age_ns;
         let record = FlowRecord { seen_ns, local: to_wire(local), slot: slot.index(), pad: 0 };
         Ok(self.hash("LEARNED")?.insert(key, record, 0)?)

@@ -39,7 +39,11 @@ fn the_owner_decides_and_not_the_route() {
         ] {
             bench.word(word).unwrap();
             let seen = bench.run(Hook::ToPartition, on, 0, &own).unwrap();
-            assert_eq!((seen.action, seen.counted.as_slice()), (action, &[verdict][..]), "own address, {what}");
+            assert_eq!(
+                (seen.action, seen.counted.as_slice()),
+                (action, &[verdict][..]),
+                "own address, {what}"
+            );
         }
     }
     let arp = ethernet(b.mac, 0x0806, &[0; 46]);

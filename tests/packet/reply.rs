@@ -101,7 +101,10 @@ fn a_standby_answers_probes_and_is_mute_otherwise() {
             ("a segment to a client", tcp((family.service, PORT), (family.client, 1000), ACK, b"x")),
             ("a datagram", udp((family.service, PORT), (family.host, 6000), b"x")),
             ("a datagram from its own address", udp((family.own_b, PORT), (family.client, 1), b"x")),
-            ("an echo", icmp(family.service, family.host, if family.host.is_ipv4() { 8 } else { 128 }, [0; 4], b"x")),
+            (
+                "an echo",
+                icmp(family.service, family.host, if family.host.is_ipv4() { 8 } else { 128 }, [0; 4], b"x"),
+            ),
         ] {
             let seen = bench.partition(Slot::B, &packet).unwrap();
             check(&seen, DROP, &["quarantined"], what);
@@ -139,7 +142,13 @@ fn flows_are_learned_from_what_the_serving_one_answers() {
         let flow = key((family.client, 1000), PORT, frame::UDP);
         for (what, word, slot, packet, learned) in [
             ("not asked to", STEADY, Slot::A, reply(family.service, family), false),
-            ("a connection", learning, Slot::A, tcp((family.service, PORT), (family.client, 1000), ACK, b""), false),
+            (
+                "a connection",
+                learning,
+                Slot::A,
+                tcp((family.service, PORT), (family.client, 1000), ACK, b""),
+                false,
+            ),
             ("its own address", learning, Slot::A, reply(family.own_a, family), false),
             ("the retiring one", DRAINING.with_learning(true), Slot::A, reply(family.service, family), false),
             ("an answer", learning, Slot::A, reply(family.service, family), true),
@@ -168,7 +177,8 @@ fn flows_are_learned_from_what_the_serving_one_answers() {
     let [family, _] = families();
     for port in 0..LEARNED + 2 {
         let port = 2000 + port as u16;
-        let seen = bench.partition(Slot::A, &udp((family.service, PORT), (family.client, port), b"x")).unwrap();
+        let seen =
+            bench.partition(Slot::A, &udp((family.service, PORT), (family.client, port), b"x")).unwrap();
         let event = if u32::from(port - 2000) < LEARNED { "learned" } else { "learn_full" };
         check(&seen, REDIRECT, &["out", event], "a table of four");
     }
@@ -197,14 +207,21 @@ fn replies_of_learned_flows_get_the_services_address() {
         let (rewritten, icmp_protocol) = if v4 { ("rewritten_v4", 1) } else { ("rewritten_v6", 58) };
         for (port, protocol) in [(1000, frame::UDP), (7, icmp_protocol), (1000, frame::TCP)] {
             let service_port = if protocol == icmp_protocol { 0 } else { PORT };
-            bench.remember(key((family.client, port), service_port, protocol), family.service, Slot::A, 0).unwrap();
+            bench
+                .remember(key((family.client, port), service_port, protocol), family.service, Slot::A, 0)
+                .unwrap();
         }
         let pong = if v4 { 0 } else { 129 };
         let own = (family.own_a, PORT);
         let client = (family.client, 1000);
         for (what, packet, at, counted) in [
             ("a datagram", udp(own, client, b"answer"), Some(6), vec!["out", rewritten, "learned"]),
-            ("a datagram of odd length", udp(own, client, b"odd"), Some(6), vec!["out", rewritten, "learned"]),
+            (
+                "a datagram of odd length",
+                udp(own, client, b"odd"),
+                Some(6),
+                vec!["out", rewritten, "learned"],
+            ),
             ("a segment", tcp(own, client, ACK, b"x"), Some(16), vec!["out", rewritten, "learned"]),
             (
                 "an echo",

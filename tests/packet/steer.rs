@@ -90,7 +90,13 @@ fn in_peace_all_of_it_goes_to_who_serves() {
                 segment(family, 1000, SYN),
                 segment(family, 1000, ACK),
                 udp(client, (family.service, PORT), b"x"),
-                icmp(family.client, family.service, if family.client.is_ipv4() { 8 } else { 128 }, [0; 4], b"x"),
+                icmp(
+                    family.client,
+                    family.service,
+                    if family.client.is_ipv4() { 8 } else { 128 },
+                    [0; 4],
+                    b"x",
+                ),
                 Ip::new(family.client, family.service, 47, vec![0; 8]),
             ] {
                 check(&bench.client(&packet).unwrap(), REDIRECT, &[verdict], "steady");
@@ -238,7 +244,8 @@ fn time_wait(ns: &Ns, listening: &TcpListener, family: Family, port: u16) -> any
     drop(client);
     let end = Instant::now() + Duration::from_secs(5);
     while Instant::now() < end {
-        let there = |s: &patchswitch_tests::observe::TcpSocket| s.state == "TIME-WAIT" && s.peer.port() == port;
+        let there =
+            |s: &patchswitch_tests::observe::TcpSocket| s.state == "TIME-WAIT" && s.peer.port() == port;
         if tcp_sockets_in(ns)?.iter().any(there) {
             return Ok(());
         }
@@ -257,7 +264,12 @@ fn remains_of_a_connection_keep_all_but_a_new_one() {
         let kept = &["to_a", "kept_by_retiring"][..];
         check(&bench.client(&segment(family, 1000, ACK | FIN)).unwrap(), REDIRECT, kept, "a repeated FIN");
         check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "an ACK");
-        check(&bench.client(&segment(family, 1000, SYN)).unwrap(), REDIRECT, &["to_b"], "the tuple used again");
+        check(
+            &bench.client(&segment(family, 1000, SYN)).unwrap(),
+            REDIRECT,
+            &["to_b"],
+            "the tuple used again",
+        );
         let other = listener(&bench.lab.b, family).unwrap();
         check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "a listener is no socket");
         let _ends = connection(&bench.lab.b, &other, family, 1000).unwrap();
@@ -309,7 +321,8 @@ fn echoes_and_other_protocols_follow_what_was_learned() {
     let mut bench = Bench::new("echo").unwrap();
     bench.word(DRAINING).unwrap();
     for family in families() {
-        let (request, protocol) = if family.client.is_ipv4() { (8, frame::ICMP) } else { (128, frame::ICMPV6) };
+        let (request, protocol) =
+            if family.client.is_ipv4() { (8, frame::ICMP) } else { (128, frame::ICMPV6) };
         let echo = |id: u8| icmp(family.client, family.service, request, [0, id, 0, 1], b"ping");
         let other = Ip::new(family.client, family.service, 47, vec![0; 16]);
         bench.remember(key((family.client, 7), 0, protocol), family.service, Slot::A, 0).unwrap();
@@ -351,7 +364,11 @@ fn errors_follow_the_packet_they_carry() {
             ("a datagram", udp(service, client(1000), b"data"), kept),
             ("a datagram of nobody", udp(service, client(1001), b"data"), &["to_b"]),
             ("an echo", icmp(family.service, family.client, answer, [0, 7, 0, 1], b"pong"), kept),
-            ("an echo of nobody", icmp(family.service, family.client, answer, [0, 8, 0, 1], b"pong"), &["to_b"]),
+            (
+                "an echo of nobody",
+                icmp(family.service, family.client, answer, [0, 8, 0, 1], b"pong"),
+                &["to_b"],
+            ),
             ("a later fragment", Ip { place: Some(later), ..udp(service, client(1000), b"data") }, &["to_b"]),
             ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), &["to_b"]),
         ] {

@@ -30,7 +30,11 @@ fn no_prefix_is_steered_without_a_whole_key() {
                 header + extra + 14,
             ),
             ("a datagram", udp(client, service, b"data"), header + 4),
-            ("an echo", icmp(family.client, family.service, if v4 { 8 } else { 128 }, [0; 4], b"x"), header + 8),
+            (
+                "an echo",
+                icmp(family.client, family.service, if v4 { 8 } else { 128 }, [0; 4], b"x"),
+                header + 8,
+            ),
             (
                 "an error",
                 icmp(family.stranger, family.service, error, [0; 4], &inner),

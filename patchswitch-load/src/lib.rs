@@ -12,7 +12,7 @@
 //! | [`control`] | how a running client is told what to do |
 //! | [`record`] | what is kept of a request |
 //! | [`report`] | the report, and figures for any window of it |
-//! | [`derive`] | what a job of patchswitch did to the traffic |
+//! | [`mod@derive`] | what a job of patchswitch did to the traffic |
 //! | [`knee`] | how much load the service bears |
 //! | [`serve`], [`echo`] | the test servers |
 //! | [`http`], [`clock`] | the pieces below |

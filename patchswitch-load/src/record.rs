@@ -24,7 +24,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// All of them, in the order of [`Recorder`]'s lists.
+    /// All of them, in the order of `Recorder`'s lists.
     pub const ALL: [Self; 5] = [Self::Keepalive, Self::New, Self::Download, Self::Idle, Self::Udp];
 
     /// Whether requests of this class come all the time, so that a time without an answer means something.

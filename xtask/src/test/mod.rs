@@ -48,6 +48,9 @@ impl Tier {
     /// The test targets of the package `patchswitch-tests` that belong to this tier: one directory each. What is
     /// neither of the others plays in network namespaces.
     fn targets(self) -> Result<Vec<String>> {
+        if self == Self::Unit {
+            return unit_targets();
+        }
         let mut found = Vec::new();
         for entry in fs::read_dir(paths::root().join("tests"))? {
             let entry = entry?;
@@ -66,6 +69,24 @@ impl Tier {
         found.sort();
         Ok(found)
     }
+}
+
+/// The test targets of the other packages, which need no privilege.
+fn unit_targets() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for package in fs::read_dir(paths::root())? {
+        let tests = package?.path().join("tests");
+        for entry in fs::read_dir(tests).into_iter().flatten() {
+            let path = entry?.path();
+            let is_target =
+                path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+            found.extend(
+                path.file_stem().filter(|_| is_target).map(|stem| stem.to_string_lossy().into_owned()),
+            );
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Runs the tests: all of them, or one tier.

@@ -158,6 +158,7 @@ fn dismantle(story: &Story, product: &Product) -> anyhow::Result<()> {
     for partition in PARTITIONS {
         result = result.and(product.run(&["partition", "remove", partition]).map(drop));
     }
+    result = result.and(product.run(&["down"]).map(drop));
     if result.is_ok() {
         story.say("service and partitions are removed");
     }

@@ -108,7 +108,7 @@ fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
 /// Whether the host has a connection for a flow (seen from its end) that is bound to the hook's own device, as the
 /// agent's probes are. A connection of anybody else's on the host is none of a standby's business.
 #[inline(never)]
-pub fn answers_probe(ctx: &TcContext, flow: &Flow, v6: bool) -> bool {
+pub fn is_bound_here(ctx: &TcContext, flow: &Flow, v6: bool) -> bool {
     let sk = find_tcp(ctx, OWN_NAMESPACE, flow, v6);
     if sk.is_null() {
         return false;

@@ -6,9 +6,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::maps::Address;
-use patchswitch_common::parse::{
-    self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Network, Octets, Packet, ipv4, ipv6,
-};
+use patchswitch_common::parse::{self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Network, Octets, Packet, ipv4, ipv6};
 
 /// `PACKET_HOST` of `linux/if_packet.h`.
 const PACKET_HOST: u32 = 0;

@@ -4,9 +4,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
-use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh,
-};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
@@ -15,7 +13,7 @@ use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::Phase;
 
 use crate::maps;
-use crate::owner::{answers_probe, flow_key};
+use crate::owner::{flow_key, is_bound_here};
 use crate::packet::{self, Frame, is_ip};
 use crate::report::{DROP, NEXT, event, exit};
 use crate::rewrite;
@@ -74,7 +72,13 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     }
     match next_hop(ctx, &network, &source) {
         Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
-        None => exit(Hook::FromPartition, Verdict::OutByStack, by_the_route(ctx, &network, &source)),
+        None => {
+            let link = link_of_route(ctx, &network, &source);
+            // A probe's socket is bound to this link and would not know its answer on another one.
+            let action =
+                if link == 0 || answers_probe(ctx, slot, &network) { NEXT } else { again(ctx, link) };
+            exit(Hook::FromPartition, Verdict::OutByStack, action)
+        }
     }
 }
 
@@ -108,21 +112,31 @@ fn origin(slot: Slot, network: &Network) -> Origin {
     }
 }
 
-/// A standby reaches nothing but the agent's probes: a segment passes only if the host has a connection for it that is
-/// bound to this very link.
+/// A standby reaches nothing but the agent's probes.
 #[inline(always)]
 fn quarantine(ctx: &TcContext, slot: Slot, network: &Network) -> i32 {
+    if answers_probe(ctx, slot, network) {
+        exit(Hook::FromPartition, Verdict::Probe, NEXT)
+    } else {
+        exit(Hook::FromPartition, Verdict::Quarantined, DROP)
+    }
+}
+
+/// Whether a segment answers a probe of the agent: the host has a connection for it that is bound to this very link.
+///
+/// It gets the probes' mark: with it the host's check of the way back (rp_filter) asks the table of the probes, which
+/// names this link.
+#[inline(never)]
+fn answers_probe(ctx: &TcContext, slot: Slot, network: &Network) -> bool {
     let mut packet = Packet::EMPTY;
     let answers = packet::inbound(ctx, network, &mut packet)
         && packet.kind == Kind::Direct
         && packet.transport == Transport::Tcp
-        && answers_probe(ctx, &packet.flow, network.v6);
-    if !answers {
-        return exit(Hook::FromPartition, Verdict::Quarantined, DROP);
+        && is_bound_here(ctx, &packet.flow, network.v6);
+    if answers {
+        ctx.set_mark(maps::settings().probe_mark | slot.index());
     }
-    // With the mark the host's check of the way back (rp_filter) asks the table of the probes, which names this link.
-    ctx.set_mark(maps::settings().probe_mark | slot.index());
-    exit(Hook::FromPartition, Verdict::Probe, NEXT)
+    answers
 }
 
 /// Remembers a flow that the serving partition answered and that no socket will tell of.
@@ -210,22 +224,25 @@ fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32>
     Some(unsafe { bpf_redirect_neigh(fib.ifindex, params, size_of::<Neighbour>() as i32, 0) } as i32)
 }
 
-/// Hands a packet to the kernel on the link to which its route for the service points.
+/// The link to which the host's route for the service points, if it is the other partition's; else 0.
 ///
 /// Both partitions have the service address, but only one of them can have the host's route to it. On the other's link
 /// the kernel would drop what comes with that source (`rp_filter`; a firewall's check of the reverse path for IPv6).
 #[inline(never)]
-fn by_the_route(ctx: &TcContext, network: &Network, source: &Address) -> i32 {
+fn link_of_route(ctx: &TcContext, network: &Network, source: &Address) -> u32 {
     let mut fib = Fib::new(ctx, network, &network.destination, source);
     let found = fib.look_up(ctx);
-    let here = Frame(ctx).ifindex();
     let routed = matches!(found, FOUND | FOUND_NO_NEIGHBOUR | FRAGMENTATION_NEEDED);
-    if !routed || fib.ifindex == here || maps::slot_of(fib.ifindex).is_none() {
-        return NEXT;
-    }
+    let elsewhere = fib.ifindex != Frame(ctx).ifindex() && maps::slot_of(fib.ifindex).is_some();
+    if routed && elsewhere { fib.ifindex } else { 0 }
+}
+
+/// Hands a packet to the kernel as if it came from another link.
+#[inline(always)]
+fn again(ctx: &TcContext, link: u32) -> i32 {
     ctx.set_mark(AGAIN_MARK);
     // SAFETY: a helper on plain numbers.
-    unsafe { bpf_redirect(fib.ifindex, u64::from(BPF_F_INGRESS)) as i32 }
+    unsafe { bpf_redirect(link, u64::from(BPF_F_INGRESS)) as i32 }
 }
 
 /// `struct bpf_redir_neigh` of `linux/bpf.h`.

@@ -24,13 +24,7 @@ static HAS_CSUM_IPV6: u32 = 0;
 
 /// Rewrites the source of a reply if it belongs to a learned flow; then `source` is what it is now.
 #[inline(never)]
-pub fn reply(
-    ctx: &TcContext,
-    slot: Slot,
-    network: &Network,
-    packet: &Packet,
-    source: &mut Address,
-) -> bool {
+pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, source: &mut Address) -> bool {
     let Some(local) = service_of(slot, network, packet) else { return false };
     let done = if network.v6 { rewrite6(ctx, network, &local) } else { rewrite4(ctx, network, &local) };
     if done.is_none() {

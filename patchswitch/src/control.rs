@@ -1,4 +1,4 @@
-//! The control channel: what a partition's init says to the agent, without any network (patent Fig. 3, [305]).
+//! The control channel: what a partition's init says to the agent, without any network (patent Fig. 3, 305).
 //!
 //! A stream socket in a directory of the host that is bound, read-only, into the partition. Each frame is four bytes
 //! of length, most significant first, and that many bytes of JSON. A connection begins with [`Message::Hello`], which

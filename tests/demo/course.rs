@@ -113,7 +113,7 @@ fn measure(
     match knee {
         Some(knee) => story.say(&format!("the service begins to lag at {knee:.0} requests/s")),
         None if measured => {
-            story.say("the service lags at any rate: this machine is busy with something else")
+            story.say("the service lags at any rate: this machine is busy with something else");
         }
         None => {}
     }

@@ -296,7 +296,8 @@ mod tests {
 
     #[test]
     fn each_condition_is_noticed_when_it_is_broken() {
-        let cases: [(&str, fn(&mut JobReport)); 16] = [
+        type Break = fn(&mut JobReport);
+        let cases: [(&str, Break); 16] = [
             ("exit code", |job| job.exit_code = 1),
             ("moved", |job| job.flips_seen = 0),
             ("nginx", |job| job.version_after = "1".into()),

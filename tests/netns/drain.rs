@@ -137,8 +137,8 @@ fn connections_that_the_partition_made_itself_are_listed_and_not_waited_for() {
         let flows = rig.ok(&["flows", NAME]).unwrap();
         let retiring = &flows["partitions"][1]["flows"];
         assert_eq!(retiring["accepted"], Value::Array(vec![]), "{flows}");
-        assert_eq!(retiring["outgoing"].as_array().map(Vec::len), Some(1), "{flows}");
-        assert_eq!(retiring["outgoing"][0]["remote"], to.to_string());
+        let outgoing_ones = retiring["outgoing"].as_array().unwrap();
+        assert!(outgoing_ones.iter().any(|flow| flow["remote"] == to.to_string()), "{flows}");
         // It works all the same while its owner retires.
         far.write_all(b"x").unwrap();
         outgoing.read_exact(&mut [0]).unwrap();

@@ -10,8 +10,6 @@ use patchswitch_tests::programs;
 use crate::ask::who;
 use crate::rig::{NAME, Rig, Server, ends};
 
-const OTHER: &str = "10.77.0.20";
-
 #[test]
 fn what_makes_no_sense_is_refused_before_anything_is_changed() {
     let rig = Rig::new("refuse").unwrap();
@@ -135,7 +133,10 @@ fn only_gone(left: &[Leftover]) -> bool {
 
 #[test]
 fn an_uplink_that_goes_away_can_be_detached() {
-    let rig = Rig::new("unplug").unwrap();
+    let mut rig = Rig::new("unplug").unwrap();
+    // What the host's own clients have as their address when the uplink and its addresses are gone.
+    rig.lab.host.ip_batch("addr add 10.55.0.1/32 dev lo\naddr add fd55::1/128 dev lo\n").unwrap();
+    rig.furnished().unwrap();
     let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
     rig.attach().unwrap();
     rig.lab.host.ip(&format!("link del {UPLINK}")).unwrap();

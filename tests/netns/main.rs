@@ -9,6 +9,8 @@ mod flows;
 #[cfg(test)]
 mod hand;
 #[cfg(test)]
+mod icmp;
+#[cfg(test)]
 mod inputs;
 #[cfg(test)]
 mod kill;
@@ -20,3 +22,7 @@ mod local;
 mod quarantine;
 #[cfg(test)]
 mod rig;
+#[cfg(test)]
+mod shared;
+#[cfg(test)]
+mod udp;

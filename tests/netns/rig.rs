@@ -13,7 +13,6 @@ use anyhow::{Context as _, bail, ensure};
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec};
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
-use patchswitch_common::Slot;
 use patchswitch_load::client::{self, Settings};
 use patchswitch_load::control::{Order, Response, obey};
 use patchswitch_load::echo;
@@ -178,11 +177,6 @@ impl Rig {
         })
     }
 
-    /// The slot of a namespace.
-    pub(crate) fn slot(&self, ns: &Ns) -> Slot {
-        if ns.name() == self.lab.a.name() { Slot::A } else { Slot::B }
-    }
-
     /// What is there that was not there before, or the reverse, of what this test can have made. The kernel frees
     /// programs and maps a little after their last user has gone.
     pub(crate) fn left(&self) -> anyhow::Result<Vec<Leftover>> {
@@ -205,8 +199,9 @@ impl Rig {
         }
         let mine = [&self.lab.client, &self.lab.host, &self.lab.a, &self.lab.b].map(Ns::name);
         let prefix = mine[0].trim_end_matches("client");
+        let product = matches!(one.list, List::File | List::Mount | List::BpfPin | List::Bpf);
         let text = one.to_string();
-        text.contains(prefix) || text.contains("patchswitch") || text.contains("ps_")
+        text.contains(prefix) || product && (text.contains("patchswitch") || text.contains("ps_"))
     }
 
     /// Detaches and proves that nothing is left.

@@ -1,7 +1,8 @@
 //! Tests that need device-mapper, cgroup v2 and an OCI runtime: run as root inside the disposable test machine, on
 //! each of the stock Debian kernels in `tests/KERNELS`.
 
+#[cfg(test)]
 mod partition;
 mod smoke;
-mod storage;
 #[cfg(test)]
+mod storage;

@@ -139,7 +139,8 @@ pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
 /// Mounts the BPF file system where it belongs, if it is not there yet; only root may look into it.
 ///
 /// # Errors
-/// [`DataplaneError::File`] if it cannot be mounted.
+/// [`DataplaneError::File`] if it cannot be mounted, [`DataplaneError::PrivateMounts`] if only this process and its
+/// children would see it.
 pub fn ensure_bpffs() -> Result<(), DataplaneError> {
     use rustix::mount::{MountFlags, mount};
     const BPFFS: &str = "/sys/fs/bpf";
@@ -153,6 +154,11 @@ pub fn ensure_bpffs() -> Result<(), DataplaneError> {
     let found = rustix::fs::statfs(BPFFS).map_err(failed)?;
     if u64::try_from(found.f_type).is_ok_and(|kind| kind == MAGIC) {
         return Ok(());
+    }
+    // What is pinned in a mount namespace of its own is gone with it, and the path of the packets as well.
+    let namespace = |process| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    if namespace("self") != namespace("1") {
+        return Err(DataplaneError::PrivateMounts);
     }
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("bpf", BPFFS, "bpf", flags, c"mode=0700").map_err(failed)

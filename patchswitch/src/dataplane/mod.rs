@@ -77,11 +77,17 @@ pub enum DataplaneError {
         #[source]
         source: std::io::Error,
     },
+    /// There is no BPF file system, and one mounted here would vanish with the process.
+    #[error(
+        "no BPF file system is mounted at /sys/fs/bpf in this private mount namespace; to run in a network namespace \
+         use `nsenter --net=/run/netns/NAME patchswitch …` instead of `ip netns exec`"
+    )]
+    PrivateMounts,
     /// The object is not the one this version was built for.
     #[error("the BPF object has no {0}")]
     Missing(String),
     /// Nothing is pinned under that name.
-    #[error("nothing is attached as {0}")]
+    #[error("the programs of {0} are gone; `patchswitch detach {0}` removes what else there is")]
     NotAttached(Name),
     /// A system call of the fence failed.
     #[error("failed to wait for the packets under way")]

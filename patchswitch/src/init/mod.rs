@@ -8,7 +8,7 @@
 //!   apply:   table ─► verify every file ─► for each patch: "started" durable ─► run ─► outcome durable ─► report
 //! ```
 //!
-//! It is the patent's script execution program [1101] and patch execution script [1107] in one static binary, so that
+//! It is the patent's script execution program (1101) and patch execution script (1107) in one static binary, so that
 //! it works in a root without a shell. Where systemd is PID 1, a unit runs `apply` alone; an administrator's starting
 //! script may call it as well and so choose its place. It trusts the host and nothing else is asked of it: whatever it
 //! reports, the host judges by its own table and its own probes.

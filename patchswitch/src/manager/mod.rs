@@ -10,11 +10,11 @@
 //!  processes ─► network namespace ─► mounts ─► disks                      stop
 //! ```
 //!
-//! * [`define`]: partitions come into being, and go.
-//! * [`machine`]: start, stop, what is there.
-//! * [`lease`]: a standby is lent to a service, and given back or kept.
-//! * [`service`]: a service address gets its partition and its data path.
-//! * [`recover`]: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
+//! * `define`: partitions come into being, and go.
+//! * `machine`: start, stop, what is there.
+//! * `lease`: a standby is lent to a service, and given back or kept.
+//! * `service`: a service address gets its partition and its data path.
+//! * `recover`: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
 
 mod define;
 mod error;

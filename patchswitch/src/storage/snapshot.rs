@@ -3,8 +3,8 @@
 //! This is the copying of system disk and application disk of the patent (Fig. 7, steps 703 and 704), in the time of
 //! one suspend instead of one copy, whatever the size.
 //!
-//! The order of things is what keeps a clone right, so it is written in types: [`Loaded`] is what has its tables
-//! waiting, and the only way to make a snapshot come alive is [`Loaded::cut`], which does it while the origins stand
+//! The order of things is what keeps a clone right, so it is written in types: `Loaded` is what has its tables
+//! waiting, and the only way to make a snapshot come alive is `Loaded::cut`, which does it while the origins stand
 //! still, or [`reopen`], which does it before there is an origin device at all. See the module
 //! [`cutter`](crate::host::linux::cutter) for what happens otherwise.
 

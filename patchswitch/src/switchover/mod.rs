@@ -11,7 +11,7 @@
 //! next: taking over a clone that was not verified does not compile. An error says which phase it was, why, how the
 //! undo went, and who serves now.
 //!
-//! Before TAKE OVER undo is one function, [`undo::discard`], which takes everything of the standby away whatever of it
+//! Before TAKE OVER undo is one function, `undo::discard`, which takes everything of the standby away whatever of it
 //! is there; give-back, rollback and recovery end with the same one.
 
 mod clone;

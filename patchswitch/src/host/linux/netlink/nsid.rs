@@ -6,6 +6,11 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::super::netns::Netns;
 use super::{Netlink, NetlinkError, failed, unless};
 
+/// So many numbers are tried.
+const ATTEMPTS: i32 = 256;
+/// The distance between two of them.
+const STEP: i32 = 0x1_0000;
+
 impl Netlink {
     /// Gives a namespace an id as seen from this one, or asks for the id that it has.
     ///
@@ -18,12 +23,18 @@ impl Netlink {
         if let Some(id) = self.get_nsid(netns).await? {
             return Ok(id);
         }
-        let message = nsid_message(netns, Some(wanted));
-        let done = self.request(RouteNetlinkMessage::NewNsId(message), 0).await;
-        // Somebody else was quicker, or the number is taken: ask again for what the namespace has now.
-        done.map(|_| ())
-            .or_else(unless(libc::EEXIST, || format!("set an id for network namespace {netns}")))?;
-        self.get_nsid(netns).await?.ok_or_else(|| NetlinkError::NoNsid(netns.to_string()))
+        // An id cannot be taken away from a namespace that lives, so an earlier one may still have the number.
+        for candidate in (0..ATTEMPTS).map(|n| wanted.saturating_add(n * STEP)) {
+            let message = nsid_message(netns, Some(candidate));
+            let done = self.request(RouteNetlinkMessage::NewNsId(message), 0).await;
+            // Either the number is taken, or somebody else was quicker.
+            let named = || format!("set an id for network namespace {netns}");
+            done.map(drop).or_else(unless(libc::EEXIST, named))?;
+            if let Some(id) = self.get_nsid(netns).await? {
+                return Ok(id);
+            }
+        }
+        Err(NetlinkError::NoNsid(netns.to_string()))
     }
 
     async fn get_nsid(&self, netns: &Netns) -> Result<Option<i32>, NetlinkError> {

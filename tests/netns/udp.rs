@@ -1,0 +1,302 @@
+//! Flows without a connection: learned while a switch is prepared, kept across it, answered with the service's
+//! address, forgotten when they are idle.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use patchswitch::attachment::{AttachError, DrainOptions, OnDeadline, SwitchOptions};
+use patchswitch_common::Slot;
+use patchswitch_load::client::Settings;
+use patchswitch_load::echo;
+use patchswitch_load::record::ErrorKind;
+use patchswitch_load::report::Window;
+use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, SERVICE};
+
+use crate::rig::{ECHO, Load, Rig, echo_in, load, service};
+use crate::shared::bound;
+
+const IDLE: Duration = Duration::from_millis(1500);
+const PAUSE: Duration = Duration::from_millis(400);
+
+/// Datagrams only, each flow for the whole run.
+fn datagrams() -> Settings {
+    Settings { rate: 0.0, udp_rate: 100.0, udp_port: Some(ECHO), ..load() }
+}
+
+/// A laboratory with an echo service in both partitions.
+fn echoing(label: &str, idle: Duration) -> anyhow::Result<Rig> {
+    let rig = Rig::new(label)?;
+    echo_in(&rig.lab.a, "a")?;
+    echo_in(&rig.lab.b, "b")?;
+    rig.attach_owned(idle)?;
+    Ok(rig)
+}
+
+fn learn(rig: &Rig) -> anyhow::Result<()> {
+    rig.with(async |attachment| Ok(attachment.learn()?))
+}
+
+fn switch(rig: &Rig, to: Slot) -> anyhow::Result<()> {
+    rig.with(async |attachment| Ok(attachment.switch(to).await.map(drop)?))
+}
+
+fn event(rig: &Rig, name: &str) -> u64 {
+    rig.counter(&["events", name]).unwrap_or_default()
+}
+
+#[test]
+fn flows_in_flight_are_answered_with_the_services_address() {
+    let rig = echoing("datagrams", IDLE).unwrap();
+    let old = Load::start(&rig.lab.client, datagrams());
+    std::thread::sleep(PAUSE);
+    learn(&rig).unwrap();
+    std::thread::sleep(IDLE);
+    switch(&rig, Slot::B).unwrap();
+    let new = Load::start(&rig.lab.client, datagrams());
+    std::thread::sleep(PAUSE);
+    let rewritten = [event(&rig, "rewritten_v4"), event(&rig, "rewritten_v6")];
+    assert!(rewritten.iter().all(|count| *count > 0), "{rewritten:?}");
+    // Given back while flows of both are in flight: each side keeps its own once more.
+    learn(&rig).unwrap();
+    std::thread::sleep(IDLE);
+    switch(&rig, Slot::A).unwrap();
+    std::thread::sleep(PAUSE);
+    let newest = Load::start(&rig.lab.client, datagrams());
+    std::thread::sleep(PAUSE);
+    for (load, who) in [(old, "a"), (new, "b"), (newest, "a")] {
+        let run = load.stop().unwrap();
+        assert_eq!(run.failures, [], "of {who}");
+        assert_eq!(run.instances, [who]);
+        assert!(run.stats(run.whole()).requests >= 30);
+    }
+    let more = [event(&rig, "rewritten_v4"), event(&rig, "rewritten_v6")];
+    assert!(more.iter().zip(rewritten).all(|(more, before)| *more > before), "{rewritten:?} {more:?}");
+    assert_eq!(event(&rig, "rewrite_failed"), 0);
+    // When nothing is in flight the notice is taken back by the drain.
+    let report = rig.ok(&["drain", "web", "--deadline", "20"]).unwrap();
+    assert_eq!(report["drain"]["settled"], true, "{report}");
+    let status = rig.ok(&["status", "web"]).unwrap();
+    assert_eq!(status["attachments"][0]["notice"], false, "{status}");
+    rig.finish_owned().unwrap();
+}
+
+#[test]
+fn without_the_notice_nobody_hears_the_answers() {
+    let rig = echoing("unnoticed", IDLE).unwrap();
+    let load = Load::start(&rig.lab.client, Settings { time_out: Duration::from_millis(300), ..datagrams() });
+    std::thread::sleep(PAUSE);
+    learn(&rig).unwrap();
+    std::thread::sleep(IDLE);
+    let options = SwitchOptions { notice: false, ..SwitchOptions::default() };
+    rig.with(async |attachment| Ok(attachment.switch_with(Slot::B, options).await?)).unwrap();
+    load.order("mark switched").unwrap();
+    std::thread::sleep(PAUSE * 2);
+    let run = load.stop().unwrap();
+    let switched = run.mark("switched").unwrap();
+    let after = run.stats(Window { from_ns: switched, to_ns: run.ended_ns });
+    assert!(after.requests > 20 && after.failed == after.requests, "{after:?}");
+    for failure in run.failures_due(Window { from_ns: switched, to_ns: run.ended_ns }) {
+        let ErrorKind::WrongSource(from) = failure.error else { panic!("{failure:?}") };
+        assert!(OWN_A.contains(&from.ip().to_string().as_str()), "{failure:?}");
+    }
+    assert_eq!(event(&rig, "rewritten_v4") + event(&rig, "rewritten_v6"), 0);
+    rig.finish_owned().unwrap();
+}
+
+/// One client socket for each family, connected to a port of the service.
+fn clients(rig: &Rig, port: u16) -> anyhow::Result<[UdpSocket; 2]> {
+    let open = |to: IpAddr| {
+        rig.lab.client.enter(|| {
+            let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.connect((to, port))?;
+            socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+            Ok(socket)
+        })
+    };
+    let [v4, v6] = service().map(open);
+    Ok([v4?, v6?])
+}
+
+/// Who answers a question on a connected socket, which hears nobody but the service.
+fn ask(socket: &UdpSocket, number: u64) -> anyhow::Result<String> {
+    socket.send(&echo::question(1, number))?;
+    let mut bytes = [0; echo::DATAGRAM_MAX];
+    let length = socket.recv(&mut bytes)?;
+    let (_, got, tag) = echo::parse(&bytes[..length]).ok_or_else(|| anyhow::anyhow!("not an answer"))?;
+    anyhow::ensure!(got == number, "an old answer");
+    Ok(String::from_utf8_lossy(tag).into_owned())
+}
+
+#[test]
+fn a_flow_that_is_idle_is_forgotten() {
+    let rig = echoing("idle", IDLE).unwrap();
+    let [v4, v6] = clients(&rig, ECHO).unwrap();
+    learn(&rig).unwrap();
+    for socket in [&v4, &v6] {
+        assert_eq!(ask(socket, 1).unwrap(), "a");
+    }
+    switch(&rig, Slot::B).unwrap();
+    let mut last = Instant::now();
+    // Each answer begins the time anew.
+    for number in 2..6 {
+        std::thread::sleep(IDLE / 3);
+        for socket in [&v4, &v6] {
+            assert_eq!(ask(socket, number).unwrap(), "a", "{number}");
+        }
+        last = Instant::now();
+    }
+    std::thread::sleep(IDLE.saturating_sub(last.elapsed()) + PAUSE);
+    for socket in [&v4, &v6] {
+        assert_eq!(ask(socket, 9).unwrap(), "b", "who has been silent for so long is a new client");
+    }
+    rig.finish_owned().unwrap();
+}
+
+#[test]
+fn flows_that_were_not_learned_go_to_the_new_partition() {
+    let rig = echoing("unlearned", IDLE).unwrap();
+    let sockets = clients(&rig, ECHO).unwrap();
+    for socket in &sockets {
+        assert_eq!(ask(socket, 1).unwrap(), "a");
+    }
+    switch(&rig, Slot::B).unwrap();
+    for socket in &sockets {
+        assert_eq!(ask(socket, 2).unwrap(), "b");
+    }
+    rig.finish_owned().unwrap();
+}
+
+/// Echoes datagrams of any size, with a tag for their first byte.
+fn big_echo(ns: &Ns, port: u16, tag: u8) -> anyhow::Result<()> {
+    for socket in ns.enter(|| Ok(echo::bind(port)?))? {
+        std::thread::spawn(move || {
+            let mut bytes = vec![0; 65_536];
+            while let Ok((length, from)) = socket.recv_from(&mut bytes) {
+                bytes[0] = tag;
+                // Whoever does not hear it says so.
+                drop(socket.send_to(&bytes[..length], from));
+            }
+        });
+    }
+    Ok(())
+}
+
+#[test]
+fn fragments_follow_the_first_one_both_ways() {
+    let rig = Rig::new("fragments").unwrap();
+    big_echo(&rig.lab.a, 7200, b'a').unwrap();
+    big_echo(&rig.lab.b, 7200, b'b').unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    let question: Vec<u8> = (0..4000_u32).map(|i| (i % 251) as u8).collect();
+    let ask = |socket: &UdpSocket| {
+        socket.send(&question).unwrap();
+        let mut answer = vec![0; 65_536];
+        let length = socket.recv(&mut answer).unwrap();
+        assert_eq!(answer[1..length], question[1..], "whole");
+        answer[0]
+    };
+    let old = clients(&rig, 7200).unwrap();
+    learn(&rig).unwrap();
+    for socket in &old {
+        assert_eq!(ask(socket), b'a');
+    }
+    switch(&rig, Slot::B).unwrap();
+    let new = clients(&rig, 7200).unwrap();
+    for _ in 0..10 {
+        for socket in &old {
+            assert_eq!(ask(socket), b'a');
+        }
+        for socket in &new {
+            assert_eq!(ask(socket), b'b');
+        }
+    }
+    // Three fragments each, of which only the first has ports.
+    assert!(event(&rig, "rewritten_v4") >= 30 && event(&rig, "rewritten_v6") >= 30);
+    rig.finish_owned().unwrap();
+}
+
+#[test]
+fn a_table_that_is_full_refuses_the_switch() {
+    let rig = echoing("full", Duration::from_secs(60)).unwrap();
+    let flood = |addresses: [&str; 2]| {
+        rig.lab.a.enter(|| {
+            let socket = UdpSocket::bind((SERVICE[0], 7300))?;
+            for address in addresses {
+                let address: IpAddr = address.parse()?;
+                for port in 1..=u16::MAX {
+                    // The client has nobody there and says so.
+                    drop(socket.send_to(b"x", (address, port)));
+                }
+            }
+            Ok(())
+        })
+    };
+    let refused = |result: Result<_, AttachError>| matches!(result, Err(AttachError::LearnFull { packets }) if packets > 0);
+    learn(&rig).unwrap();
+    rig.lab.client.ip("addr add 10.77.0.3/24 dev eth0").unwrap();
+    flood([CLIENT[0], "10.77.0.3"]).unwrap();
+    assert!(event(&rig, "learn_full") > 0);
+    assert!(rig.with(async |attachment| Ok(refused(attachment.switch(Slot::B).await))).unwrap());
+    let status = rig.ok(&["status", "web"]).unwrap();
+    assert_eq!(status["attachments"][0]["phase"], "steady", "{status}");
+    // It is what counted since the learning began that matters.
+    rig.with(async |attachment| {
+        attachment.settle()?;
+        attachment.learn()?;
+        Ok(attachment.switch(Slot::B).await?)
+    })
+    .unwrap();
+    rig.with(async |attachment| Ok(attachment.settle()?)).unwrap();
+    // Told to, it is done all the same.
+    learn(&rig).unwrap();
+    let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
+    rig.with(async |attachment| Ok(attachment.switch_with(Slot::A, options).await?)).unwrap();
+    rig.lab.client.ip("addr del 10.77.0.3/24 dev eth0").unwrap();
+    rig.finish_owned().unwrap();
+}
+
+#[test]
+fn a_connected_socket_keeps_its_flow_and_is_waited_for() {
+    const CONNECTED: u16 = 7400;
+    let rig = Rig::new("connected").unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    let clients = clients(&rig, CONNECTED).unwrap();
+    let mut servers = Vec::new();
+    for (client, address) in clients.iter().zip(service()) {
+        let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+        let peer = SocketAddr::new(
+            CLIENT[usize::from(address.is_ipv6())].parse().unwrap(),
+            client.local_addr().unwrap().port(),
+        );
+        let (waiting, connected) = rig
+            .lab
+            .a
+            .enter(|| {
+                let waiting = bound((any, CONNECTED).into())?;
+                let connected = bound((address, CONNECTED).into())?;
+                connected.connect(peer)?;
+                connected.set_read_timeout(Some(Duration::from_secs(2)))?;
+                Ok((waiting, connected))
+            })
+            .unwrap();
+        servers.push((waiting, connected));
+    }
+    switch(&rig, Slot::B).unwrap();
+    for (client, (_, connected)) in clients.iter().zip(&servers) {
+        client.send(b"question").unwrap();
+        let length = connected.recv(&mut [0; 16]).unwrap();
+        assert_eq!(length, 8, "no entry is needed where a socket tells");
+        connected.send(b"answer").unwrap();
+        assert_eq!(client.recv(&mut [0; 16]).unwrap(), 6);
+    }
+    let options = |on_deadline| DrainOptions { deadline: Some(Duration::from_millis(600)), on_deadline };
+    let kept =
+        rig.with(async |attachment| Ok(attachment.drain(&options(OnDeadline::Keep), |_| ()).await?)).unwrap();
+    assert_eq!((kept.left, kept.settled), (2, false));
+    let reset = rig
+        .with(async |attachment| Ok(attachment.drain(&options(OnDeadline::Reset), |_| ()).await?))
+        .unwrap();
+    assert_eq!((reset.reset, reset.settled), (2, true));
+    rig.finish_owned().unwrap();
+}

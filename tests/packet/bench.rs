@@ -1,0 +1,337 @@
+//! The programs on a bench: loaded, attached to nothing, with two partitions whose sockets the kernel knows.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, ensure};
+use aya::maps::{Array, HashMap, PerCpuArray};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfLoader, Pod};
+use patchswitch::dataplane::{self, to_wire};
+use patchswitch::host::linux::netlink::Netlink;
+use patchswitch::host::linux::netns::{Netns, NetnsRef};
+use patchswitch_common::Slot;
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
+use patchswitch_common::word::Word;
+use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
+
+/// `TC_ACT_UNSPEC`: the next program, and then the kernel.
+pub(crate) const NEXT: i32 = -1;
+/// `TC_ACT_SHOT`.
+pub(crate) const DROP: i32 = 2;
+/// `TC_ACT_REDIRECT`.
+pub(crate) const REDIRECT: i32 = 7;
+
+/// The service's TCP and UDP port.
+pub(crate) const PORT: u16 = 80;
+/// How many flows can be learned here.
+pub(crate) const LEARNED: u32 = 4;
+const IDLE_NS: u64 = 10_000_000_000;
+
+/// Where the fields of `struct __sk_buff` are (`linux/bpf.h`).
+const MARK: usize = 8;
+const IFINDEX: usize = 40;
+const CONTEXT: usize = 192;
+
+/// What a program did with a packet.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) action: i32,
+    /// The packet afterwards.
+    pub(crate) frame: Vec<u8>,
+    /// Its mark afterwards.
+    pub(crate) mark: u32,
+    /// Counters that went up, by name: the verdict first, then events.
+    pub(crate) counted: Vec<&'static str>,
+}
+
+/// A link of the host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) mac: [u8; 6],
+}
+
+pub(crate) struct Bench {
+    pub(crate) lab: SwitchLab,
+    pub(crate) uplink: Link,
+    /// The host-side links of the partitions.
+    pub(crate) links: [Link; 2],
+    ebpf: Ebpf,
+    runs: BTreeMap<&'static str, u64>,
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap_or(IpAddr::from([0; 4]))
+}
+
+/// The addresses of one family.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Family {
+    pub(crate) client: IpAddr,
+    pub(crate) service: IpAddr,
+    pub(crate) own_a: IpAddr,
+    pub(crate) own_b: IpAddr,
+    pub(crate) host: IpAddr,
+    pub(crate) stranger: IpAddr,
+}
+
+/// Both families.
+pub(crate) fn families() -> [Family; 2] {
+    let of = |n: usize| Family {
+        client: address(CLIENT[n]),
+        service: address(SERVICE[n]),
+        own_a: address(OWN_A[n]),
+        own_b: address(OWN_B[n]),
+        host: address(["10.77.0.1", "fd77::1"][n]),
+        stranger: address(["10.66.6.6", "fd66::6"][n]),
+    };
+    [of(0), of(1)]
+}
+
+impl Bench {
+    /// Two partitions with the service's addresses, and the programs loaded with nobody serving but slot A.
+    pub(crate) fn new(label: &str) -> anyhow::Result<Self> {
+        let lab = SwitchLab::new(label)?;
+        let nsids = [nsid(&lab, &lab.a, 4711)?, nsid(&lab, &lab.b, 4712)?];
+        for (ns, link, own) in [(&lab.a, "lca", OWN_A), (&lab.b, "lcb", OWN_B)] {
+            lab.lab.veth((ns, "eth0"), (&lab.host, link))?;
+            // Both ends of a connection may be in one partition here: the client's address is there as well.
+            let held = [SERVICE, own, CLIENT].concat();
+            let line = |address: &&str| format!("addr add {address}{} dev lo nodad\n", width(address));
+            ns.ip_batch(&held.iter().map(line).collect::<String>().replace(" nodad\n", "\n"))?;
+            lab.host.sysctl(&format!("net/ipv4/conf/{link}/forwarding"), "1")?;
+        }
+        lab.host.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        for service in SERVICE {
+            lab.host.ip(&format!("route add {service}{} dev lca", width(service)))?;
+        }
+        let links = [link(&lab.host, "lca")?, link(&lab.host, "lcb")?];
+        let uplink = link(&lab.host, UPLINK)?;
+        let mut bench = Self { uplink, links, ebpf: load()?, lab, runs: BTreeMap::new() };
+        bench.furnish(nsids)?;
+        Ok(bench)
+    }
+
+    fn furnish(&mut self, nsids: [i32; 2]) -> anyhow::Result<()> {
+        let settings = Settings { learned_idle_ns: IDLE_NS, probe_mark: dataplane::PROBE_MARK, pad: 0 };
+        self.array("SETTINGS")?.set(0, settings, 0)?;
+        for (slot, own) in [(Slot::A, OWN_A), (Slot::B, OWN_B)] {
+            let entry = SlotEntry {
+                ifindex: self.links[slot as usize].index,
+                nsid: nsids[slot as usize],
+                own4: to_wire(address(own[0])),
+                own6: to_wire(address(own[1])),
+            };
+            self.array("SLOTS")?.set(slot.index(), entry, 0)?;
+        }
+        for service in SERVICE {
+            self.hash::<Address, u32>("ADDRESSES")?.insert(to_wire(address(service)), 1, 0)?;
+        }
+        let uplink = self.uplink.index;
+        Ok(self.hash::<u32, u32>("UPLINKS")?.insert(uplink, 1, 0)?)
+    }
+
+    fn array<V: Pod>(&mut self, name: &str) -> anyhow::Result<Array<&mut aya::maps::MapData, V>> {
+        Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
+        Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    /// Who serves, who retires.
+    pub(crate) fn word(&mut self, word: Word) -> anyhow::Result<()> {
+        Ok(self.array("WORD")?.set(0, word.0, 0)?)
+    }
+
+    /// Empties a slot.
+    pub(crate) fn empty(&mut self, slot: Slot) -> anyhow::Result<()> {
+        Ok(self.array("SLOTS")?.set(slot.index(), SlotEntry::default(), 0)?)
+    }
+
+    /// Gives a slot the id of a namespace that nobody has.
+    pub(crate) fn misplace(&mut self, slot: Slot) -> anyhow::Result<()> {
+        let mut slots = self.array::<SlotEntry>("SLOTS")?;
+        let entry = slots.get(&slot.index(), 0)?;
+        Ok(slots.set(slot.index(), SlotEntry { nsid: 999_999, ..entry }, 0)?)
+    }
+
+    /// Remembers a flow, as if it had been answered a time ago.
+    pub(crate) fn remember(
+        &mut self,
+        key: FlowKey,
+        local: IpAddr,
+        slot: Slot,
+        age_ns: u64,
+    ) -> anyhow::Result<()> {
+        let seen_ns = boot_ns() - age_ns;
+        let record = FlowRecord { seen_ns, local: to_wire(local), slot: slot.index(), pad: 0 };
+        Ok(self.hash("LEARNED")?.insert(key, record, 0)?)
+    }
+
+    /// What is remembered of a flow.
+    pub(crate) fn remembered(&mut self, key: FlowKey) -> anyhow::Result<Option<FlowRecord>> {
+        Ok(self.hash("LEARNED")?.get(&key, 0).ok())
+    }
+
+    /// Forgets all flows.
+    pub(crate) fn forget(&mut self) -> anyhow::Result<()> {
+        let mut map = self.hash::<FlowKey, FlowRecord>("LEARNED")?;
+        let keys: Vec<FlowKey> = map.keys().collect::<Result<_, _>>()?;
+        keys.iter().try_for_each(|key| Ok(map.remove(key)?))
+    }
+
+    /// Sends a packet through a program, as if it had come on a link.
+    pub(crate) fn run(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
+        let name = program(hook);
+        let before = self.counters()?;
+        let mut context = [0; CONTEXT];
+        context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let (mut out, mut context_out) = (vec![0; frame.len() + 256], [0; CONTEXT]);
+        let result = {
+            let program: &mut SchedClassifier =
+                self.ebpf.program_mut(name).context("no such program")?.try_into()?;
+            let mut options = TestRunOptions::new();
+            options.data_in = Some(frame);
+            options.data_out = Some(&mut out);
+            options.ctx_in = Some(&context);
+            options.ctx_out = Some(&mut context_out);
+            // Devices and namespace ids are those of the caller's namespace.
+            self.lab.host.enter(|| Ok(program.test_run(options)?))?
+        };
+        out.truncate(result.data_size_out as usize);
+        *self.runs.entry(hook.name()).or_default() += 1;
+        let after = self.counters()?;
+        let moved = after.iter().filter(|(name, count)| before.get(*name) != Some(count));
+        let counted = moved.map(|(name, _)| *name).collect();
+        let mark = u32::from_ne_bytes(context_out[MARK..MARK + 4].try_into()?);
+        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted })
+    }
+
+    /// A packet of a client. It must come out as it went in.
+    pub(crate) fn client(&mut self, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
+        let frame = packet.frame(self.uplink.mac);
+        let seen = self.run(Hook::Uplink, self.uplink, 0, &frame)?;
+        ensure!(seen.frame == frame, "the packet was changed");
+        Ok(seen)
+    }
+
+    /// A packet of a partition.
+    pub(crate) fn partition(&mut self, slot: Slot, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
+        let link = self.links[slot as usize];
+        self.run(Hook::FromPartition, link, 0, &packet.frame(link.mac))
+    }
+
+    /// Every counter that is not 0: verdicts of all hooks and events.
+    fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
+        let array: PerCpuArray<_, u64> = self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
+        let sum = |index| Ok::<u64, anyhow::Error>(array.get(&index, 0)?.iter().sum());
+        let mut found = BTreeMap::new();
+        for hook in HOOKS {
+            for verdict in VERDICTS {
+                *found.entry(verdict.name()).or_default() += sum(counter(hook, verdict))?;
+            }
+        }
+        for event in EVENTS {
+            *found.entry(event.name()).or_default() += sum(event.counter())?;
+        }
+        Ok(found)
+    }
+
+    /// Proves that every packet had exactly one verdict at its hook.
+    pub(crate) fn finish(mut self) -> anyhow::Result<()> {
+        let runs = std::mem::take(&mut self.runs);
+        let array: PerCpuArray<_, u64> = self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
+        for hook in HOOKS {
+            let mut verdicts = 0;
+            for verdict in VERDICTS {
+                verdicts += array.get(&counter(hook, verdict), 0)?.iter().sum::<u64>();
+            }
+            let packets = runs.get(hook.name()).copied().unwrap_or(0);
+            ensure!(verdicts == packets, "{} packets and {verdicts} verdicts at {hook:?}", packets);
+        }
+        Ok(())
+    }
+
+    /// The descriptor of a program.
+    pub(crate) fn program(&mut self, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
+        Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.try_into()?)
+    }
+}
+
+fn program(hook: Hook) -> &'static str {
+    match hook {
+        Hook::Uplink => "ps_uplink",
+        Hook::ToPartition => "ps_to_part",
+        Hook::FromPartition => "ps_from_part",
+    }
+}
+
+fn width(address: &str) -> &'static str {
+    if address.contains(':') { "/128" } else { "/32" }
+}
+
+fn link(ns: &Ns, name: &str) -> anyhow::Result<Link> {
+    let value: serde_json::Value = serde_json::from_str(&ns.ip(&format!("-j link show dev {name}"))?)?;
+    let mac: Vec<u8> = value[0]["address"]
+        .as_str()
+        .context("no address")?
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()?;
+    let index = value[0]["ifindex"].as_u64().context("no index")?;
+    let mac = mac.try_into().ok().context("not a MAC")?;
+    Ok(Link { index: u32::try_from(index)?, mac })
+}
+
+fn nsid(lab: &SwitchLab, ns: &Ns, wanted: i32) -> anyhow::Result<i32> {
+    lab.host.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let netlink = Netlink::open(&Netns::own()?)?;
+            Ok(netlink.nsid(&Netns::open(&NetnsRef::Path(ns.path()))?, wanted).await?)
+        })
+    })
+}
+
+fn load() -> anyhow::Result<Ebpf> {
+    let version = KernelVersion::current()?;
+    let has = |major, minor| u32::from(version >= KernelVersion::new(major, minor, 0));
+    let (skip_neigh, csum_ipv6) = (has(6, 3), has(6, 16));
+    let mut ebpf = EbpfLoader::new()
+        .override_global("HAS_SKIP_NEIGH", &skip_neigh, true)
+        .override_global("HAS_CSUM_IPV6", &csum_ipv6, true)
+        .map_max_entries("LEARNED", LEARNED)
+        .load(&dataplane::object()?)?;
+    for hook in HOOKS {
+        let program: &mut SchedClassifier =
+            ebpf.program_mut(program(hook)).context("no such program")?.try_into()?;
+        program.load()?;
+    }
+    Ok(ebpf)
+}
+
+fn boot_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// The key of a flow without a connection.
+pub(crate) fn key(client: (IpAddr, u16), service_port: u16, protocol: u8) -> FlowKey {
+    FlowKey {
+        remote: to_wire(client.0),
+        remote_port: client.1.to_be(),
+        local_port: service_port.to_be(),
+        protocol,
+        pad: [0; 3],
+    }
+}
+
+/// The service's end.
+pub(crate) fn service(family: Family) -> SocketAddr {
+    SocketAddr::new(family.service, PORT)
+}

@@ -1,0 +1,9 @@
+//! The programs by themselves: packets in, verdicts, counters and packets out (`BPF_PROG_TEST_RUN`). Needs root.
+
+mod bench;
+mod frame;
+mod host;
+mod reply;
+mod steer;
+mod sums;
+mod truncated;

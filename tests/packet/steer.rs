@@ -1,0 +1,427 @@
+//! Who gets a client's packet: each branch of the rules, in both families.
+
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use patchswitch_common::Slot;
+use patchswitch_common::verdict::Hook;
+use patchswitch_common::word::Word;
+use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::observe::tcp_sockets_in;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
+
+use crate::bench::{Bench, Family, NEXT, PORT, REDIRECT, Seen, families, key, service};
+use crate::frame::{self, Ip, Place, ethernet, icmp, tcp, udp};
+
+pub(crate) const SYN: u8 = 2;
+const FIN: u8 = 1;
+const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
+
+const STEADY: Word = Word::steady(Slot::A, 1);
+pub(crate) const DRAINING: Word = STEADY.taken_over_by(Slot::B);
+
+fn check(seen: &Seen, action: i32, counted: &[&str], what: &str) {
+    let mut counted = counted.to_vec();
+    counted.sort_unstable();
+    assert_eq!((seen.action, seen.counted.as_slice()), (action, counted.as_slice()), "{what}");
+}
+
+fn tcp_socket(family: Family, local: SocketAddr) -> anyhow::Result<std::os::fd::OwnedFd> {
+    let kind = if family.client.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(kind, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+    bind(&socket, &local)?;
+    Ok(socket)
+}
+
+/// A listener of a partition, and a connection to it from the client's address, both ends inside.
+fn connection(ns: &Ns, listener: &TcpListener, family: Family, port: u16) -> anyhow::Result<[TcpStream; 2]> {
+    let client = ns.enter(|| {
+        let socket = tcp_socket(family, SocketAddr::new(family.client, port))?;
+        connect(&socket, &service(family))?;
+        Ok(TcpStream::from(socket))
+    })?;
+    Ok([client, listener.accept()?.0])
+}
+
+fn listener(ns: &Ns, family: Family) -> anyhow::Result<TcpListener> {
+    ns.enter(|| Ok(TcpListener::bind(service(family))?))
+}
+
+fn segment(family: Family, port: u16, flags: u8) -> Ip {
+    tcp((family.client, port), (family.service, PORT), flags, b"data")
+}
+
+#[test]
+fn what_is_not_ours_is_left_to_others() {
+    let mut bench = Bench::new("notours").unwrap();
+    bench.word(DRAINING).unwrap();
+    let mac = bench.uplink.mac;
+    for family in families() {
+        let ours = segment(family, 1000, SYN);
+        let other = Ip { to: family.host, ..ours.clone() };
+        let foreign = ours.frame([2, 0, 0, 0, 0, 77]);
+        let broadcast = ours.frame([0xff; 6]);
+        let kind = if family.client.is_ipv4() { 0x0800_u16 } else { 0x86dd };
+        let tagged = [&[0, 7], &kind.to_be_bytes()[..], &ours.bytes()].concat();
+        for (what, frame) in [
+            ("another address", other.frame(mac)),
+            ("somebody else's frame", foreign),
+            ("a broadcast frame", broadcast),
+            ("another EtherType", ethernet(mac, 0x0806, &[0; 46])),
+            ("a VLAN tag in the bytes", ethernet(mac, 0x8100, &tagged)),
+        ] {
+            let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+            check(&seen, NEXT, &["not_ours"], what);
+            assert_eq!(seen.frame, frame);
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn in_peace_all_of_it_goes_to_who_serves() {
+    let mut bench = Bench::new("steady").unwrap();
+    for (word, verdict) in [(STEADY, "to_a"), (Word::steady(Slot::B, 7), "to_b")] {
+        bench.word(word).unwrap();
+        for family in families() {
+            let client = (family.client, 1000);
+            for packet in [
+                segment(family, 1000, SYN),
+                segment(family, 1000, ACK),
+                udp(client, (family.service, PORT), b"x"),
+                icmp(
+                    family.client,
+                    family.service,
+                    if family.client.is_ipv4() { 8 } else { 128 },
+                    [0; 4],
+                    b"x",
+                ),
+                Ip::new(family.client, family.service, 47, vec![0; 8]),
+            ] {
+                check(&bench.client(&packet).unwrap(), REDIRECT, &[verdict], "steady");
+            }
+        }
+    }
+    // Nobody is there yet.
+    bench.empty(Slot::B).unwrap();
+    for family in families() {
+        check(&bench.client(&segment(family, 1000, SYN)).unwrap(), NEXT, &["unsteered"], "an empty slot");
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn what_is_malformed_is_left_to_the_kernel() {
+    let mut bench = Bench::new("malformed").unwrap();
+    bench.word(DRAINING).unwrap();
+    let [v4, v6] = families();
+    let mac = bench.uplink.mac;
+    let with = |family: Family, at: usize, value: u8| {
+        let mut frame = segment(family, 1000, ACK).frame(mac);
+        frame[frame::ETHERNET + at] = value;
+        frame
+    };
+    let short_total = {
+        let mut frame = with(v4, 2, 0);
+        frame[frame::ETHERNET + 3] = 19;
+        frame
+    };
+    let long_chain = Ip { extensions: vec![60; 7], ..segment(v6, 1000, ACK) };
+    for (what, frame) in [
+        ("version 6 in an IPv4 frame", with(v4, 0, 0x65)),
+        ("a header of four words", with(v4, 0, 0x44)),
+        ("a total length shorter than the header", short_total),
+        ("version 4 in an IPv6 frame", with(v6, 0, 0x40)),
+        ("too many extension headers", long_chain.frame(mac)),
+        ("an extension header beyond the end", {
+            let mut frame = Ip { extensions: vec![0], ..segment(v6, 1000, ACK) }.frame(mac);
+            frame[frame::ETHERNET + 41] = 255;
+            frame
+        }),
+    ] {
+        let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+        check(&seen, NEXT, &["malformed"], what);
+    }
+    // Eight of them are one too many, six are not.
+    let chain = Ip { extensions: vec![0, 60, 43, 60, 51, 60], ..segment(v6, 1000, ACK) };
+    check(&bench.client(&chain).unwrap(), REDIRECT, &["to_b"], "six extension headers");
+    bench.finish().unwrap();
+}
+
+#[test]
+fn neighbour_discovery_is_the_hosts() {
+    let mut bench = Bench::new("neighbour").unwrap();
+    let [_, v6] = families();
+    for word in [STEADY, DRAINING] {
+        bench.word(word).unwrap();
+        for kind in 133..=137 {
+            let packet = icmp(v6.client, v6.service, kind, [0; 4], &[0; 16]);
+            check(&bench.client(&packet).unwrap(), NEXT, &["neighbour"], "neighbour discovery");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_connection_is_its_owners() {
+    let mut bench = Bench::new("owner").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        let _other = listener(&bench.lab.b, family).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        for flags in [ACK, ACK | FIN, SYN, RST, SYN | ACK, 0] {
+            let seen = bench.client(&segment(family, 1000, flags)).unwrap();
+            check(&seen, REDIRECT, kept, &format!("rule 1, flags {flags:#x}"));
+        }
+        for flags in [ACK, SYN, RST, ACK | FIN] {
+            let seen = bench.client(&segment(family, 1001, flags)).unwrap();
+            check(&seen, REDIRECT, &["to_b"], &format!("rules 2, 4 and 5, flags {flags:#x}"));
+        }
+        // The same with the roles exchanged: a flow of the active one needs no question.
+        bench.word(Word::steady(Slot::B, 1).taken_over_by(Slot::A)).unwrap();
+        for port in [1000, 1001] {
+            let seen = bench.client(&segment(family, port, ACK)).unwrap();
+            check(&seen, REDIRECT, &["to_a"], "given back");
+        }
+        bench.word(DRAINING).unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn options_and_extension_headers_change_nothing() {
+    let mut bench = Bench::new("options").unwrap();
+    bench.word(DRAINING).unwrap();
+    let kept = &["to_a", "kept_by_retiring"][..];
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        let plain = segment(family, 1000, ACK);
+        let variants: Vec<Ip> = if family.client.is_ipv4() {
+            [4, 8, 40].map(|length| Ip { options: vec![1; length], ..plain.clone() }).into()
+        } else {
+            [vec![0], vec![60], vec![0, 60], vec![43], vec![51, 60]]
+                .map(|extensions| Ip { extensions, ..plain.clone() })
+                .into()
+        };
+        for variant in variants {
+            check(&bench.client(&variant).unwrap(), REDIRECT, kept, "options");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_connection_that_the_partition_opens_is_its_own() {
+    let mut bench = Bench::new("synsent").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        // Nobody answers at the host's address: the socket stays in SYN_SENT.
+        let remote = SocketAddr::new(family.stranger, 443);
+        let opening = bench.lab.a.enter(|| {
+            let via = if family.client.is_ipv4() { "10.66.6.0/24" } else { "fd66::/64" };
+            bench.lab.a.ip(&format!("route add {via} dev eth0"))?;
+            let socket = tcp_socket(family, SocketAddr::new(family.service, 5555))?;
+            rustix::io::ioctl_fionbio(&socket, true)?;
+            let connected = connect(&socket, &remote);
+            anyhow::ensure!(connected == Err(rustix::io::Errno::INPROGRESS), "{connected:?}");
+            Ok(socket)
+        });
+        let _opening = opening.unwrap();
+        let answer = tcp((family.stranger, 443), (family.service, 5555), SYN | ACK, b"");
+        check(&bench.client(&answer).unwrap(), REDIRECT, &["to_a", "kept_by_retiring"], "SYN_SENT");
+    }
+    bench.finish().unwrap();
+}
+
+/// Makes the remains of a connection on the server's side.
+fn time_wait(ns: &Ns, listening: &TcpListener, family: Family, port: u16) -> anyhow::Result<()> {
+    let [client, server] = connection(ns, listening, family, port)?;
+    drop(server);
+    drop(client);
+    let end = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < end {
+        let there =
+            |s: &patchswitch_tests::observe::TcpSocket| s.state == "TIME-WAIT" && s.peer.port() == port;
+        if tcp_sockets_in(ns)?.iter().any(there) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    anyhow::bail!("no TIME-WAIT")
+}
+
+#[test]
+fn remains_of_a_connection_keep_all_but_a_new_one() {
+    let mut bench = Bench::new("timewait").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        time_wait(&bench.lab.a, &listening, family, 1000).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&segment(family, 1000, ACK | FIN)).unwrap(), REDIRECT, kept, "a repeated FIN");
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "an ACK");
+        check(
+            &bench.client(&segment(family, 1000, SYN)).unwrap(),
+            REDIRECT,
+            &["to_b"],
+            "the tuple used again",
+        );
+        let other = listener(&bench.lab.b, family).unwrap();
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "a listener is no socket");
+        let _ends = connection(&bench.lab.b, &other, family, 1000).unwrap();
+        for flags in [ACK, ACK | FIN, RST] {
+            check(&bench.client(&segment(family, 1000, flags)).unwrap(), REDIRECT, &["to_b"], "its segments");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn datagrams_follow_a_connected_socket_or_what_was_learned() {
+    let mut bench = Bench::new("datagram").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let (client, to) = ((family.client, 1000), (family.service, PORT));
+        let packet = udp(client, to, b"question");
+        let flow = key(client, PORT, frame::UDP);
+        let any: IpAddr = if family.client.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+        let wild = bench.lab.a.enter(|| Ok(UdpSocket::bind((any, PORT))?)).unwrap();
+        check(&bench.client(&packet).unwrap(), REDIRECT, &["to_b"], "a wildcard socket tells nothing");
+        drop(wild);
+        let connected = bench.lab.a.enter(|| -> anyhow::Result<UdpSocket> {
+            let socket = UdpSocket::bind(service(family))?;
+            socket.connect(client)?;
+            Ok(socket)
+        });
+        let connected = connected.unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&packet).unwrap(), REDIRECT, kept, "connected");
+        drop(connected);
+        for (what, local, slot, age_ns, counted) in [
+            ("learned", family.service, Slot::A, 0, kept),
+            ("learned of the active one", family.service, Slot::B, 0, &["to_b"]),
+            ("learned too long ago", family.service, Slot::A, 11_000_000_000, &["to_b"]),
+            ("learned of another address", family.own_a, Slot::A, 0, &["to_b"]),
+        ] {
+            bench.remember(flow, local, slot, age_ns).unwrap();
+            check(&bench.client(&packet).unwrap(), REDIRECT, counted, what);
+        }
+        bench.forget().unwrap();
+        check(&bench.client(&packet).unwrap(), REDIRECT, &["to_b"], "unknown");
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn echoes_and_other_protocols_follow_what_was_learned() {
+    let mut bench = Bench::new("echo").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let (request, protocol) =
+            if family.client.is_ipv4() { (8, frame::ICMP) } else { (128, frame::ICMPV6) };
+        let echo = |id: u8| icmp(family.client, family.service, request, [0, id, 0, 1], b"ping");
+        let other = Ip::new(family.client, family.service, 47, vec![0; 16]);
+        bench.remember(key((family.client, 7), 0, protocol), family.service, Slot::A, 0).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&echo(7)).unwrap(), REDIRECT, kept, "its identifier");
+        check(&bench.client(&echo(8)).unwrap(), REDIRECT, &["to_b"], "another one");
+        check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], "GRE");
+        bench.remember(key((family.client, 0), 0, 47), family.service, Slot::A, 0).unwrap();
+        check(&bench.client(&other).unwrap(), REDIRECT, kept, "GRE, learned");
+        bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn errors_follow_the_packet_they_carry() {
+    let mut bench = Bench::new("errors").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        let v4 = family.client.is_ipv4();
+        let kinds: &[u8] = if v4 { &[3, 11, 12] } else { &[1, 2, 3, 4] };
+        let kept = &["to_a", "kept_by_retiring"][..];
+        let about = |inner: &Ip, length: usize| {
+            let mut quoted = inner.bytes();
+            quoted.truncate(length);
+            quoted
+        };
+        let (service, client) = ((family.service, PORT), |port| (family.client, port));
+        bench.remember(key(client(1000), PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
+        let echo_protocol = if v4 { frame::ICMP } else { frame::ICMPV6 };
+        bench.remember(key((family.client, 7), 0, echo_protocol), family.service, Slot::A, 0).unwrap();
+        let (header, answer) = if v4 { (20, 0) } else { (40, 129) };
+        let later = Place { offset: 185, more: false, id: 9 };
+        for (what, inner, counted) in [
+            ("a segment", tcp(service, client(1000), ACK, b"data"), kept),
+            ("a segment of nobody", tcp(service, client(1001), ACK, b"data"), &["to_b"]),
+            ("a datagram", udp(service, client(1000), b"data"), kept),
+            ("a datagram of nobody", udp(service, client(1001), b"data"), &["to_b"]),
+            ("an echo", icmp(family.service, family.client, answer, [0, 7, 0, 1], b"pong"), kept),
+            (
+                "an echo of nobody",
+                icmp(family.service, family.client, answer, [0, 8, 0, 1], b"pong"),
+                &["to_b"],
+            ),
+            ("a later fragment", Ip { place: Some(later), ..udp(service, client(1000), b"data") }, &["to_b"]),
+            ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), &["to_b"]),
+        ] {
+            for kind in kinds {
+                // Eight bytes of what follows the header are sure to be there (RFC 792), and no more.
+                for length in [header + 8, usize::MAX] {
+                    let quoted = about(&inner, length);
+                    let error = icmp(family.stranger, family.service, *kind, [0, 0, 5, 0], &quoted);
+                    let seen = bench.client(&error).unwrap();
+                    check(&seen, REDIRECT, counted, &format!("type {kind} about {what}, {length} bytes"));
+                }
+            }
+        }
+        bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn later_fragments_follow_the_first() {
+    let mut bench = Bench::new("fragment").unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        let of = |port, id, offset| {
+            let place = Place { offset, more: offset == 0, id };
+            Ip { place: Some(place), ..segment(family, port, ACK) }
+        };
+        bench.word(DRAINING).unwrap();
+        let unknown = &["to_b", "fragment_unknown"][..];
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "before the first one");
+        check(&bench.client(&of(1000, 1, 0)).unwrap(), REDIRECT, kept, "the first one");
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "after it");
+        check(&bench.client(&of(1000, 2, 100)).unwrap(), REDIRECT, unknown, "of another packet");
+        check(&bench.client(&of(1001, 3, 0)).unwrap(), REDIRECT, &["to_b"], "the first of the active one's");
+        // What began in peace ends where it began.
+        bench.word(STEADY).unwrap();
+        check(&bench.client(&of(1001, 4, 0)).unwrap(), REDIRECT, &["to_a"], "the first one, in peace");
+        bench.word(DRAINING).unwrap();
+        check(&bench.client(&of(1001, 4, 100)).unwrap(), REDIRECT, kept, "the rest of it, after the switch");
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_namespace_that_is_not_known_owns_nothing() {
+    let mut bench = Bench::new("nonsid").unwrap();
+    bench.word(DRAINING).unwrap();
+    let [v4, _] = families();
+    let listening = listener(&bench.lab.a, v4).unwrap();
+    let _ends = connection(&bench.lab.a, &listening, v4, 1000).unwrap();
+    bench.misplace(Slot::A).unwrap();
+    check(&bench.client(&segment(v4, 1000, ACK)).unwrap(), REDIRECT, &["to_b"], "an id that nobody has");
+    bench.finish().unwrap();
+}

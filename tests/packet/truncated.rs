@@ -1,0 +1,61 @@
+//! Cut off at any byte, a packet never goes to a partition without the whole key of its flow.
+
+use patchswitch_common::Slot;
+use patchswitch_common::verdict::Hook;
+
+use crate::bench::{Bench, NEXT, REDIRECT, families};
+use crate::frame::{ETHERNET, Ip, icmp, tcp, udp};
+use crate::steer::{ACK, DRAINING};
+
+#[test]
+fn no_prefix_is_steered_without_a_whole_key() {
+    let mut bench = Bench::new("prefix").unwrap();
+    bench.word(DRAINING.with_notice(true)).unwrap();
+    for family in families() {
+        let v4 = family.client.is_ipv4();
+        let header = if v4 { 20 } else { 40 };
+        let (client, service) = ((family.client, 1000), (family.service, 80));
+        let inner = tcp(service, client, ACK, b"data").bytes();
+        let error = if v4 { 3 } else { 1 };
+        let long = if v4 { vec![1; 40] } else { Vec::new() };
+        let chain = if v4 { Vec::new() } else { vec![0, 60, 43] };
+        let extra = if v4 { 40 } else { 24 };
+        // The bytes of the packet that the decision needs: with the flags of a segment, with the ports of a datagram,
+        // with the identifier of an echo, with the ports of what an error quotes.
+        let cases: [(&str, Ip, usize); 5] = [
+            ("a segment", tcp(client, service, ACK, b"data"), header + 14),
+            (
+                "a segment behind options",
+                Ip { options: long, extensions: chain, ..tcp(client, service, ACK, b"data") },
+                header + extra + 14,
+            ),
+            ("a datagram", udp(client, service, b"data"), header + 4),
+            (
+                "an echo",
+                icmp(family.client, family.service, if v4 { 8 } else { 128 }, [0; 4], b"x"),
+                header + 8,
+            ),
+            (
+                "an error",
+                icmp(family.stranger, family.service, error, [0; 4], &inner),
+                header + 8 + header + 4,
+            ),
+        ];
+        for (what, packet, needed) in cases {
+            let frame = packet.frame(bench.uplink.mac);
+            for length in ETHERNET + 1..=frame.len() {
+                let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame[..length]).unwrap();
+                let steered = length >= ETHERNET + needed;
+                let action = if steered { REDIRECT } else { NEXT };
+                assert_eq!(seen.action, action, "{what}, {length} of {} bytes: {seen:?}", frame.len());
+                assert_eq!(seen.frame, frame[..length]);
+                // The other direction must stand it as well.
+                let back = bench.links[0];
+                bench.run(Hook::FromPartition, back, 0, &frame[..length]).unwrap();
+                bench.run(Hook::ToPartition, back, 0, &frame[..length]).unwrap();
+            }
+        }
+    }
+    bench.word(DRAINING.taken_over_by(Slot::A)).unwrap();
+    bench.finish().unwrap();
+}

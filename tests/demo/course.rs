@@ -10,6 +10,7 @@ use patchswitch_load::knee::Knee;
 use patchswitch_load::report::Window;
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
+use patchswitch_tests::programs;
 
 use crate::ground::{FIRST, Ground, SECOND, SERVICE, Scratch, configuration};
 use crate::jobs::{Case, PARTITIONS, Stage};
@@ -90,6 +91,8 @@ fn serve(args: &RunArgs, story: &Story, product: &Product, ground: &Ground) -> a
     product.run(&[&second[..], &resources, &own(netlab::OWN_B)].concat())?;
     story.say(&format!("partition {SECOND} is defined: an empty standby of the same size"));
     product.run(&["service", "add", SERVICE])?;
+    // What was written until now is not to be waited for in the middle of what is measured.
+    programs::run(&["sync"])?;
     let version = product.version(FIRST)?;
     let [v4, v6] = netlab::SERVICE;
     story.say(&format!("{FIRST} serves {v4} and {v6} with nginx {version}"));
@@ -158,6 +161,7 @@ fn dismantle(story: &Story, product: &Product) -> anyhow::Result<()> {
     for partition in PARTITIONS {
         result = result.and(product.run(&["partition", "remove", partition]).map(drop));
     }
+    result = result.and(product.run(&["down"]).map(drop));
     if result.is_ok() {
         story.say("service and partitions are removed");
     }

@@ -74,7 +74,22 @@ impl Ground {
         // A real queue, so that a burst waits instead of being lost in the pair's ring.
         let queue = |link| ["tc", "qdisc", "replace", "dev", link, "root", "pfifo", "limit", "1000"];
         programs::run(&queue(uplink))?;
-        self.client.run(&queue(link)).map(drop)
+        self.client.run(&queue(link))?;
+        self.settle()
+    }
+
+    /// Waits until the kernel has given the uplink its link-local address: a moment later it would look like
+    /// something that the product left behind.
+    fn settle(&self) -> anyhow::Result<()> {
+        for _ in 0..100 {
+            let link_local = ["ip", "-6", "-o", "addr", "show", "dev", netlab::UPLINK, "scope", "link"];
+            let shown = programs::run(&link_local)?;
+            if !shown.is_empty() && !shown.contains("tentative") {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        bail!("{} gets no link-local address", netlab::UPLINK)
     }
 
     /// Takes everything away.

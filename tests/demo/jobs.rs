@@ -166,7 +166,6 @@ impl Stage<'_> {
         let patches = self.add_patches(&case.files(self.artifacts, self.scripts)?)?;
         let rewritten = self.product.rewritten(SERVICE)?;
         let from_ns = self.load.mark(&format!("{name}/plan"))?;
-        self.load.open_idle()?;
         let mut arguments = vec!["apply", SERVICE];
         arguments.extend(patches.iter().flat_map(|id| ["--patch", id]));
         arguments.extend(case.commit.then_some("--commit"));
@@ -233,6 +232,8 @@ impl Stage<'_> {
                 Line::Begins(phase) => {
                     load.mark(&format!("{name}/{phase}"))?;
                     if phase == "verify" {
+                        // Not earlier: a web server closes a connection without a request after a minute.
+                        load.open_idle()?;
                         load.start_download()?;
                     }
                     if AFTER_FLIP.contains(&phase) && !flipped {

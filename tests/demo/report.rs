@@ -138,7 +138,8 @@ impl JobReport {
         self.check_requests(expected, &mut checks);
         let quiet_resets = quiet.resets_seen;
         checks.add(
-            self.resets_seen <= quiet_resets,
+            // The largest number stands for a capture with holes, which proves nothing.
+            self.resets_seen <= quiet_resets && self.resets_seen != u64::MAX,
             format!("{} resets on the uplink, {quiet_resets} in the quiet time", self.resets_seen),
         );
         if expected.flips > 0 {

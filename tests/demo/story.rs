@@ -47,7 +47,8 @@ pub(crate) fn conclusion(report: &RunReport) {
     let Quiet { seconds, requests, failed, resets_seen, retrans, longest_gap_ms } = report.quiet;
     println!(
         "quiet time: {requests} requests in {seconds:.0} s, {failed} failed, longest time without an answer \
-         {longest_gap_ms:.0} ms, {resets_seen} resets, {retrans:.1} segments/s sent again"
+         {longest_gap_ms:.0} ms, {} resets, {retrans:.1} segments/s sent again",
+        seen(resets_seen),
     );
     for job in &report.jobs {
         println!("\n{}: {}, exit code {}", job.name, job.outcome, job.exit_code);
@@ -107,6 +108,11 @@ fn print_job(job: &JobReport) {
     if let Some(error) = &job.error {
         println!("  it said: {}", error.trim().replace('\n', "\n           "));
     }
+}
+
+/// A count; the largest there is stands for "some were missed".
+fn seen(count: u64) -> String {
+    if count == u64::MAX { "an unknown number of".to_owned() } else { count.to_string() }
 }
 
 /// Why a phase has gaps that a quiet time has not.

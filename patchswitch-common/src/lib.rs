@@ -18,6 +18,9 @@
 
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 pub mod decide;
 pub mod maps;
 pub mod parse;

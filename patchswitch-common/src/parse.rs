@@ -403,3 +403,6 @@ fn icmp<O: Octets + ?Sized>(
     }
     ports(octets, inner.payload, packet, !out)
 }
+
+#[cfg(test)]
+mod tests;

@@ -44,7 +44,11 @@ fn no_prefix_is_steered_without_a_whole_key() {
         for (what, packet, needed) in cases {
             let frame = packet.frame(bench.uplink.mac);
             for length in ETHERNET + 1..=frame.len() {
-                let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame[..length]).unwrap();
+                let seen = match bench.run(Hook::Uplink, bench.uplink, 0, &frame[..length]) {
+                    // From 6.18 on the kernel does not take packets without a whole network header for a test.
+                    Err(_) if length < ETHERNET + header => continue,
+                    other => other.unwrap(),
+                };
                 let steered = length >= ETHERNET + needed;
                 let action = if steered { REDIRECT } else { NEXT };
                 assert_eq!(seen.action, action, "{what}, {length} of {} bytes: {seen:?}", frame.len());

@@ -8,4 +8,3 @@ mod life;
 mod limits;
 mod mounts;
 mod patches;
-mod systemd;

@@ -42,6 +42,12 @@ pub(crate) fn tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
     for line in text.lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
         let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        // A test target has the programs of its package built as well.
+        let is_test =
+            message["target"]["kind"].as_array().is_some_and(|kinds| kinds.iter().any(|kind| kind == "test"));
+        if !is_test {
+            continue;
+        }
         if let (Some(name), Some(file)) = (text(&message["target"]["name"]), text(&message["executable"])) {
             found.push((name, file.into()));
         }

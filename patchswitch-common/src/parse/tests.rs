@@ -60,7 +60,8 @@ fn v6_frame(extensions: &[(u8, u8)], proto: u8, source: Address, payload: &[u8])
     let mut body = Vec::new();
     for (i, (number, units)) in extensions.iter().enumerate() {
         // The length counts units of eight bytes beyond the first; of an authentication header, of four beyond two.
-        let length = if *number == 51 { (usize::from(*units) + 2) * 4 } else { (usize::from(*units) + 1) * 8 };
+        let length =
+            if *number == 51 { (usize::from(*units) + 2) * 4 } else { (usize::from(*units) + 1) * 8 };
         let mut header = vec![0; length];
         (header[0], header[1]) = (chain[i + 1], *units);
         body.extend(header);

@@ -77,14 +77,24 @@ fn cut_path(name: &str) -> std::path::PathBuf {
     std::path::Path::new("/dev/mapper").join(name)
 }
 
-/// A disk with a clone that differs in 32 MiB, and the digest that the clone has.
+/// How much a clone differs, in MiB: so much that a merge takes longer than a test needs to interrupt it.
+const DIFFERENCE: u64 = 160;
+
+/// A disk with a clone that differs in [`DIFFERENCE`], and the digest that the clone has.
 fn to_merge(lab: &Lab) -> (patchswitch::storage::disk::Disk, [CloneOf; 1], String) {
-    let (disk, active) = lab.disk("a", "root", 40);
-    sh(&format!("dd if=/dev/urandom of={} bs=1M count=40 oflag=direct status=none", active.path.display()));
+    let (disk, active) = lab.disk("a", "root", DIFFERENCE + 8);
+    sh(&format!(
+        "dd if=/dev/urandom of={} bs=1M count={} oflag=direct status=none",
+        active.path.display(),
+        DIFFERENCE + 8
+    ));
     let clones = [lab.clone_of(&disk, "b", "root")];
     let cut = clone_disks(&lab.dm, &clones).unwrap();
     let path = &cut.clones[0].path;
-    sh(&format!("dd if=/dev/urandom of={} bs=1M count=32 seek=8 oflag=direct status=none", path.display()));
+    sh(&format!(
+        "dd if=/dev/urandom of={} bs=1M count={DIFFERENCE} seek=8 oflag=direct status=none",
+        path.display()
+    ));
     let digest = device_digest(path);
     (disk, clones, digest)
 }
@@ -126,7 +136,7 @@ fn a_merge_is_resumed_when_its_tables_are_gone() {
     })
     .unwrap();
     println!("{first:?} sectors were left");
-    assert!(first.is_some_and(|left| left > 0 && left <= 32 << 11), "{first:?}");
+    assert!(first.is_some_and(|left| left > 0 && left <= DIFFERENCE << 11), "{first:?}");
     assert_eq!(device_digest(&cut_path(name)), digest);
     assert_free(&clones[0]);
 

@@ -86,7 +86,8 @@ impl Drop for Payload {
 fn remove(dir: &Path) -> std::io::Result<()> {
     for result in [fs::remove_dir_all(dir), fs::remove_file(dir.with_extension("control"))] {
         match result {
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            // The sweep meets the socket of a directory that is gone already as well.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
             other => other?,
         }
     }

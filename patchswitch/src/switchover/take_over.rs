@@ -44,6 +44,12 @@ impl Verified {
             job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
             job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
             let switched = job.attachment.switch(clone.slot).await;
+            if switched.is_err() && job.attachment.plane().word().active() != clone.slot {
+                // Nothing was switched, so the record must not say so: undo goes by it.
+                let old = job.manager.store.record_switch(&service, clone.active.name(), generation + 1);
+                let _ = old.map_err(at(Phase::TakeOver))?;
+                let _ = job.manager.store.assign_standby(clone.standby.name(), Some(&service));
+            }
             let switched = switched.map_err(at(Phase::TakeOver))?;
             let _ = job.manager.store.set_applied(job.job).map_err(at(Phase::TakeOver))?;
             job.report.flip_us = Some(switched.flip_us);

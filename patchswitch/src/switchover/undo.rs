@@ -28,6 +28,11 @@ pub(crate) async fn discard(job: &mut Context<'_>) -> Result<(), ManagerError> {
 
 /// After a failure before the switch: undone, and told.
 pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchError {
+    let patched = job.report.to.clone();
+    if patched.is_some() && serving(job) == patched {
+        // The store was made before something that belongs to it failed.
+        return serving_anyway(job, failure);
+    }
     let undone = discard(job).await;
     let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
     job.report.outcome = "failed".to_owned();

@@ -8,6 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use patchswitch_guest::RESET_PORT;
 
+/// The serial number of the first disk that the test machine gets.
+const SCRATCH_SERIAL: &str = "disk0";
+
 /// Which part of the test is to run: empty at first, and after [`reset`] what was given to it.
 pub fn phase() -> String {
     std::env::var("PATCHSWITCH_VM_PHASE").unwrap_or_default()
@@ -25,6 +28,25 @@ pub fn reset(next: &str) -> Result<()> {
     fs::write("/proc/sysrq-trigger", "b")?;
     std::thread::sleep(Duration::from_secs(30));
     bail!("the machine did not reset")
+}
+
+/// The test machine's own disk, which is there to be overwritten; none outside of that machine.
+///
+/// It is found by the serial number that the machine gave it: a name such as `vdb` may be any disk.
+///
+/// # Errors
+/// If this is the test machine and it has no such disk.
+pub fn scratch_disk() -> Result<Option<PathBuf>> {
+    if find_port()?.is_none() {
+        return Ok(None);
+    }
+    for disk in fs::read_dir("/sys/block")? {
+        let disk = disk?;
+        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|serial| serial.trim() == SCRATCH_SERIAL) {
+            return Ok(Some(PathBuf::from("/dev").join(disk.file_name())));
+        }
+    }
+    bail!("the test machine has no disk with the serial number {SCRATCH_SERIAL}")
 }
 
 fn find_port() -> Result<Option<PathBuf>> {

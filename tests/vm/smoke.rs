@@ -64,8 +64,9 @@ fn bpf_and_its_type_information_are_there() {
 fn a_reset_keeps_the_disks_and_forgets_the_memory() {
     let marker = b"written before the reset";
     let memory = "/run/patchswitch-smoke";
+    let disk = patchswitch_tests::vm::scratch_disk().unwrap().unwrap();
     if patchswitch_tests::vm::phase().is_empty() {
-        let mut disk = fs::File::options().write(true).open("/dev/vdb").unwrap();
+        let mut disk = fs::File::options().write(true).open(&disk).unwrap();
         disk.write_all(marker).unwrap();
         disk.sync_all().unwrap();
         fs::write(memory, "").unwrap();
@@ -73,7 +74,7 @@ fn a_reset_keeps_the_disks_and_forgets_the_memory() {
     }
     assert_eq!(patchswitch_tests::vm::phase(), "after");
     let mut found = vec![0; marker.len()];
-    fs::File::open("/dev/vdb").unwrap().read_exact(&mut found).unwrap();
+    fs::File::open(&disk).unwrap().read_exact(&mut found).unwrap();
     assert_eq!(found, marker);
     assert!(!fs::exists(memory).unwrap());
 }

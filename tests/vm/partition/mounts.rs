@@ -17,7 +17,8 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let table = format!("0 {} linear /dev/vdb 0", (64 << 20) / 512);
+        let disk = patchswitch_tests::vm::scratch_disk().unwrap().unwrap();
+        let table = format!("0 {} linear {} 0", (64 << 20) / 512, disk.display());
         run(&["dmsetup", "create", NAME, "--table", &table]).unwrap();
         let number = run(&["dmsetup", "info", "-c", "--noheadings", "-o", "minor", NAME]).unwrap();
         let path = PathBuf::from(format!("/dev/dm-{}", number.trim()));

@@ -203,7 +203,8 @@ fn results_of_another_job_are_passed_over() {
 #[test]
 fn a_debian_package_is_applied_by_the_partition_s_own_dpkg() {
     let artifacts = PathBuf::from(std::env::var("PATCHSWITCH_ARTIFACTS").unwrap());
-    let mut lab = Lab::on(Path::new("/dev/vdb"), &artifacts.join("root.tar"));
+    let disk = patchswitch_tests::vm::scratch_disk().unwrap().unwrap();
+    let mut lab = Lab::on(&disk, &artifacts.join("root.tar"));
     lab.spec.memory = 256 << 20;
     let mut table = table(&lab, &[]);
     with_packages(&lab, &mut table, &artifacts.join("patch"));

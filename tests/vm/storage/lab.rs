@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use patchswitch::names::{self, Name};
 use patchswitch::storage::cow::cow_sectors;
 use patchswitch::storage::disk::{Active, Backing, Disk, Room, activate, create_image, deactivate};
 use patchswitch::storage::snapshot::CloneOf;
+use patchswitch_tests::vm;
 
 /// Where the images lie: a disk of the test machine's, which is large enough, or a directory of the host's.
 const ROOT: &str = "/run/patchswitch-lab";
@@ -171,21 +171,14 @@ pub(super) fn dm_name(partition: &str, disk: &str) -> String {
     names::dm_disk(&Name::new(partition).unwrap(), &Name::new(disk).unwrap())
 }
 
-/// The second disk of the test machine, made ready once. Never a disk that has anything on it.
-fn scratch_disk() -> Option<&'static str> {
-    const DISK: &str = "/dev/vdb";
-    std::env::var_os("PATCHSWITCH_KERNEL")?;
-    let label = try_sh(&format!("blkid -o value -s LABEL {DISK}"));
-    if label.trim() == SCRATCH_LABEL {
-        return Some(DISK);
+/// The test machine's disk, made ready: what another test has left on it goes. None on a host, where the images lie
+/// in a directory.
+fn scratch_disk() -> Option<String> {
+    let disk = vm::scratch_disk().unwrap()?.display().to_string();
+    if try_sh(&format!("blkid -o value -s LABEL {disk}")).trim() != SCRATCH_LABEL {
+        sh(&format!("mkfs.ext4 -q -F -L {SCRATCH_LABEL} {disk}"));
     }
-    let mut head = vec![1; 1 << 20];
-    File::open(DISK).ok()?.read_exact_at(&mut head, 0).ok()?;
-    if head.iter().any(|byte| *byte != 0) {
-        return None;
-    }
-    sh(&format!("mkfs.ext4 -q -L {SCRATCH_LABEL} {DISK}"));
-    Some(DISK)
+    Some(disk)
 }
 
 /// Runs a script that has to succeed.

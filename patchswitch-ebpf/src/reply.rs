@@ -180,21 +180,36 @@ struct Fib {
 const _: () = assert!(size_of::<Fib>() == 64);
 
 impl Fib {
+    const EMPTY: Self = Self {
+        family: 0,
+        l4_protocol: 0,
+        source_port: 0,
+        destination_port: 0,
+        total_length: 0,
+        ifindex: 0,
+        flow_info: 0,
+        source: [0; 16],
+        destination: [0; 16],
+        vlan: [0; 4],
+        source_mac: [0; 6],
+        destination_mac: [0; 6],
+    };
+}
+
+impl Fib {
+    /// Filled in place: as a value it would be on the stack twice, and Linux 6.1 has room for it once only.
     #[inline(always)]
-    fn new(ctx: &TcContext, network: &Network, source: &Address, destination: &Address) -> Self {
-        Self {
-            family: if network.v6 { AF_INET6 } else { AF_INET },
-            l4_protocol: network.protocol,
-            source_port: 0,
-            destination_port: 0,
-            total_length: 0,
-            ifindex: Frame(ctx).ifindex(),
-            flow_info: 0,
-            source: if network.v6 { *source } else { leading(source) },
-            destination: if network.v6 { *destination } else { leading(destination) },
-            vlan: [0; 4],
-            source_mac: [0; 6],
-            destination_mac: [0; 6],
+    fn fill(&mut self, ctx: &TcContext, network: &Network, source: &Address, destination: &Address) {
+        self.l4_protocol = network.protocol;
+        self.ifindex = Frame(ctx).ifindex();
+        if network.v6 {
+            self.family = AF_INET6;
+            self.source = *source;
+            self.destination = *destination;
+        } else {
+            self.family = AF_INET;
+            lead(&mut self.source, source);
+            lead(&mut self.destination, destination);
         }
     }
 
@@ -213,7 +228,8 @@ impl Fib {
 /// The way out, if the kernel's routes name an uplink; everything else is the kernel's own to do.
 #[inline(never)]
 fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32> {
-    let mut fib = Fib::new(ctx, network, source, &network.destination);
+    let mut fib = Fib::EMPTY;
+    fib.fill(ctx, network, source, &network.destination);
     let found = fib.look_up(ctx);
     if !matches!(found, FOUND | FOUND_NO_NEIGHBOUR) || !maps::is_uplink(fib.ifindex) {
         return None;
@@ -230,7 +246,8 @@ fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32>
 /// the kernel would drop what comes with that source (`rp_filter`; a firewall's check of the reverse path for IPv6).
 #[inline(never)]
 fn link_of_route(ctx: &TcContext, network: &Network, source: &Address) -> u32 {
-    let mut fib = Fib::new(ctx, network, &network.destination, source);
+    let mut fib = Fib::EMPTY;
+    fib.fill(ctx, network, &network.destination, source);
     let found = fib.look_up(ctx);
     let routed = matches!(found, FOUND | FOUND_NO_NEIGHBOUR | FRAGMENTATION_NEEDED);
     let elsewhere = fib.ifindex != Frame(ctx).ifindex() && maps::slot_of(fib.ifindex).is_some();
@@ -254,7 +271,7 @@ struct Neighbour {
 
 /// An IPv4 address where the kernel's unions expect it: first.
 #[inline(always)]
-fn leading(address: &Address) -> Address {
+fn lead(to: &mut Address, address: &Address) {
     let v4 = unmapped(address);
-    [v4[0], v4[1], v4[2], v4[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    (to[0], to[1], to[2], to[3]) = (v4[0], v4[1], v4[2], v4[3]);
 }

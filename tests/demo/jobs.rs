@@ -170,10 +170,11 @@ impl Stage<'_> {
         arguments.extend(patches.iter().flat_map(|id| ["--patch", id]));
         arguments.extend(case.commit.then_some("--commit"));
         let mut ends = vec![self.command(&name, &arguments)?];
-        let mut version_patched = None;
+        let (mut version_patched, mut rollback_ns) = (None, None);
         if case.rollback && ends[0].code == 0 {
             version_patched = Some(self.product.version(&self.product.active(SERVICE)?)?);
             self.story.say("the operator types: patchswitch rollback web");
+            rollback_ns = Some(clock::now_ns());
             ends.push(self.command(&name, &["rollback", SERVICE])?);
         }
         self.load.mark(&format!("{name}/after"))?;
@@ -195,6 +196,7 @@ impl Stage<'_> {
         Ok(Record {
             name,
             window: Window { from_ns, to_ns },
+            rollback_ns,
             exit_code,
             error,
             reports: ends.into_iter().map(|end| end.report).collect(),

@@ -20,6 +20,8 @@ pub(crate) struct Record {
     /// Its name, which begins the names of its phases in the client's report.
     pub(crate) name: String,
     pub(crate) window: Window,
+    /// When the operator began to roll it back: what was started from then on is the old side again.
+    pub(crate) rollback_ns: Option<u64>,
     pub(crate) exit_code: i32,
     pub(crate) error: Option<String>,
     /// The reports of its commands, in their order.
@@ -112,7 +114,8 @@ impl Evidence {
 
     /// The figures of a job.
     pub(crate) fn job(&self, record: &Record, quiet: &Quiet) -> JobReport {
-        let started = |name: &&String| started_ns(name).is_some_and(|at| at >= record.window.from_ns);
+        let patching = record.window.from_ns..record.rollback_ns.unwrap_or(record.window.to_ns);
+        let started = |name: &&String| started_ns(name).is_some_and(|at| patching.contains(&at));
         let patched: Vec<String> = self.run.instances.iter().filter(started).cloned().collect();
         let moves = moves(&self.run, record.window, &patched);
         let flips: Vec<u64> = moves.iter().map(|(at, _)| *at).collect();
@@ -264,6 +267,7 @@ mod tests {
         Record {
             name: "job".into(),
             window: Window { from_ns: 105 * S, to_ns: 118 * S },
+            rollback_ns: None,
             exit_code: 0,
             error: None,
             reports,
@@ -311,6 +315,24 @@ mod tests {
             [(110 * S, true)],
             "answers that are failures count as well"
         );
+    }
+
+    #[test]
+    fn an_old_side_that_was_started_again_is_the_old_side() {
+        let mut run = run(10, 14);
+        // It serves from 114 s on, and has a new name then.
+        run.instances.push("start-113.00".into());
+        let again = |series: &Series| {
+            let name = |answer: Answer| if answer.due_us() >= 14_000_000 { 2 } else { answer.instance };
+            let mut renamed = Series::new(series.class, series.family);
+            series.iter().for_each(|answer| renamed.push(Answer { instance: name(answer), ..answer }));
+            renamed
+        };
+        run.answers = run.answers.iter().map(again).collect();
+        let evidence = evidence(run);
+        let rolled_back = Record { rollback_ns: Some(112 * S), ..record(Vec::new()) };
+        assert_eq!(evidence.job(&rolled_back, &evidence.quiet()).flips_seen, 2);
+        assert_eq!(evidence.job(&record(Vec::new()), &evidence.quiet()).flips_seen, 1, "nobody came back");
     }
 
     #[test]

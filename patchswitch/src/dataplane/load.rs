@@ -32,17 +32,27 @@ pub fn object() -> Result<Cow<'static, [u8]>, DataplaneError> {
 
 /// Loads the object and pins all maps and programs below `directory`.
 pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
-    let mut ebpf = load()?;
-    for part in ["maps", "programs", "links"] {
+    let links = directory.join("links");
+    fs::create_dir_all(&links).map_err(made(&links))?;
+    pin(load(None)?, directory, &Point::ALL)
+}
+
+/// Loads the object once more, as the twin that the self-test asks, and pins it below `directory`.
+///
+/// It is done when nobody waits for it: the verifier reads the program for as long as it takes, and a partition that
+/// joins while clients are served is tested with what is there then.
+pub(super) fn load_and_pin_twin(directory: &Path) -> Result<(), DataplaneError> {
+    // It learns nothing.
+    pin(load(Some(1))?, directory, &[Point::Uplink])
+}
+
+fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), DataplaneError> {
+    for part in ["maps", "programs"] {
         let path = directory.join(part);
-        fs::create_dir_all(&path).map_err(|source| DataplaneError::File {
-            action: "make directory",
-            path,
-            source,
-        })?;
+        fs::create_dir_all(&path).map_err(made(&path))?;
     }
     maps::pin_all(&ebpf, directory)?;
-    for point in Point::ALL {
+    for point in points {
         let name = point.program();
         let program = program(&mut ebpf, name)?;
         program.load().map_err(|error| refused("load", name, &error))?;
@@ -56,8 +66,14 @@ pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
     Ok(())
 }
 
-/// Loads the maps of the object; programs are loaded by [`program`] and `load`.
-pub(super) fn load() -> Result<Ebpf, DataplaneError> {
+fn made(path: &Path) -> impl FnOnce(std::io::Error) -> DataplaneError {
+    let path = path.to_owned();
+    move |source| DataplaneError::File { action: "make directory", path, source }
+}
+
+/// Loads the maps of the object, those of flows with room for `flows` if that is given; programs are loaded by
+/// [`program`] and `load`.
+fn load(flows: Option<u32>) -> Result<Ebpf, DataplaneError> {
     let version = aya::util::KernelVersion::current().ok();
     let at_least =
         |major, minor| version.is_some_and(|v| v >= aya::util::KernelVersion::new(major, minor, 0));
@@ -67,14 +83,21 @@ pub(super) fn load() -> Result<Ebpf, DataplaneError> {
     // while its absence costs nothing for what a partition sends itself.
     let csum_ipv6 = u32::from(at_least(6, 16));
     let object = object()?;
-    EbpfLoader::new()
+    let mut loader = EbpfLoader::new();
+    loader
         .override_global("HAS_SKIP_NEIGH", &skip_neigh, true)
-        .override_global("HAS_CSUM_IPV6", &csum_ipv6, true)
+        .override_global("HAS_CSUM_IPV6", &csum_ipv6, true);
+    for map in maps::OF_FLOWS {
+        if let Some(flows) = flows {
+            loader.map_max_entries(map, flows);
+        }
+    }
+    loader
         .load(&object)
         .map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 
-pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
     let missing = || DataplaneError::Missing(format!("program {name}"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
     program.try_into().map_err(|_another_kind: ProgramError| missing())
@@ -111,8 +134,18 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Removes all pins below `directory`, and the directories that are empty then.
+/// Removes all pins below `directory`, the twin's as well, and the directories that are empty then.
 pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
+    let twin = remove_all(&super::twin_dir(directory));
+    let all = remove_all(directory);
+    // The shared directories above go with the last attachment; in use: they stay.
+    for parent in directory.ancestors().skip(1).take(2) {
+        let _ = fs::remove_dir(parent);
+    }
+    all.and(twin)
+}
+
+fn remove_all(directory: &Path) -> Result<(), DataplaneError> {
     let gone = |result: std::io::Result<()>, action, path: &Path| match result {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(DataplaneError::File { action, path: path.to_owned(), source })
@@ -128,12 +161,7 @@ pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
         }
         result = result.and(gone(fs::remove_dir(&part), "remove directory", &part));
     }
-    result = result.and(gone(fs::remove_dir(directory), "remove directory", directory));
-    // The shared directories above go with the last attachment; in use: they stay.
-    for parent in directory.ancestors().skip(1).take(2) {
-        let _ = fs::remove_dir(parent);
-    }
-    result
+    result.and(gone(fs::remove_dir(directory), "remove directory", directory))
 }
 
 /// Mounts the BPF file system where it belongs, if it is not there yet; only root may look into it.

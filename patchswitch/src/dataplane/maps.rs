@@ -6,17 +6,20 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::word::Word;
 
 use super::DataplaneError;
 
 pub(super) const WORD: &str = "WORD";
 pub(super) const COUNTERS: &str = "COUNTERS";
-pub(super) const SLOTS: &str = "SLOTS";
+const SLOTS: &str = "SLOTS";
 const SETTINGS: &str = "SETTINGS";
-pub(super) const ADDRESSES: &str = "ADDRESSES";
+const ADDRESSES: &str = "ADDRESSES";
 const UPLINKS: &str = "UPLINKS";
 const LEARNED: &str = "LEARNED";
 const FRAGMENTS: &str = "FRAGMENTS";
+/// Maps with an entry for each flow.
+pub(super) const OF_FLOWS: [&str; 2] = [LEARNED, FRAGMENTS];
 const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];
 
 pub(super) fn path(directory: &Path, map: &str) -> PathBuf {
@@ -57,6 +60,11 @@ fn hash<K: aya::Pod, V: aya::Pod>(
 
 pub(super) fn write_settings(directory: &Path, settings: &Settings) -> Result<(), DataplaneError> {
     array::<Settings>(directory, SETTINGS)?.set(0, settings, 0).map_err(failed("write", SETTINGS))
+}
+
+/// Writes a word that nobody maps.
+pub(super) fn write_word(directory: &Path, word: Word) -> Result<(), DataplaneError> {
+    array::<u64>(directory, WORD)?.set(0, word.0, 0).map_err(failed("write", WORD))
 }
 
 pub(super) fn write_slot(directory: &Path, slot: Slot, entry: &SlotEntry) -> Result<(), DataplaneError> {

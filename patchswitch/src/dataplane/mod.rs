@@ -3,7 +3,7 @@
 //! ```text
 //!  load ─► pin maps and programs ─► attach (replies first, clients last) ─► Dataplane
 //!                                                                            │ word: one 8-byte store, then the fence
-//!  /sys/fs/bpf/patchswitch/v1/NAME/{maps,programs,links}  ◄── open ──────────┘ counters, learned flows
+//!  /sys/fs/bpf/patchswitch/v1/NAME/{maps,programs,links,twin}  ◄── open ─────┘ counters, learned flows
 //! ```
 //!
 //! Everything is pinned, so the path of a packet does not depend on any process: a [`Dataplane`] is a view on the
@@ -23,7 +23,7 @@ pub use load::{ensure_bpffs, object};
 pub use self_test::SelfTestError;
 
 use std::net::{IpAddr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
@@ -122,6 +122,7 @@ impl Dataplane {
         for address in addresses {
             maps::add_address(&plane.directory, &to_wire(*address))?;
         }
+        self_test::prepare(&twin_dir(&plane.directory), addresses)?;
         Ok(plane)
     }
 
@@ -246,11 +247,16 @@ impl Dataplane {
     /// [`DataplaneError::SelfTest`] if a packet would go to the wrong partition.
     pub fn self_test(&self, ends: &[self_test::End<'_>]) -> Result<(), DataplaneError> {
         let slots = [self.slot(Slot::A)?, self.slot(Slot::B)?];
-        self_test::run(&slots, ends)
+        self_test::run(&twin_dir(&self.directory), &slots, ends)
     }
 }
 
 pub use self_test::End;
+
+/// Where the self-test's twin of what is pinned in a directory is pinned.
+fn twin_dir(directory: &Path) -> PathBuf {
+    directory.join("twin")
+}
 
 /// An address as the maps have it.
 pub fn to_wire(address: IpAddr) -> Address {

@@ -1,19 +1,18 @@
 //! Sends packets through the loaded programs before anything depends on them.
 //!
 //! A wrong namespace id makes every lookup find nothing: the switch would look fine and reset every old connection.
-//! So before a partition counts as attached, a twin of the object is loaded that is attached to nothing and knows the
-//! same partitions. A connected socket is opened in each of them, the twin's word is set as if the other one served,
+//! So there is a twin of the object that is attached to nothing. Before a partition counts as attached, the twin is
+//! told the same partitions. A connected socket is opened in each of them, the twin's word is set as if the other one served,
 //! and a packet of that flow must still go to the socket's owner, and a packet of an unknown flow must not. The packets
 //! run through the program in the kernel (`BPF_PROG_TEST_RUN`) and touch no wire.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
 
-use aya::Ebpf;
-use aya::maps::{Array, HashMap, Map, MapError};
-use aya::programs::{TestRun, TestRunOptions};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, SlotEntry};
+use patchswitch_common::maps::SlotEntry;
 use patchswitch_common::verdict::{Hook, Verdict};
 use patchswitch_common::word::Word;
 use pnet::packet::ethernet::{EtherTypes, MutableEthernetPacket};
@@ -24,9 +23,9 @@ use pnet::packet::udp::MutableUdpPacket;
 
 use super::DataplaneError;
 use super::attach::Point;
-use super::counters::{self, Counters};
+use super::counters;
 use super::load::{self, refused};
-use super::maps::{self, failed};
+use super::maps;
 use crate::host::linux::netns::{Netns, NetnsError};
 
 const ETHERNET: usize = 14;
@@ -76,61 +75,40 @@ pub enum SelfTestError {
     },
 }
 
-/// A loaded object that is attached to nothing.
-struct Twin {
-    ebpf: Ebpf,
+/// The pins of a loaded object that is attached to nothing.
+struct Twin<'a> {
+    directory: &'a Path,
+    program: SchedClassifier,
 }
 
-impl Twin {
-    fn new(slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<Self, DataplaneError> {
-        let mut twin = Self { ebpf: load::load()? };
-        let mut table: Array<_, SlotEntry> = twin.map(maps::SLOTS)?;
+impl<'a> Twin<'a> {
+    fn open(directory: &'a Path, slots: &[SlotEntry; 2]) -> Result<Self, DataplaneError> {
         for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(slots) {
-            table.set(slot.index(), entry, 0).map_err(failed("write", maps::SLOTS))?;
+            maps::write_slot(directory, slot, entry)?;
         }
-        let mut addresses: HashMap<_, Address, u32> = twin.map(maps::ADDRESSES)?;
-        for end in ends {
-            let address = super::to_wire(end.address);
-            addresses.insert(address, 1, 0).map_err(failed("write", maps::ADDRESSES))?;
-        }
-        let name = Point::Uplink.program();
-        let program = load::program(&mut twin.ebpf, name)?;
-        program.load().map_err(|error| refused("load", name, &error))?;
-        Ok(twin)
+        Ok(Self { directory, program: load::open(directory, Point::Uplink)? })
     }
 
-    fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, DataplaneError>
-    where
-        T: TryFrom<&'a mut Map, Error = MapError>,
-    {
-        let map = self.ebpf.map_mut(name).ok_or_else(|| DataplaneError::Missing(format!("map {name}")))?;
-        T::try_from(map).map_err(failed("open", name))
-    }
-
-    fn set_word(&mut self, word: Word) -> Result<(), DataplaneError> {
-        let mut array: Array<_, u64> = self.map(maps::WORD)?;
-        array.set(0, word.0, 0).map_err(failed("write", maps::WORD))
-    }
-
-    fn counters(&mut self) -> Result<Counters, DataplaneError> {
-        counters::sum(&self.map(maps::COUNTERS)?)
-    }
-
-    fn send(&mut self, frame: &[u8]) -> Result<(), DataplaneError> {
+    fn send(&self, frame: &[u8]) -> Result<(), DataplaneError> {
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
-        let name = Point::Uplink.program();
-        let program = load::program(&mut self.ebpf, name)?;
-        program.test_run(options).map(drop).map_err(|error| refused("test", name, &error))
+        let sent = self.program.test_run(options);
+        sent.map(drop).map_err(|error| refused("test", Point::Uplink.program(), &error))
     }
 }
 
-pub(super) fn run(slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<(), DataplaneError> {
-    let mut twin = Twin::new(slots, ends)?;
-    ends.iter().try_for_each(|end| check(&mut twin, end))
+/// Makes the twin of programs that are being pinned.
+pub(super) fn prepare(directory: &Path, addresses: &[IpAddr]) -> Result<(), DataplaneError> {
+    load::load_and_pin_twin(directory)?;
+    addresses.iter().try_for_each(|address| maps::add_address(directory, &super::to_wire(*address)))
 }
 
-fn check(twin: &mut Twin, end: &End<'_>) -> Result<(), DataplaneError> {
+pub(super) fn run(directory: &Path, slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<(), DataplaneError> {
+    let twin = Twin::open(directory, slots)?;
+    ends.iter().try_for_each(|end| check(&twin, end))
+}
+
+fn check(twin: &Twin<'_>, end: &End<'_>) -> Result<(), DataplaneError> {
     let peer = match end.address {
         IpAddr::V4(_) => IpAddr::from([192, 0, 2, 9]),
         IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9]),
@@ -145,7 +123,7 @@ fn check(twin: &mut Twin, end: &End<'_>) -> Result<(), DataplaneError> {
     let socket = end.netns.run(open_socket).map_err(SelfTestError::Netns)?.map_err(failed)?;
     let port = socket.local_addr().map_err(failed)?.port();
     let other = end.slot.other();
-    twin.set_word(Word::steady(end.slot, 0).taken_over_by(other))?;
+    maps::write_word(twin.directory, Word::steady(end.slot, 0).taken_over_by(other))?;
     expect(twin, end.address, "a flow with a socket", &packet(peer, end.address, port), verdict(end.slot))?;
     // Port 1 is privileged and was not given to the socket above.
     expect(twin, end.address, "an unknown flow", &packet(peer, end.address, 1), verdict(other))
@@ -159,15 +137,15 @@ const fn verdict(slot: Slot) -> Verdict {
 }
 
 fn expect(
-    twin: &mut Twin,
+    twin: &Twin<'_>,
     address: IpAddr,
     what: &'static str,
     frame: &[u8],
     wanted: Verdict,
 ) -> Result<(), DataplaneError> {
-    let before = twin.counters()?;
+    let before = counters::read(twin.directory)?;
     twin.send(frame)?;
-    let after = twin.counters()?;
+    let after = counters::read(twin.directory)?;
     let count = |verdict| after.packets(Hook::Uplink, verdict) - before.packets(Hook::Uplink, verdict);
     if count(wanted) == 1 {
         return Ok(());

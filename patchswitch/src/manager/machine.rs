@@ -303,6 +303,11 @@ impl Manager {
         Ok(matches!(lifecycle::state(machine.name())?, lifecycle::State::Running { .. }))
     }
 
+    /// Gives a partition that was started quietly its share of the processor.
+    pub(crate) fn full_speed(machine: &Machine) -> Result<(), ManagerError> {
+        Ok(lifecycle::full_speed(machine.name())?)
+    }
+
     /// Starts what was masked in a clone, now that the other partition has stopped.
     pub(crate) fn unmask(&self, machine: &Machine) -> Result<(), ManagerError> {
         let mounts = Self::mounts()?;

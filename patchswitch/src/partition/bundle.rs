@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::seccomp;
 use super::spec::PartitionSpec;
 use crate::control;
+use crate::host::linux::cgroup;
 use crate::names;
 use crate::patch::wire::INIT_FILE;
 
@@ -117,8 +118,10 @@ pub struct Facts<'a> {
     pub control: &'a Path,
     /// The application disks.
     pub data: &'a [DataMount],
-    /// Whether the singletons are masked, and for systemd the host's directory with the masks.
-    pub masks: Option<&'a Path>,
+    /// Whether it is a standby: its singletons are masked, and it gets processor time that nobody else wants.
+    pub quiet: bool,
+    /// The host's directory with the masks for systemd.
+    pub masks: &'a Path,
 }
 
 /// The document.
@@ -179,7 +182,7 @@ fn arguments(spec: &PartitionSpec, facts: &Facts<'_>) -> Vec<String> {
         return arguments;
     }
     arguments.extend(["--stop-limit".to_owned(), spec.stop_limit_s.to_string()]);
-    if facts.masks.is_some() {
+    if facts.quiet {
         for singleton in &spec.singletons {
             arguments.extend(["--mask".to_owned(), singleton.clone()]);
         }
@@ -215,8 +218,8 @@ fn mounts(facts: &Facts<'_>) -> Result<Vec<Mount>, OciSpecError> {
         // Without a mount of its own there systemd tries to make one, for which it lacks the privilege, and ends.
         mounts.push(mount("/run/lock", "tmpfs", "tmpfs", &["nosuid", "noexec", "nodev", "size=5120k"])?);
         mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["nosuid", "nodev", "mode=1777"])?);
-        if let Some(masks) = facts.masks {
-            mounts.push(bind(masks, SYSTEMD_MASKS, true)?);
+        if facts.quiet {
+            mounts.push(bind(facts.masks, SYSTEMD_MASKS, true)?);
         }
     }
     // The directory, not the socket: the agent makes the socket anew when it is started anew.
@@ -242,7 +245,7 @@ fn linux(spec: &PartitionSpec, facts: &Facts<'_>) -> Result<Linux, OciSpecError>
     let mut linux = LinuxBuilder::default()
         .cgroups_path(names::cgroup(&spec.name))
         .namespaces(namespaces(facts.netns)?)
-        .resources(resources(spec)?)
+        .resources(resources(spec, facts.quiet)?)
         .rootfs_propagation("private")
         .masked_paths(MASKED.map(ToOwned::to_owned).to_vec())
         .readonly_paths(READ_ONLY.map(ToOwned::to_owned).to_vec())
@@ -266,13 +269,17 @@ fn namespaces(netns: &Path) -> Result<Vec<LinuxNamespace>, OciSpecError> {
     new.chain([Ok(network)]).collect()
 }
 
-fn resources(spec: &PartitionSpec) -> Result<LinuxResources, OciSpecError> {
+fn resources(spec: &PartitionSpec, quiet: bool) -> Result<LinuxResources, OciSpecError> {
     let quota = i64::from(spec.cpu_percent) * (CPU_PERIOD_US / 100) as i64;
     let cpu = LinuxCpuBuilder::default().quota(quota).period(CPU_PERIOD_US).build()?;
     let memory =
         LinuxMemoryBuilder::default().limit(i64::try_from(spec.memory).unwrap_or(i64::MAX)).build()?;
     let no_device = LinuxDeviceCgroupBuilder::default().allow(false).access("rwm").build()?;
+    // A host may have one processor, and the partition that serves has to keep it while the clone boots and patches
+    // itself: nobody is to notice.
+    let idle = if quiet { "1" } else { "0" };
     LinuxResourcesBuilder::default()
+        .unified([(cgroup::CPU_IDLE.to_owned(), idle.to_owned())])
         .cpu(cpu)
         .memory(memory)
         .pids(LinuxPidsBuilder::default().limit(i64::from(spec.pids)).build()?)

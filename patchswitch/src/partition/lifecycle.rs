@@ -53,7 +53,8 @@ pub struct Site<'a> {
     pub netns: &'a Netns,
     /// Its application disks, mounted there as well.
     pub data: Vec<DataMount>,
-    /// Whether its singletons stay masked because another partition runs them.
+    /// Whether another partition serves: its singletons stay masked, because that one runs them, and it gets only the
+    /// processor time that nobody else wants.
     pub quiet: bool,
 }
 
@@ -208,7 +209,8 @@ fn write_bundle(site: &Site<'_>, pid1: Pid1, files: &Files) -> Result<(), Lifecy
         netns: Path::new(&netns),
         control: &files.control(),
         data: &site.data,
-        masks: site.quiet.then_some(&masks),
+        quiet: site.quiet,
+        masks: &masks,
     };
     let config = bundle::config(site.spec, &facts)?;
     let path = files.bundle().join("config.json");
@@ -350,6 +352,14 @@ pub fn exec(
         return Err(LifecycleError::NotRunning { name: name.clone() });
     }
     Ok(mounts.run(|inside| runtime.exec(inside, name.as_str(), command, limit))??)
+}
+
+/// Gives a partition that was started quietly the share of the processor that its specification says.
+///
+/// # Errors
+/// [`LifecycleError::Cgroup`], also if it does not run.
+pub fn full_speed(name: &Name) -> Result<(), LifecycleError> {
+    Ok(cgroup(name)?.set_idle(false)?)
 }
 
 /// Starts the singletons of a partition that was started quietly, because it is the one that serves now.

@@ -1,5 +1,8 @@
 //! Drain and retire: the old partition ends when its last flow has ended (patent step 2206).
 
+use std::time::Duration;
+
+use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::commit;
@@ -11,6 +14,7 @@ use super::{Context, undo};
 use crate::attachment::DrainOptions;
 use crate::config::OnDeadline;
 use crate::exit::ExitCode;
+use crate::manager::Machine;
 
 /// The old partition has no flow left.
 #[derive(Debug)]
@@ -30,7 +34,7 @@ pub(super) enum Undrained {
 }
 
 /// A drain command has this long.
-const COMMAND: std::time::Duration = std::time::Duration::from_secs(30);
+const COMMAND: Duration = Duration::from_secs(30);
 
 impl Observed {
     /// Waits until the old partition has no accepted flow left.
@@ -41,14 +45,7 @@ impl Observed {
         let settings = job.service.drain.clone();
         let result = job
             .step(Phase::Drain, json!({"drain": settings}), async |job| {
-                let old = &self.0.clone.active;
-                if let Some(command) = &settings.command {
-                    // Only when nobody waits for being accepted: closing a listener resets those.
-                    wait_for_empty_queue(job, &self.0).await?;
-                    if let Err(error) = inside(job.manager, old)(command, COMMAND) {
-                        tracing::warn!("the drain command failed: {}", crate::manager::chain(&error));
-                    }
-                }
+                ask_to_finish(job, &self.0.clone.active, self.0.clone.slot.other()).await?;
                 let on_deadline = match settings.on_deadline {
                     OnDeadline::Keep => crate::attachment::OnDeadline::Keep,
                     OnDeadline::Abort => crate::attachment::OnDeadline::Abort,
@@ -90,14 +87,18 @@ impl Observed {
     }
 }
 
-/// A connection that nobody has accepted yet is reset when its listener closes.
-async fn wait_for_empty_queue(job: &Context<'_>, taken: &TakenOver) -> Result<(), Failure> {
-    let old = taken.clone.slot.other();
+/// Runs the service's drain command, if it has one, in a partition that gets no new flows any more.
+pub(super) async fn ask_to_finish(job: &Context<'_>, machine: &Machine, slot: Slot) -> Result<(), Failure> {
+    let Some(command) = &job.service.drain.command else { return Ok(()) };
+    // A connection that nobody has accepted yet is reset when its listener closes.
     for _ in 0..100 {
-        if job.attachment.flows(old).map_err(at(Phase::Drain))?.queued == 0 {
-            return Ok(());
+        if job.attachment.flows(slot).map_err(at(Phase::Drain))?.queued == 0 {
+            break;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    if let Err(error) = inside(job.manager, machine)(command, COMMAND) {
+        tracing::warn!("the drain command failed: {}", crate::manager::chain(&error));
     }
     Ok(())
 }

@@ -1,14 +1,16 @@
 //! Observe, and give back: the service is watched through its own address (patent step 2205).
 
+use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::verify::inside;
-use super::{Context, undo};
+use super::{Context, drain, undo};
 use crate::attachment::{DrainOptions, OnDeadline};
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
+use crate::manager::Machine;
 use crate::verify::{Reach, Target, Watched, plain_socket, round, watch};
 
 /// The new partition serves well.
@@ -77,37 +79,54 @@ impl TakenOver {
     }
 
     /// Whether writes outside what was declared were lost.
+    ///
+    /// Clients are waiting: where the loss is agreed to, it is counted when they have been given back already.
     async fn reverse(self, job: &mut Context<'_>) -> Result<bool, Failure> {
         let person = |failure: Failure| Failure { code: ExitCode::GiveBackFailed, ..failure };
-        let loss = loss_of_new_side(job, &self).map_err(at(Phase::GiveBack)).map_err(person)?;
-        let lossy = loss.files > 0;
-        let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
-        let files = loss.files;
-        job.report.lost_by_give_back = Some(loss);
-        if lossy && job.service.lossy_give_back == LossyGiveBack::Refuse && !job.options.discard_writes {
-            let reason = format!("the new partition has written {files} files outside may_lose ({first})");
-            return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::GiveBackFailed });
+        let agreed = job.service.lossy_give_back == LossyGiveBack::Allow || job.options.discard_writes;
+        if !agreed {
+            let lost = self.count_loss(job).map_err(person)?;
+            if lost > 0 {
+                let reason = format!(
+                    "the new partition has written {lost} files outside may_lose; `patchswitch rollback {} \
+                     --discard-writes` gives up these",
+                    job.service.name
+                );
+                return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::GiveBackFailed });
+            }
         }
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let service = job.service.name.clone();
             let generation =
                 job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
-            job.attachment.switch(slot.other()).await.map_err(at(Phase::GiveBack)).map_err(person)?;
+            let switched = job.attachment.switch(slot.other()).await;
+            let switched = switched.map_err(at(Phase::GiveBack)).map_err(person)?;
+            job.report.give_back = Some(switched);
+            (job.say)(&format!("give_back: {} serves again", self.clone.active.name()));
             let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
             let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
             let _ = job.manager.store.unset_applied(job.job).map_err(at(Phase::GiveBack)).map_err(person)?;
-            drain_new_side(job).await.map_err(person)?;
+            let lost = if agreed { self.count_loss(job).map_err(person)? } else { 0 };
+            drain_new_side(job, &self.clone.standby, slot).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
-            Ok(((), json!({})))
+            Ok((lost > 0, json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0, "lost_files": lost})))
         })
-        .await?;
-        Ok(lossy)
+        .await
+    }
+
+    /// How many files outside `may_lose` the new side has written, of which the report keeps the first.
+    fn count_loss(&self, job: &mut Context<'_>) -> Result<u64, Failure> {
+        let loss = loss_of_new_side(job, self).map_err(at(Phase::GiveBack))?;
+        let files = loss.files;
+        job.report.lost_by_give_back = Some(loss);
+        Ok(files)
     }
 }
 
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
-async fn drain_new_side(job: &mut Context<'_>) -> Result<(), Failure> {
+async fn drain_new_side(job: &mut Context<'_>, new: &Machine, slot: Slot) -> Result<(), Failure> {
+    drain::ask_to_finish(job, new, slot).await?;
     let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
     let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::GiveBack))?;
     job.report.drain = Some(report);

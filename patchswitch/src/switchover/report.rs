@@ -70,6 +70,8 @@ pub struct Report {
     pub patches: Vec<Value>,
     /// The switch.
     pub switch: Option<Switched>,
+    /// The switch back, if the job gave the service back.
+    pub give_back: Option<Switched>,
     /// From before the store to after it, in microseconds.
     pub flip_us: Option<f64>,
     /// Flows of the old partition when it retired.
@@ -107,6 +109,7 @@ impl Report {
             scan: None,
             patches: Vec::new(),
             switch: None,
+            give_back: None,
             flip_us: None,
             old_flows_at_flip: None,
             drain: None,

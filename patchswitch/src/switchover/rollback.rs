@@ -8,7 +8,7 @@ use serde_json::json;
 use super::context::{Failure, Phase, SwitchError, at};
 use super::report::{AtSwitch, Report};
 use super::verify::inside;
-use super::{Context, Loss, undo};
+use super::{Context, Loss, drain, undo};
 use crate::attachment::{DrainOptions, OnDeadline};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, attachable, slot_of};
@@ -58,6 +58,7 @@ async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool,
     })
     .await?;
     job.step(Phase::Drain, json!({}), async |job| {
+        drain::ask_to_finish(job, &new, slot.other()).await?;
         let deadline = Some(job.service.drain.deadline);
         let options = DrainOptions { deadline, on_deadline: OnDeadline::Reset };
         let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::Drain))?;
@@ -107,6 +108,7 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
     })
     .await?;
     job.step(Phase::Verify, json!({}), async |job| {
+        Manager::full_speed(old).map_err(at(Phase::Verify))?;
         let prober = job.attachment.prober(slot).map_err(at(Phase::Verify))?;
         let open = |address| prober.socket(address);
         let run = inside(job.manager, old);

@@ -22,6 +22,8 @@ impl Restarted {
     pub(super) async fn verify(self, job: &mut Context<'_>) -> Result<Verified, Failure> {
         let intent = json!({"probes": job.service.probes, "gate": job.service.gate});
         job.step(Phase::Verify, intent, async |job| {
+            // What is checked is what will serve. Until now it got what the one that serves left of the processor.
+            Manager::full_speed(&self.0.standby).map_err(at(Phase::Verify))?;
             let prober = job.attachment.prober(self.0.slot).map_err(at(Phase::Verify))?;
             let open = |address: SocketAddr| prober.socket(address);
             let run = inside(job.manager, &self.0.standby);

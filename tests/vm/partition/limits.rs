@@ -22,6 +22,23 @@ fn the_kernel_has_the_limits_of_the_table() {
     }
 }
 
+/// On a host with one processor nobody is to notice that a standby boots and patches itself.
+#[test]
+fn a_standby_gets_what_the_active_one_leaves_until_it_is_checked() {
+    for program in [Program::Crun, Program::Runc] {
+        let mut lab = Lab::with(program);
+        lab.quiet = true;
+        let _started = lab.start();
+        assert_eq!(lab.cgroup("cpu.idle"), "1");
+        patchswitch::partition::lifecycle::full_speed(lab.name()).unwrap();
+        assert_eq!((lab.cgroup("cpu.idle"), lab.cgroup("cpu.weight")), ("0".to_owned(), "100".to_owned()));
+        lab.stop(Duration::from_secs(5));
+        lab.quiet = false;
+        let _started = lab.start();
+        assert_eq!(lab.cgroup("cpu.idle"), "0");
+    }
+}
+
 #[test]
 fn a_busy_loop_gets_its_share_of_one_processor() {
     let mut lab = Lab::new();

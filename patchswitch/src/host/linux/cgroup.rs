@@ -18,6 +18,9 @@ use super::poll;
 /// Where cgroup v2 is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
 
+/// The file that says whether a cgroup gets only the processor time that nobody else wants; since Linux 5.15.
+pub const CPU_IDLE: &str = "cpu.idle";
+
 /// Why a cgroup could not be watched, emptied or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -137,6 +140,15 @@ impl Cgroup {
     /// Whether there is one.
     pub fn exists(&self) -> bool {
         self.path().is_dir()
+    }
+
+    /// Sets whether its processes get only the processor time that nobody else wants, or their full share again.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`], also if it does not exist.
+    pub fn set_idle(&self, idle: bool) -> Result<(), CgroupError> {
+        let value = if idle { "1" } else { "0" };
+        fs::write(self.path().join(CPU_IDLE), value).map_err(self.error("set the share of"))
     }
 
     /// Whether no process is in it or below it. One that does not exist is empty.

@@ -35,7 +35,8 @@ fn document(spec: &PartitionSpec, pid1: Pid1, masked: bool) -> Value {
         netns: Path::new("/proc/4711/fd/9"),
         control: Path::new("/run/patchswitch/partitions/web-b/control"),
         data: &data,
-        masks: masked.then_some(Path::new("/run/patchswitch/partitions/web-b/masks")),
+        quiet: masked,
+        masks: Path::new("/run/patchswitch/partitions/web-b/masks"),
     };
     let mut value = serde_json::to_value(config(spec, &facts).unwrap()).unwrap();
     // A set has no order of its own.

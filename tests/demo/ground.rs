@@ -159,6 +159,7 @@ of = 4
 
 [service.drain]
 command = "nginx -s quit"
+command_after = "15s"                 # connections in use end by themselves until then
 deadline = "60s"
 
 [[service.probe]]

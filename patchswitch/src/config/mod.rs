@@ -216,9 +216,15 @@ pub struct Observe {
 /// `[drain]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// A shell command run inside the old partition when the drain begins, to make its server end gracefully.
+    /// A shell command run inside the old partition, to make its server end gracefully, when flows are left after
+    /// `command_after`.
     pub command: Option<String>,
-    /// How long flows may take to end by themselves.
+    /// How long flows may take to end by themselves before the command is run. A server that ends closes connections
+    /// on which it sees no request, and a request that comes at this very moment is answered by a reset (RFC 9112,
+    /// section 9.5); the fewer are in use by then, the better.
+    #[serde(with = "duration")]
+    pub command_after: Duration,
+    /// How long flows may take to end.
     #[serde(with = "duration")]
     pub deadline: Duration,
     /// What happens then.
@@ -309,7 +315,12 @@ impl Default for Observe {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self { command: None, deadline: Duration::from_secs(600), on_deadline: OnDeadline::Keep }
+        Self {
+            command: None,
+            command_after: Duration::from_secs(10),
+            deadline: Duration::from_secs(600),
+            on_deadline: OnDeadline::Keep,
+        }
     }
 }
 

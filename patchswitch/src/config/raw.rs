@@ -87,6 +87,7 @@ struct RawObserve {
 #[serde(deny_unknown_fields)]
 struct RawDrain {
     command: Opt<String>,
+    command_after: Opt<Span>,
     deadline: Opt<Span>,
     on_deadline: Opt<OnDeadline>,
 }
@@ -178,6 +179,7 @@ impl Setter<'_> {
 
     fn drain(&mut self, drain: &mut Drain, raw: RawDrain) {
         self.set("drain.command", &mut drain.command, raw.command);
+        self.set("drain.command_after", &mut drain.command_after, raw.command_after);
         self.set("drain.deadline", &mut drain.deadline, raw.deadline);
         self.set("drain.on_deadline", &mut drain.on_deadline, raw.on_deadline);
     }

@@ -121,8 +121,12 @@ command = "d"
     let millis = Duration::from_millis;
     assert_eq!(service.gate, Gate { need: 4, every: millis(7), timeout: millis(8), deadline: millis(9000) });
     assert_eq!(service.observe, Observe { length: millis(10_000), every: millis(11), fail: 4, of: 5 });
-    let drain =
-        Drain { command: Some("a".to_owned()), deadline: millis(12_000), on_deadline: OnDeadline::Reset };
+    let drain = Drain {
+        command: Some("a".to_owned()),
+        command_after: millis(10_000),
+        deadline: millis(12_000),
+        on_deadline: OnDeadline::Reset,
+    };
     assert_eq!(service.drain, drain);
     assert_eq!(service.uplinks.len(), 2);
     assert_eq!(service.udp_idle, millis(1000));

@@ -1,8 +1,7 @@
 //! Drain and retire: the old partition ends when its last flow has ended (patent step 2206).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::commit;
@@ -11,7 +10,7 @@ use super::observe::Observed;
 use super::take_over::TakenOver;
 use super::verify::inside;
 use super::{Context, undo};
-use crate::attachment::DrainOptions;
+use crate::attachment::{DrainOptions, DrainReport};
 use crate::config::OnDeadline;
 use crate::exit::ExitCode;
 use crate::manager::Machine;
@@ -45,7 +44,6 @@ impl Observed {
         let settings = job.service.drain.clone();
         let result = job
             .step(Phase::Drain, json!({"drain": settings}), async |job| {
-                ask_to_finish(job, &self.0.clone.active, self.0.clone.slot.other()).await?;
                 let on_deadline = match settings.on_deadline {
                     OnDeadline::Keep => crate::attachment::OnDeadline::Keep,
                     OnDeadline::Abort => crate::attachment::OnDeadline::Abort,
@@ -57,9 +55,7 @@ impl Observed {
                     other => other,
                 };
                 let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: wait };
-                let stop = job.stop;
-                let report =
-                    job.attachment.drain_until(&options, stop, |_| {}).await.map_err(at(Phase::Drain))?;
+                let report = wait_for(job, &self.0.clone.active, settings.command_after, options).await?;
                 let seconds = report.seconds;
                 let (settled, left) = (report.settled, report.left);
                 job.report.drain = Some(report);
@@ -87,12 +83,44 @@ impl Observed {
     }
 }
 
-/// Runs the service's drain command, if it has one, in a partition that gets no new flows any more.
-pub(super) async fn ask_to_finish(job: &Context<'_>, machine: &Machine, slot: Slot) -> Result<(), Failure> {
-    let Some(command) = &job.service.drain.command else { return Ok(()) };
+/// Waits for the flows of a partition that gets no new ones, and runs the service's drain command in it if some are
+/// left after `grace`.
+///
+/// # Errors
+/// [`Failure`] of the drain; that the command fails is told, and the drain goes on.
+pub(super) async fn wait_for(
+    job: &mut Context<'_>,
+    machine: &Machine,
+    grace: Duration,
+    options: DrainOptions,
+) -> Result<DrainReport, Failure> {
+    let begin = Instant::now();
+    let (stop, command) = (job.stop, job.service.drain.command.clone());
+    let deadline = options.deadline.unwrap_or(Duration::MAX);
+    let mut at_start = None;
+    if let Some(command) = command {
+        let first = DrainOptions {
+            deadline: Some(grace.min(deadline)),
+            on_deadline: crate::attachment::OnDeadline::Keep,
+        };
+        let report = job.attachment.drain_until(&first, stop, |_| {}).await.map_err(at(Phase::Drain))?;
+        if report.settled || stop() {
+            return Ok(report);
+        }
+        at_start = Some(report.flows_at_start);
+        ask_to_finish(job, machine, &command).await?;
+    }
+    let rest = DrainOptions { deadline: Some(deadline.saturating_sub(begin.elapsed())), ..options };
+    let report = job.attachment.drain_until(&rest, stop, |_| {}).await.map_err(at(Phase::Drain))?;
+    let flows_at_start = at_start.unwrap_or(report.flows_at_start);
+    Ok(DrainReport { flows_at_start, seconds: begin.elapsed().as_secs_f64(), ..report })
+}
+
+async fn ask_to_finish(job: &Context<'_>, machine: &Machine, command: &str) -> Result<(), Failure> {
+    let retiring = job.attachment.plane().word().active().other();
     // A connection that nobody has accepted yet is reset when its listener closes.
     for _ in 0..100 {
-        if job.attachment.flows(slot).map_err(at(Phase::Drain))?.queued == 0 {
+        if job.attachment.flows(retiring).map_err(at(Phase::Drain))?.queued == 0 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;

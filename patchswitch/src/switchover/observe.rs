@@ -1,6 +1,7 @@
 //! Observe, and give back: the service is watched through its own address (patent step 2205).
 
-use patchswitch_common::Slot;
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
@@ -108,7 +109,7 @@ impl TakenOver {
             let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
             let _ = job.manager.store.unset_applied(job.job).map_err(at(Phase::GiveBack)).map_err(person)?;
             let lost = if agreed { self.count_loss(job).map_err(person)? } else { 0 };
-            drain_new_side(job, &self.clone.standby, slot).await.map_err(person)?;
+            drain_new_side(job, &self.clone.standby).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
             Ok((lost > 0, json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0, "lost_files": lost})))
         })
@@ -125,10 +126,9 @@ impl TakenOver {
 }
 
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
-async fn drain_new_side(job: &mut Context<'_>, new: &Machine, slot: Slot) -> Result<(), Failure> {
-    drain::ask_to_finish(job, new, slot).await?;
+async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Failure> {
     let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
-    let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::GiveBack))?;
-    job.report.drain = Some(report);
+    // It fails: the sooner its connections end, the better.
+    job.report.drain = Some(drain::wait_for(job, new, Duration::ZERO, options).await?);
     Ok(())
 }

@@ -58,11 +58,9 @@ async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool,
     })
     .await?;
     job.step(Phase::Drain, json!({}), async |job| {
-        drain::ask_to_finish(job, &new, slot.other()).await?;
-        let deadline = Some(job.service.drain.deadline);
-        let options = DrainOptions { deadline, on_deadline: OnDeadline::Reset };
-        let report = job.attachment.drain(&options, |_| {}).await.map_err(at(Phase::Drain))?;
-        job.report.drain = Some(report);
+        let settings = job.service.drain.clone();
+        let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: OnDeadline::Reset };
+        job.report.drain = Some(drain::wait_for(job, &new, settings.command_after, options).await?);
         undo::discard(job).await.map_err(at(Phase::Drain))?;
         undo::unmask(job, &old);
         Ok(((), json!({})))

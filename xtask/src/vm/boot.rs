@@ -34,7 +34,7 @@ pub(crate) struct Config {
 
 impl Config {
     pub(crate) fn new(series: Series) -> Self {
-        Self { series, memory_mib: 768, disks_mib: vec![4096; 3], payload: None }
+        Self { series, memory_mib: 1536, disks_mib: vec![4096; 3], payload: None }
     }
 }
 

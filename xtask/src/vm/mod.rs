@@ -50,7 +50,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "MIB", value_delimiter = ',', default_value = "4096,4096,4096")]
     disks: Vec<u64>,
     /// Memory of the machine in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 768)]
+    #[arg(long, value_name = "MIB", default_value_t = 1536)]
     memory: u32,
     /// Seconds after which the command is killed (exit code 124)
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]

@@ -266,7 +266,8 @@ fn packages_are_given_to_one_dpkg_with_the_guard_in_place() {
     let (code, console) = lab.apply();
     assert_eq!(code, 0, "{console}");
     let files = [first, second].map(|patch| lab.at(&patch.path()).display().to_string()).join(" ");
-    let expected = format!("noninteractive --force-confdef --force-confold -i {files}\npolicy 101\n");
+    let expected =
+        format!("noninteractive --force-confdef --force-confold --force-unsafe-io -i {files}\npolicy 101\n");
     assert_eq!(fs::read_to_string(lab.at("calls")).unwrap(), expected);
     assert_eq!(fs::read_to_string(lab.at("usr/sbin/policy-rc.d")).unwrap(), "the administrator's");
     assert!(lab.outcomes().iter().all(PatchOutcome::success));

@@ -139,6 +139,7 @@ fn measure(
         scripts: &scripts,
         directory: &ground.directory,
         scan: &args.scan,
+        found: None,
     };
     let records = run_all(&mut stage, cases);
     story.chapter("the load ends");

@@ -130,6 +130,17 @@ pub(crate) struct Stage<'a> {
     pub(crate) directory: &'a Path,
     /// The jobs with a full scan.
     pub(crate) scan: &'a [u8],
+    /// What was found after the last job: what is there before the next one.
+    pub(crate) found: Option<Found>,
+}
+
+/// What serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    partition: String,
+    version: String,
+    /// A digest of the service's files.
+    files: String,
 }
 
 /// What the story makes of a line of progress.
@@ -160,9 +171,7 @@ impl Stage<'_> {
         self.story.chapter(&format!("{name}: {}", case.title));
         let scan = self.scan.contains(&case.number);
         std::fs::write(self.directory.join("patchswitch.toml"), configuration(self.directory, scan))?;
-        let before = self.product.active(SERVICE)?;
-        let version_before = self.product.version(&before)?;
-        let files_before = self.product.fingerprint(&before)?;
+        let before = self.found.take().map_or_else(|| self.look(), Ok)?;
         let patches = self.add_patches(&case.files(self.artifacts, self.scripts)?)?;
         let rewritten = self.product.rewritten(SERVICE)?;
         let from_ns = self.load.mark(&format!("{name}/plan"))?;
@@ -183,14 +192,14 @@ impl Stage<'_> {
         let to_ns = clock::now_ns();
         let [v4, v6] = self.product.rewritten(SERVICE)?;
         self.load.mark("between")?;
-        let after = self.product.active(SERVICE)?;
-        let version_after = self.product.version(&after)?;
-        let files_as_before = self.product.fingerprint(&after)? == files_before;
+        let after = self.look()?;
+        self.found = Some(after.clone());
         let exit_code = ends.iter().map(|end| end.code).find(|code| *code != 0).unwrap_or(0);
         let (issued, failed) = self.load.so_far()?;
         self.story.say(&format!(
-            "{name} ended with exit code {exit_code}; {after} serves, nginx {version_after}; \
-             {failed} of {issued} requests failed so far"
+            "{name} ended with exit code {exit_code}; {} serves, nginx {}; \
+             {failed} of {issued} requests failed so far",
+            after.partition, after.version
         ));
         let error = ends.iter().find(|end| end.code != 0).map(error_of);
         Ok(Record {
@@ -200,12 +209,18 @@ impl Stage<'_> {
             exit_code,
             error,
             reports: ends.into_iter().map(|end| end.report).collect(),
-            version_before,
+            files_as_before: after.files == before.files,
+            version_before: before.version,
             version_patched,
-            version_after,
-            files_as_before,
+            version_after: after.version,
             rewritten: [v4.saturating_sub(rewritten[0]), v6.saturating_sub(rewritten[1])],
         })
+    }
+
+    fn look(&self) -> anyhow::Result<Found> {
+        let partition = self.product.active(SERVICE)?;
+        let (version, files) = (self.product.version(&partition)?, self.product.fingerprint(&partition)?);
+        Ok(Found { partition, version, files })
     }
 
     /// Adds patches and approves them; known ones stay as they are. Returns their numbers.

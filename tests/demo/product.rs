@@ -12,6 +12,9 @@ use crate::content;
 /// From the start of a job until something must be wrong.
 const JOB_LIMIT: Duration = Duration::from_secs(400);
 
+/// Before a command that is to wait for all others.
+const NICE: [&str; 3] = ["nice", "-n", "19"];
+
 /// The command.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
@@ -47,12 +50,31 @@ impl Product {
         Ok(output.stdout)
     }
 
+    /// Asks for something and changes nothing. The demo's own curiosity is not to take the processor from what is
+    /// measured.
+    fn ask(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        let argv = self.argv(arguments);
+        let argv: Vec<&str> = NICE.into_iter().chain(argv.iter().map(String::as_str)).collect();
+        programs::follow(&argv, JOB_LIMIT, &mut |_: &str| {})
+    }
+
+    /// Asks for something that must be known.
+    fn answer(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let Output { status, stdout, stderr } = self.ask(arguments)?;
+        anyhow::ensure!(status.success(), "patchswitch {}: {status}\n{stderr}{stdout}", arguments.join(" "));
+        Ok(stdout)
+    }
+
+    /// Asks for something as JSON.
+    fn ask_json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let arguments: Vec<&str> = ["--json"].into_iter().chain(arguments.iter().copied()).collect();
+        parse(&arguments, &self.answer(&arguments)?)
+    }
+
     /// Runs a command that must succeed and print JSON.
     pub(crate) fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
         let arguments: Vec<&str> = ["--json"].into_iter().chain(arguments.iter().copied()).collect();
-        let text = self.run(&arguments)?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("patchswitch {} printed no JSON: {text}", arguments.join(" ")))
+        parse(&arguments, &self.run(&arguments)?)
     }
 
     /// Runs a job, however it ends, and passes on each line of its progress.
@@ -69,7 +91,7 @@ impl Product {
 
     /// What is known of the last job, if there was one.
     fn last_job(&self) -> anyhow::Result<Option<Value>> {
-        let output = self.follow(&["--json", "report"], &mut |_| {})?;
+        let output = self.ask(&["--json", "report"])?;
         if !output.status.success() {
             return Ok(None);
         }
@@ -85,18 +107,19 @@ impl Product {
     /// The version of the web server in a partition, asked of dpkg inside.
     pub(crate) fn version(&self, partition: &str) -> anyhow::Result<String> {
         let query = ["dpkg-query", "-W", "-f", "${Version}", "nginx"];
-        let arguments: Vec<&str> = ["partition", "exec", partition, "--"].into_iter().chain(query).collect();
-        Ok(self.run(&arguments)?.trim().to_owned())
+        let head = ["partition", "exec", partition, "--"].into_iter().chain(NICE);
+        Ok(self.answer(&head.chain(query).collect::<Vec<_>>())?.trim().to_owned())
     }
 
     /// A digest of the service's files in a partition.
     pub(crate) fn fingerprint(&self, partition: &str) -> anyhow::Result<String> {
-        self.run(&["partition", "exec", partition, "--", "/bin/sh", "-c", content::FINGERPRINT])
+        let head = ["partition", "exec", partition, "--"].into_iter().chain(NICE);
+        self.answer(&head.chain(["/bin/sh", "-c", content::FINGERPRINT]).collect::<Vec<_>>())
     }
 
     /// The partition that serves.
     pub(crate) fn active(&self, service: &str) -> anyhow::Result<String> {
-        let list = self.json(&["partition", "list"])?;
+        let list = self.ask_json(&["partition", "list"])?;
         let is_active = |row: &&Value| row["role"] == "active" && row["service"] == service;
         let found = list["partitions"].as_array().and_then(|rows| rows.iter().find(is_active));
         let name = found.and_then(|row| row["name"].as_str());
@@ -105,12 +128,17 @@ impl Product {
 
     /// Datagrams whose source was rewritten so far, in IPv4 and in IPv6.
     pub(crate) fn rewritten(&self, service: &str) -> anyhow::Result<[u64; 2]> {
-        let status = self.json(&["status", service])?;
+        let status = self.ask_json(&["status", service])?;
         let events = &status["attachments"][0]["counters"]["events"];
         anyhow::ensure!(events.is_object(), "the status has no counters: {status}");
         // What never happened is left out.
         Ok(["rewritten_v4", "rewritten_v6"].map(|event| events[event].as_u64().unwrap_or(0)))
     }
+}
+
+fn parse(arguments: &[&str], text: &str) -> anyhow::Result<Value> {
+    serde_json::from_str(text)
+        .with_context(|| format!("patchswitch {} printed no JSON: {text}", arguments.join(" ")))
 }
 
 /// The number of a job.

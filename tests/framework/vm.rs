@@ -42,7 +42,8 @@ pub fn scratch_disk() -> Result<Option<PathBuf>> {
     }
     for disk in fs::read_dir("/sys/block")? {
         let disk = disk?;
-        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|serial| serial.trim() == SCRATCH_SERIAL) {
+        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|serial| serial.trim() == SCRATCH_SERIAL)
+        {
             return Ok(Some(PathBuf::from("/dev").join(disk.file_name())));
         }
     }

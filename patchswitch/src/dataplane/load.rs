@@ -84,17 +84,17 @@ fn load(flows: Option<u32>) -> Result<Ebpf, DataplaneError> {
     let csum_ipv6 = u32::from(at_least(6, 16));
     let object = object()?;
     let mut loader = EbpfLoader::new();
-    loader
-        .override_global("HAS_SKIP_NEIGH", &skip_neigh, true)
-        .override_global("HAS_CSUM_IPV6", &csum_ipv6, true);
+    loader.override_global("HAS_SKIP_NEIGH", &skip_neigh, true).override_global(
+        "HAS_CSUM_IPV6",
+        &csum_ipv6,
+        true,
+    );
     for map in maps::OF_FLOWS {
         if let Some(flows) = flows {
             loader.map_max_entries(map, flows);
         }
     }
-    loader
-        .load(&object)
-        .map_err(|error| DataplaneError::Load(Box::new(error)))
+    loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {

@@ -27,7 +27,11 @@ pub(crate) const BREAKS_UNDER_LOAD: &str = "limit-requests.sh";
 /// As above; succeeds, and nobody listens at the service's port.
 pub(crate) const KILLS_THE_SERVICE: &str = "move-port.sh";
 
-const SCRIPTS: [(&str, &str); 3] = [
+/// As above; succeeds, and changes nothing that matters.
+pub(crate) const HARMLESS: &str = "note.sh";
+
+const SCRIPTS: [(&str, &str); 4] = [
+    (HARMLESS, include_str!("content/harmless")),
     (FAILS, include_str!("content/fails")),
     (BREAKS_UNDER_LOAD, include_str!("content/breaks-under-load")),
     (KILLS_THE_SERVICE, include_str!("content/kills-the-service")),

@@ -11,6 +11,7 @@ use patchswitch_load::report::Window;
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
 use patchswitch_tests::programs;
+use patchswitch_tests::vm;
 
 use crate::ground::{FIRST, Ground, SECOND, SERVICE, Scratch, configuration};
 use crate::jobs::{Case, PARTITIONS, Stage};
@@ -37,10 +38,11 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
     let story = Story::begin();
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
     story.say(&format!("Linux {release}, processors: {}", processors()?));
-    let scratch = match (&args.disk, &args.scratch) {
-        (Some(disk), _) => Scratch::Disk(disk.clone()),
-        (None, Some(directory)) => Scratch::Directory(directory.clone()),
-        (None, None) => anyhow::bail!("neither a disk nor a directory was given"),
+    let scratch = match &args.scratch {
+        Some(directory) => Scratch::Directory(directory.clone()),
+        None => {
+            Scratch::Disk(vm::scratch_disk()?.context("this is not the test machine: --scratch is needed")?)
+        }
     };
     let ground = Ground::build(&scratch)?;
     let before = Snapshot::take()?;
@@ -54,7 +56,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
     // Before the demo's own things are removed, so that what changed of them counts as well.
     let left = leftovers(&before, &ground);
     let removed = dismantled.and(ground.remove());
-    let (evidence, records, knee) = measured?;
+    let (evidence, records, negative, knee) = measured?;
     removed?;
     let quiet = evidence.quiet();
     let jobs: Vec<_> = records.iter().map(|record| evidence.job(record, &quiet)).collect();
@@ -63,7 +65,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
         processors: processors()?,
         knee,
         jobs,
-        negative: None,
+        negative: negative.and_then(|negative| evidence.negative(&records, &negative)),
         leftovers: left?,
         checks: Vec::new(),
         seconds: story.seconds(),
@@ -99,7 +101,8 @@ fn serve(args: &RunArgs, story: &Story, product: &Product, ground: &Ground) -> a
     Ok(())
 }
 
-type Measured = (Evidence, Vec<Record>, Option<f64>);
+/// What was recorded: of everything, of each job, of the switch without the notice; and the knee.
+type Measured = (Evidence, Vec<Record>, Option<Record>, Option<f64>);
 
 /// Makes load, runs the jobs, ends the load.
 fn measure(
@@ -142,6 +145,10 @@ fn measure(
         found: None,
     };
     let records = run_all(&mut stage, cases);
+    let negative = match &records {
+        Ok(_) if args.negative => stage.negative().map(Some),
+        _ => Ok(None),
+    };
     story.chapter("the load ends");
     let evidence = Evidence {
         run: load.stop(&args.out.with_file_name("load.json"))?,
@@ -149,7 +156,7 @@ fn measure(
         retransmissions: retransmissions.stop()?,
         quiet,
     };
-    Ok((evidence, records?, knee))
+    Ok((evidence, records?, negative?, knee))
 }
 
 fn run_all(stage: &mut Stage<'_>, cases: &[Case]) -> anyhow::Result<Vec<Record>> {

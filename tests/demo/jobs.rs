@@ -50,8 +50,20 @@ pub(crate) struct Case {
     script: Option<&'static str>,
     commit: bool,
     rollback: bool,
+    notice: bool,
     pub(crate) expected: Expected,
 }
+
+/// A switch whose old side's replies are left as they are.
+const NEGATIVE: Case = Case {
+    number: 6,
+    title: "for comparison, a switch without the notice: who asked the old side by UDP hears nothing any more",
+    script: Some(content::HARMLESS),
+    commit: false,
+    rollback: true,
+    notice: false,
+    expected: Expected { exit_code: 0, flips: 2, changes_version: false, breaks_requests: false },
+};
 
 const CASES: [Case; 5] = [
     Case {
@@ -60,6 +72,7 @@ const CASES: [Case; 5] = [
         script: None,
         commit: true,
         rollback: false,
+        notice: true,
         expected: Expected { exit_code: 0, flips: 1, changes_version: true, breaks_requests: false },
     },
     Case {
@@ -68,6 +81,7 @@ const CASES: [Case; 5] = [
         script: Some(content::FAILS),
         commit: true,
         rollback: false,
+        notice: true,
         expected: Expected { exit_code: 20, flips: 0, changes_version: false, breaks_requests: false },
     },
     Case {
@@ -76,6 +90,7 @@ const CASES: [Case; 5] = [
         script: Some(content::BREAKS_UNDER_LOAD),
         commit: true,
         rollback: false,
+        notice: true,
         expected: Expected { exit_code: 22, flips: 2, changes_version: false, breaks_requests: true },
     },
     Case {
@@ -84,6 +99,7 @@ const CASES: [Case; 5] = [
         script: None,
         commit: false,
         rollback: true,
+        notice: true,
         expected: Expected { exit_code: 0, flips: 2, changes_version: false, breaks_requests: false },
     },
     Case {
@@ -92,6 +108,7 @@ const CASES: [Case; 5] = [
         script: Some(content::KILLS_THE_SERVICE),
         commit: true,
         rollback: false,
+        notice: true,
         expected: Expected { exit_code: 21, flips: 0, changes_version: false, breaks_requests: false },
     },
 ];
@@ -105,7 +122,7 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        format!("job-{}", self.number)
+        if self.notice { format!("job-{}", self.number) } else { "negative".to_owned() }
     }
 
     fn files(&self, artifacts: &Path, scripts: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -165,6 +182,11 @@ fn parse(line: &str) -> Line<'_> {
 }
 
 impl Stage<'_> {
+    /// The run that shows what the notice is good for.
+    pub(crate) fn negative(&mut self) -> anyhow::Result<Record> {
+        self.run(&NEGATIVE)
+    }
+
     /// Runs a job and whatever the operator does after it.
     pub(crate) fn run(&mut self, case: &Case) -> anyhow::Result<Record> {
         let name = case.name();
@@ -178,6 +200,7 @@ impl Stage<'_> {
         let mut arguments = vec!["apply", SERVICE];
         arguments.extend(patches.iter().flat_map(|id| ["--patch", id]));
         arguments.extend(case.commit.then_some("--commit"));
+        arguments.extend((!case.notice).then_some("--without-notice"));
         let mut ends = vec![self.command(&name, &arguments)?];
         let (mut version_patched, mut rollback_ns) = (None, None);
         if case.rollback && ends[0].code == 0 {

@@ -51,17 +51,17 @@ enum Verb {
 /// Where and what.
 #[derive(Debug, Args)]
 struct RunArgs {
+    /// Run a switch without the notice at the end.
+    #[arg(long)]
+    negative: bool,
     /// The jobs, in this order.
     #[arg(long, value_delimiter = ',', default_value = "2,5,3,4,1")]
     jobs: Vec<u8>,
     /// Directory with the prepared root.tar and the packages of the patch.
     #[arg(long)]
     artifacts: PathBuf,
-    /// An empty disk for everything that is written; it is overwritten.
-    #[arg(long, required_unless_present = "scratch")]
-    disk: Option<PathBuf>,
-    /// A directory instead of a disk.
-    #[arg(long, conflicts_with = "disk")]
+    /// An existing directory for everything that is written; without it the test machine's own disk is overwritten.
+    #[arg(long)]
     scratch: Option<PathBuf>,
     /// Where the report goes.
     #[arg(long)]

@@ -8,7 +8,7 @@ use patchswitch_load::report::{NEAR_NS, Run, Window};
 use patchswitch_tests::observe::Captured;
 use serde_json::Value;
 
-use crate::report::{JobReport, Quiet};
+use crate::report::{JobReport, Negative, Quiet};
 use crate::watch::Samples;
 
 /// A transition counts when this many requests after it agree: neighbours may overtake each other.
@@ -112,11 +112,51 @@ impl Evidence {
         found
     }
 
-    /// The figures of a job.
-    pub(crate) fn job(&self, record: &Record, quiet: &Quiet) -> JobReport {
+    /// What clients of flows in flight got by UDP with the notice, in all jobs that switched, and without it.
+    pub(crate) fn negative(&self, with: &[Record], without: &Record) -> Option<Negative> {
+        let all = with.iter().filter_map(|record| self.in_flight(record));
+        let (sent, answered) = all.reduce(|a, b| (a.0 + b.0, a.1 + b.1))?;
+        let without = self.in_flight(without)?;
+        Some(Negative {
+            sent_with_notice: sent,
+            answered_with_notice: answered,
+            sent_without_notice: without.0,
+            answered_without_notice: without.1,
+        })
+    }
+
+    /// Datagrams that were sent to the old side after the flip and before the way back, and how many of them were
+    /// answered; none if nothing was switched.
+    fn in_flight(&self, record: &Record) -> Option<(u64, u64)> {
+        let patched = self.patched(record);
+        let moves = moves(&self.run, record.window, &patched);
+        let (flip, _) = *moves.first()?;
+        let window = Window { from_ns: flip, to_ns: moves.get(1).map_or(record.window.to_ns, |(at, _)| *at) };
+        let is_old = |instance: &str| patched.iter().all(|name| name != instance);
+        let by_old = |answer: &patchswitch_load::record::Answer| {
+            let instance = self.run.instances.get(usize::from(answer.instance));
+            window.contains(self.run.started_ns + answer.due_us() * 1000)
+                && instance.is_some_and(|name| is_old(name))
+        };
+        let udp = self.run.answers.iter().filter(|series| series.class == Class::Udp);
+        let answered = udp.map(|series| series.iter().filter(by_old).count() as u64).sum();
+        // A flow that is older than the flip is the old side's.
+        let lost = self.run.failures_due(window).filter(|failure| {
+            failure.class == Class::Udp && failure.opened_ns.is_some_and(|opened| opened < flip)
+        });
+        Some((lost.count() as u64 + answered, answered))
+    }
+
+    /// The names of the patched side of a job.
+    fn patched(&self, record: &Record) -> Vec<String> {
         let patching = record.window.from_ns..record.rollback_ns.unwrap_or(record.window.to_ns);
         let started = |name: &&String| started_ns(name).is_some_and(|at| patching.contains(&at));
-        let patched: Vec<String> = self.run.instances.iter().filter(started).cloned().collect();
+        self.run.instances.iter().filter(started).cloned().collect()
+    }
+
+    /// The figures of a job.
+    pub(crate) fn job(&self, record: &Record, quiet: &Quiet) -> JobReport {
+        let patched = self.patched(record);
         let moves = moves(&self.run, record.window, &patched);
         let flips: Vec<u64> = moves.iter().map(|(at, _)| *at).collect();
         let ends = flips.iter().skip(1).copied().chain([record.window.to_ns]);
@@ -333,6 +373,34 @@ mod tests {
         let rolled_back = Record { rollback_ns: Some(112 * S), ..record(Vec::new()) };
         assert_eq!(evidence.job(&rolled_back, &evidence.quiet()).flips_seen, 2);
         assert_eq!(evidence.job(&record(Vec::new()), &evidence.quiet()).flips_seen, 1, "nobody came back");
+    }
+
+    #[test]
+    fn flows_in_flight_are_those_of_the_old_side_after_the_flip() {
+        let mut run = run(10, 14);
+        let mut echoes = Series::new(Class::Udp, Family::V4);
+        // Of the old side after the flip at 110 s, of the new one, of the old one before.
+        for (due_us, instance) in [(9_000_000, 0), (10_500_000, 0), (10_600_000, 1), (11_000_000, 0)] {
+            echoes.push(Answer { done_us: due_us + 1000, latency_us: 1000, instance });
+        }
+        run.answers.push(echoes);
+        let failure = |due_ns, opened_ns| Failure {
+            number: 1,
+            class: Class::Udp,
+            family: Family::V4,
+            due_ns,
+            failed_ns: due_ns,
+            wall_ms: 0,
+            opened_ns: Some(opened_ns),
+            local: None,
+            instance: None,
+            error: ErrorKind::TimeOut,
+        };
+        // Of a flow in flight, and of one that was opened after the flip.
+        run.failures = vec![failure(111 * S, 109 * S), failure(112 * S, 111 * S)];
+        let evidence = evidence(run);
+        assert_eq!(evidence.in_flight(&record(Vec::new())), Some((3, 2)));
+        assert_eq!(evidence.negative(&[], &record(Vec::new())), None, "there is nothing to compare with");
     }
 
     #[test]

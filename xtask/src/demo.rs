@@ -31,8 +31,6 @@ const RUNS: [(&str, &str); 2] = [("6.12", ALL_JOBS), ("6.1", "1")];
 const ALL_JOBS: &str = "2,5,3,4,1";
 /// The program.
 const DEMO: &str = "patchswitch-demo";
-/// Everything that is written goes to this disk of the test machine.
-const DISK: &str = "/dev/vdb";
 /// Where the report is in the test machine.
 const OUT: &str = "/run/demo-report";
 /// A run that takes longer hangs.
@@ -111,6 +109,8 @@ fn selection(options: &Options) -> Result<Vec<(Option<Series>, String)>> {
 
 fn arguments(options: &Options, jobs: &str) -> Vec<String> {
     let mut words: Vec<String> = ["run", "--jobs", jobs].map(str::to_owned).into();
+    // Once is enough to show it.
+    words.extend((jobs == ALL_JOBS).then(|| "--negative".to_owned()));
     words.extend(options.quick.then(|| "--quick".to_owned()));
     words.extend(options.rate.map(|rate| format!("--rate={rate}")));
     words
@@ -146,7 +146,7 @@ fn in_machine(
     let vm = Vm::boot(cache, &config)?;
     let program = format!("/payload/{DEMO}");
     let report = format!("{OUT}/report.json");
-    let fixed = ["--artifacts", "/payload/artifacts", "--disk", DISK, "--out", &report];
+    let fixed = ["--artifacts", "/payload/artifacts", "--out", &report];
     let words = std::iter::once(program.as_str()).chain(arguments.iter().map(String::as_str)).chain(fixed);
     let request = Request {
         argv: words.map(str::to_owned).collect(),

@@ -27,6 +27,10 @@ pub(crate) struct Apply {
     /// Go on although the old partition wrote files that the service does not declare in may_lose.
     #[arg(long)]
     discard_writes: bool,
+    /// Leave the source of the old partition's replies as it is. Breaks UDP flows that are in flight: only to show
+    /// what the rewrite is good for.
+    #[arg(long)]
+    without_notice: bool,
 }
 
 /// Arguments of `rollback` and `commit`.
@@ -73,7 +77,12 @@ fn watcher(json: bool) -> Watcher<'static> {
 
 impl Apply {
     fn options(&self) -> Options {
-        Options { patches: self.patches.clone(), commit: self.commit, discard_writes: self.discard_writes }
+        Options {
+            patches: self.patches.clone(),
+            commit: self.commit,
+            discard_writes: self.discard_writes,
+            without_notice: self.without_notice,
+        }
     }
 
     /// `plan`: what `apply` would do.

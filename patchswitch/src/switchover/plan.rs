@@ -20,6 +20,9 @@ pub struct Options {
     pub commit: bool,
     /// Go on although writes outside `may_lose` are left behind.
     pub discard_writes: bool,
+    /// Switch without the notice: replies that the old partition sends with its own address stay as they are, and
+    /// clients of unconnected UDP sockets do not hear them. Only to show what the rewrite is good for.
+    pub without_notice: bool,
 }
 
 /// A job that can be run.

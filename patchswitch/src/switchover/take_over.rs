@@ -10,6 +10,7 @@ use super::report::AtSwitch;
 use super::undo::meter;
 use super::verify::Verified;
 use super::{Context, Failure, Loss, Phase};
+use crate::attachment::SwitchOptions;
 use crate::exit::ExitCode;
 use crate::manager::Manager;
 use crate::storage::meter::Mark;
@@ -43,7 +44,8 @@ impl Verified {
             let now = std::time::SystemTime::now();
             job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
             job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
-            let switched = job.attachment.switch(clone.slot).await;
+            let options = SwitchOptions { notice: !job.options.without_notice, ..SwitchOptions::default() };
+            let switched = job.attachment.switch_with(clone.slot, options).await;
             if switched.is_err() && job.attachment.plane().word().active() != clone.slot {
                 // Nothing was switched, so the record must not say so: undo goes by it.
                 let old = job.manager.store.record_switch(&service, clone.active.name(), generation + 1);

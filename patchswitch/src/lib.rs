@@ -21,6 +21,7 @@ pub mod attachment;
 pub mod config;
 pub mod control;
 pub mod dataplane;
+pub mod doctor;
 pub mod exit;
 pub mod host;
 pub mod init;

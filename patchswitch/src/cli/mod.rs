@@ -1,6 +1,7 @@
 //! Arguments, calls, printing: nothing else. One file for each group of subcommands.
 
 mod alone;
+mod doctor;
 mod job;
 mod partition;
 mod patch;
@@ -32,6 +33,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Say what this host has and lacks for the work, and what that costs.
+    Doctor(doctor::Doctor),
     /// Put a service address in front of one or two network namespaces.
     Attach(alone::Attach),
     /// Give new flows to the other partition; flows that exist stay with the old one.
@@ -91,6 +94,7 @@ pub(crate) fn run() -> std::process::ExitCode {
 async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let json = arguments.json;
     match &arguments.verb {
+        Verb::Doctor(verb) => verb.run(&arguments.config, json),
         Verb::Attach(verb) => verb.run(json).await,
         Verb::Switch(verb) => verb.run(json).await,
         Verb::Drain(verb) => verb.run(json).await,

@@ -59,3 +59,24 @@ fn doctor_tells_of_a_configuration_that_cannot_be_read() {
     assert_eq!(configuration["state"], "missing");
     assert!(configuration["found"].as_str().unwrap().contains("patchswitch.toml:2:1"), "{configuration}");
 }
+
+#[test]
+fn host_show_tells_what_a_standby_has_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let show = || json(&patchswitch(dir.path(), &["host", "show", "--json"]));
+    let before = show();
+    assert_eq!(before["schema"], "patchswitch.host/1");
+    let define =
+        ["partition", "define", "spare", "--standby", "--size", "4M", "--memory", "64M", "--network", "lan7"];
+    let defined = patchswitch(dir.path(), &define);
+    assert!(defined.status.success(), "{defined:?}");
+    let after = show();
+    let share = &after["host"]["shares"][0];
+    assert_eq!((&share["partition"], &share["network"]), (&"spare".into(), &"lan7".into()));
+    assert_eq!(share["amounts"]["memory"], 64 << 20);
+    let free = |table: &Value| table["host"]["free"]["memory"].as_i64().unwrap();
+    assert_eq!(free(&before) - free(&after), 64 << 20);
+    let text = patchswitch(dir.path(), &["host", "show"]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(text.contains("spare") && text.contains("(host)") && text.contains("(free)"), "{text}");
+}

@@ -2,6 +2,7 @@
 
 mod alone;
 mod doctor;
+mod host;
 mod job;
 mod partition;
 mod patch;
@@ -47,6 +48,9 @@ enum Verb {
     Detach(alone::Detach),
     /// Show who serves, and what was counted.
     Status(alone::Status),
+    /// The host's resources: who has what, and what is free.
+    #[command(subcommand)]
+    Host(host::Verb),
     /// Logical computers: define, start, stop, look into.
     #[command(subcommand)]
     Partition(partition::Verb),
@@ -108,6 +112,7 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 async fn execute_managed(arguments: &Arguments, manager: &mut Manager) -> anyhow::Result<ExitCode> {
     let json = arguments.json;
     match &arguments.verb {
+        Verb::Host(verb) => verb.run(manager, json),
         Verb::Partition(verb) => verb.run(manager, json),
         Verb::Service(verb) => verb.run(manager, json).await,
         Verb::Patch(verb) => verb.run(manager, json),

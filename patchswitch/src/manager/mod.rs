@@ -11,6 +11,7 @@
 //! ```
 //!
 //! * `define`: partitions come into being, and go.
+//! * `host`: what the host has, who has what of it, what is free.
 //! * `machine`: start, stop, what is there.
 //! * `lease`: a standby is lent to a service, and given back or kept.
 //! * `service`: a service address gets its partition and its data path.
@@ -18,6 +19,7 @@
 
 mod define;
 mod error;
+mod host;
 mod lease;
 mod machine;
 mod recover;
@@ -27,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 pub use define::{Definition, Origin, Source};
 pub use error::ManagerError;
+pub use host::{Amounts, Device, HostTable, Share};
 pub use machine::{Machine, MachineDisk, Running};
 pub use recover::Recovered;
 pub(crate) use service::{attachable, slot_of};

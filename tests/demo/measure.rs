@@ -94,9 +94,9 @@ impl Evidence {
         }
     }
 
-    fn resets_in(&self, window: Window) -> u64 {
-        // What was not seen in whole is not known to be good.
-        self.resets.as_ref().map_or(u64::MAX, |seen| seen.count(window.from_ns, window.to_ns) as u64)
+    /// None if the capture has holes: what was not seen in whole is not known to be good.
+    fn resets_in(&self, window: Window) -> Option<u64> {
+        self.resets.as_ref().map(|seen| seen.count(window.from_ns, window.to_ns) as u64)
     }
 
     /// What failed, in words, and how often.
@@ -427,9 +427,9 @@ mod tests {
         });
         let evidence = evidence(run(10, 14));
         let quiet = evidence.quiet();
-        assert_eq!((quiet.requests, quiet.resets_seen, quiet.longest_gap_ms), (800, 1, 10.0));
+        assert_eq!((quiet.requests, quiet.resets_seen, quiet.longest_gap_ms), (800, Some(1), 10.0));
         let job = evidence.job(&record(vec![report, back]), &quiet);
-        assert_eq!((job.outcome.as_str(), job.flips_seen, job.resets_seen), ("done, then rolled_back", 2, 2));
+        assert_eq!((job.outcome.as_str(), job.flips_seen, job.resets_seen), ("done, then rolled_back", 2, Some(2)));
         assert_eq!((job.flip_us, job.lost_sectors_switch, job.lost_sectors_back), (Some(12.5), 40, 7));
         assert_eq!(job.phases, BTreeMap::from([("clone".to_owned(), 0.5), ("drain".to_owned(), 5.5)]));
         assert_eq!(job.gaps_ms.keys().collect::<Vec<_>>(), ["clone", "drain"]);

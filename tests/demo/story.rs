@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::report::{Check, JobReport, Negative, Quiet, RunReport};
+use crate::report::{Check, JobReport, Negative, Quiet, RunReport, seen};
 
 /// Tells.
 #[derive(Debug)]
@@ -108,11 +108,6 @@ fn print_job(job: &JobReport) {
     if let Some(error) = &job.error {
         println!("  it said: {}", error.trim().replace('\n', "\n           "));
     }
-}
-
-/// A count; the largest there is stands for "some were missed".
-fn seen(count: u64) -> String {
-    if count == u64::MAX { "an unknown number of".to_owned() } else { count.to_string() }
 }
 
 /// Why a phase has gaps that a quiet time has not.

@@ -63,6 +63,28 @@ fn a_drain_ends_when_the_last_flow_does() {
 }
 
 #[test]
+fn whoever_waits_for_the_end_is_in_nobodys_way_who_looks() {
+    let (rig, _servers, flows) = retiring("look").unwrap();
+    std::thread::scope(|scope| {
+        let drain = scope.spawn(|| rig.ok(&["drain", NAME]));
+        // A change is refused from the moment on when the drain has the attachment.
+        let end = Instant::now() + Duration::from_secs(20);
+        while rig.run(&["detach", NAME]).unwrap().code != Some(75) {
+            assert!(Instant::now() < end, "the drain does not begin");
+        }
+        let shown = rig.ok(&["flows", NAME]).unwrap();
+        let of =
+            |active: bool| shown["partitions"].as_array().unwrap().iter().find(|p| p["active"] == active);
+        assert_eq!(of(false).unwrap()["flows"]["accepted"].as_array().unwrap().len(), 2, "{shown}");
+        assert_eq!(status(&rig).unwrap()["phase"], "draining");
+        assert_eq!(rig.run(&["detach", NAME]).unwrap().code, Some(75), "the drain was over");
+        drop(flows);
+        assert_eq!(drain.join().unwrap().unwrap()["drain"]["settled"], true);
+    });
+    rig.finish().unwrap();
+}
+
+#[test]
 fn at_the_deadline_flows_are_kept() {
     let (rig, _servers, mut flows) = retiring("keep").unwrap();
     let ended = rig.run(&["drain", NAME, "--deadline", "0.5", "--json"]).unwrap();

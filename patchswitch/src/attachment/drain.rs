@@ -1,52 +1,16 @@
-//! Which flows a partition still has, and waiting until they have ended.
+//! Waiting until the flows of a partition have ended.
 
-use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, ServicePorts};
-use crate::host::linux::sockets::{self, Protocol, Socket};
+use super::{AttachError, Attachment, Flows};
+use crate::host::linux::sockets;
 
 /// The kernel is asked this often while a partition drains.
 const POLL: Duration = Duration::from_millis(250);
-
-/// The flows of one partition.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Flows {
-    /// Connections that the service accepted, or is about to: the drain waits for these.
-    pub accepted: Vec<Flow>,
-    /// Connections that the partition itself opened: listed, not waited for.
-    pub outgoing: Vec<Flow>,
-    /// Connections that wait in a listener's queue for being accepted. Closing the listener would reset them.
-    pub queued: u32,
-    /// Learned flows that are not idle for too long: UDP and ICMP.
-    pub learned: usize,
-    #[serde(skip)]
-    sockets: Vec<Socket>,
-}
-
-/// One connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Flow {
-    /// `tcp` or `udp`.
-    pub protocol: &'static str,
-    /// The partition's end.
-    pub local: SocketAddr,
-    /// The other end.
-    pub remote: SocketAddr,
-    /// State as the kernel names it, in lower case.
-    pub state: &'static str,
-}
-
-impl Flows {
-    /// Whether nothing is left that the drain waits for.
-    pub fn is_empty(&self) -> bool {
-        self.accepted.is_empty() && self.queued == 0 && self.learned == 0
-    }
-}
 
 /// What happens to flows that are still there at the deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -84,64 +48,7 @@ pub struct DrainReport {
     pub settled: bool,
 }
 
-fn state_name(state: u8) -> &'static str {
-    match state {
-        1 => "established",
-        2 => "syn-sent",
-        3 | 12 => "syn-recv",
-        4 => "fin-wait-1",
-        5 => "fin-wait-2",
-        8 => "close-wait",
-        9 => "last-ack",
-        11 => "closing",
-        _ => "unknown",
-    }
-}
-
 impl Attachment {
-    /// The flows of the partition in a slot that use a service address.
-    ///
-    /// # Errors
-    /// [`AttachError::Sockets`].
-    pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
-        let all = sockets::all(&self.netns(slot)?)?;
-        let now = ports(&all, &self.record().addresses);
-        let known = &self.record().service_ports;
-        let serves = |socket: &Socket| {
-            match socket.protocol {
-                Protocol::Tcp => [&known.tcp, &now.tcp],
-                Protocol::Udp => [&known.udp, &now.udp],
-            }
-            .iter()
-            .any(|ports| ports.contains(&socket.local.port()))
-        };
-        let ours = |socket: &Socket| self.record().addresses.contains(&socket.local.ip());
-        let mut flows = Flows { learned: self.plane().learned(slot)?, ..Flows::default() };
-        for socket in all {
-            if socket.is_listener() {
-                let wide = socket.local.ip().is_unspecified() || ours(&socket);
-                flows.queued += if wide { socket.receive_queue } else { 0 };
-            } else if socket.is_connected() && ours(&socket) {
-                let flow = flow(&socket);
-                if serves(&socket) {
-                    flows.accepted.push(flow);
-                    flows.sockets.push(socket);
-                } else {
-                    flows.outgoing.push(flow);
-                }
-            }
-        }
-        Ok(flows)
-    }
-
-    /// The ports on which a partition serves now.
-    pub(super) fn service_ports(&self, slot: Slot) -> Result<ServicePorts, AttachError> {
-        if self.record().slots[slot as usize].is_none() {
-            return Ok(ServicePorts::default());
-        }
-        Ok(ports(&sockets::all(&self.netns(slot)?)?, &self.record().addresses))
-    }
-
     /// Waits until the retiring partition has no accepted flow left, and ends the switch then.
     ///
     /// `progress` is told the number of flows each time it changes. Nobody retires: nothing to do.
@@ -219,26 +126,4 @@ impl Attachment {
             }
         }
     }
-}
-
-fn flow(socket: &Socket) -> Flow {
-    let protocol = match socket.protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-    };
-    Flow { protocol, local: socket.local, remote: socket.remote, state: state_name(socket.state) }
-}
-
-/// The ports on which somebody waits for flows to one of the addresses.
-fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
-    let of = |protocol| {
-        let waits = |s: &&Socket| s.protocol == protocol && !s.is_connected();
-        let hears = |s: &&Socket| s.local.ip().is_unspecified() || addresses.contains(&s.local.ip());
-        let waiting = sockets.iter().filter(waits).filter(hears);
-        let mut ports: Vec<u16> = waiting.map(|s| s.local.port()).collect();
-        ports.sort_unstable();
-        ports.dedup();
-        ports
-    };
-    ServicePorts { tcp: of(Protocol::Tcp), udp: of(Protocol::Udp) }
 }

@@ -14,6 +14,7 @@
 
 mod build;
 mod drain;
+mod flows;
 mod lock;
 mod preflight;
 mod probe;
@@ -22,7 +23,8 @@ mod remove;
 mod settings;
 mod wiring;
 
-pub use drain::{DrainOptions, DrainReport, Flow, Flows, OnDeadline};
+pub use drain::{DrainOptions, DrainReport, OnDeadline};
+pub use flows::{Flow, Flows, View};
 pub use lock::Lock;
 pub use probe::Prober;
 pub use record::{Inside, Record, RecordError, ServicePorts, SlotRecord};
@@ -278,8 +280,7 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Refused`] if the slot is empty.
     pub fn netns(&self, slot: Slot) -> Result<Netns, AttachError> {
-        let entry = self.slot(slot)?;
-        Ok(Netns::open(&NetnsRef::Path(entry.held.clone()))?)
+        flows::netns(&self.record, slot)
     }
 
     fn slot(&self, slot: Slot) -> Result<&SlotRecord, AttachError> {

@@ -2,11 +2,12 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
-    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, phase_name,
+    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, View, phase_name,
 };
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::exit::ExitCode;
@@ -15,7 +16,7 @@ use patchswitch::names::Name;
 use patchswitch_common::Slot;
 use serde_json::{Value, json};
 
-use super::print;
+use super::{print, report};
 
 /// An attachment, by name.
 #[derive(Debug, Args)]
@@ -239,26 +240,26 @@ impl Drain {
 impl Named {
     /// `flows`.
     pub(crate) fn flows(&self, json: bool) -> anyhow::Result<ExitCode> {
-        let attachment = Attachment::open(&self.name)?;
-        let active = attachment.plane().word().active();
+        let view = View::open(&self.name)?;
+        let active = view.plane().word().active();
         let mut slots = Vec::new();
         for slot in [active, active.other()] {
-            if attachment.record().slots[slot as usize].is_some() {
-                slots.push((slot, attachment.flows(slot)?));
+            if view.record().slots[slot as usize].is_some() {
+                slots.push((slot, view.flows(slot)?));
             }
         }
         if json {
             let entries: Vec<Value> = slots
                 .iter()
                 .map(|(slot, flows)| {
-                    json!({"netns": netns_name(attachment.record(), *slot), "active": *slot == active, "flows": flows})
+                    json!({"netns": netns_name(view.record(), *slot), "active": *slot == active, "flows": flows})
                 })
                 .collect();
             print::json(&json!({"schema": "patchswitch.flows/1", "partitions": entries}))?;
         } else {
             for (slot, flows) in &slots {
                 let role = if *slot == active { "active" } else { "other" };
-                print::text(&flow_lines(&netns_name(attachment.record(), *slot), role, flows)?);
+                print::text(&flow_lines(&netns_name(view.record(), *slot), role, flows)?);
             }
         }
         Ok(ExitCode::Done)
@@ -345,20 +346,34 @@ pub(crate) struct Status {
 }
 
 impl Status {
-    pub(crate) fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+    pub(crate) fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         let records = match &self.name {
             Some(name) => vec![Record::load(name)?],
             None => Record::all()?,
         };
         let states = records.iter().map(state).collect::<anyhow::Result<Vec<_>>>()?;
+        // Who serves is to be seen whatever is wrong with the store or the configuration.
+        let (jobs, trouble) = match report::open_jobs(config, self.name.as_ref()) {
+            Ok(jobs) => (jobs, None),
+            Err(error) => (Vec::new(), Some(format!("jobs are not known: {error:#}"))),
+        };
         if json {
-            print::json(&json!({"schema": "patchswitch.status/1", "attachments": states}))?;
-        } else if states.is_empty() {
+            print::json(&json!({
+                "schema": "patchswitch.status/1", "attachments": states, "jobs": jobs, "jobs_error": trouble,
+            }))?;
+            return Ok(ExitCode::Done);
+        }
+        if states.is_empty() {
             print::text("nothing is attached");
-        } else {
-            for state in &states {
-                print::text(&lines(state)?);
-            }
+        }
+        for state in &states {
+            print::text(&lines(state)?);
+        }
+        for job in &jobs {
+            print::text(&report::open_job_lines(job));
+        }
+        if let Some(trouble) = trouble {
+            print::progress(&trouble);
         }
         Ok(ExitCode::Done)
     }

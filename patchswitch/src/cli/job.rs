@@ -1,4 +1,4 @@
-//! The daily verbs: `plan`, `apply`, `rollback`, `commit`, `report`, `up`, `down`.
+//! The daily verbs: `plan`, `apply`, `rollback`, `commit`, `up`, `down`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -6,11 +6,10 @@ use clap::Args;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::Manager;
 use patchswitch::names::Name;
-use patchswitch::store::JobId;
-use patchswitch::switchover::{self, Ended, Options, Report, Watcher};
+use patchswitch::switchover::{self, Ended, Options, Watcher};
 use serde_json::json;
 
-use super::print;
+use super::{print, report};
 
 /// Arguments of `plan` and `apply`.
 #[derive(Debug, Args)]
@@ -41,13 +40,6 @@ pub(crate) struct Decide {
     /// Go on although writes outside may_lose are lost.
     #[arg(long)]
     discard_writes: bool,
-}
-
-/// Arguments of `report`.
-#[derive(Debug, Args)]
-pub(crate) struct ReportOf {
-    /// Number of the job; default: the last one.
-    job: Option<JobId>,
 }
 
 /// Set by the first Ctrl-C or TERM.
@@ -135,69 +127,12 @@ fn finish(ended: Ended, json: bool) -> anyhow::Result<ExitCode> {
     if json {
         print::json(report)?;
     } else if ended.error.is_none() {
-        print::text(&story(report));
+        print::text(&report::story(&serde_json::to_value(report)?));
     }
     if let Some(error) = &ended.error {
         print::progress(&format!("patchswitch: {error}"));
     }
     Ok(ended.code)
-}
-
-fn story(report: &Report) -> String {
-    let mut text = format!("job {} ({}): {}", report.job, report.kind, report.outcome);
-    if let Some(switch) = &report.switch {
-        text += &format!("\n  new flows moved with one store ({:.1} µs)", switch.flip_us);
-    }
-    if let Some(freeze) = report.freeze_ms {
-        text += &format!("\n  writers waited {freeze:.0} ms for the clone");
-    }
-    if let Some(drain) = &report.drain {
-        text +=
-            &format!("\n  {} old flows ended by themselves in {:.1} s", drain.flows_at_start, drain.seconds);
-    }
-    for (loss, what) in [(&report.lost_by_switch, "the switch"), (&report.lost_by_give_back, "the rollback")]
-    {
-        if let Some(loss) = loss {
-            let (sectors, files) = (loss.sectors, loss.files);
-            text += &format!("\n  lost by {what}: {sectors} sectors, {files} files outside may_lose");
-        }
-    }
-    if report.kind == "apply" && report.outcome == "switched" {
-        text += &format!("\n  next: patchswitch commit {0}, or patchswitch rollback {0}", report.service);
-    }
-    text
-}
-
-impl ReportOf {
-    pub(crate) fn run(&self, manager: &Manager, json: bool) -> anyhow::Result<ExitCode> {
-        let jobs = manager.store.jobs(None, 1000)?;
-        let job = match self.job {
-            Some(id) => jobs.into_iter().find(|job| job.id == id),
-            None => jobs.into_iter().next_back(),
-        };
-        let job = job.ok_or_else(|| anyhow::anyhow!("there is no such job"))?;
-        let path = Report::path(manager.state(), job.id);
-        let report: serde_json::Value = match std::fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)?,
-            Err(_) => serde_json::Value::Null,
-        };
-        let steps = manager.store.steps(job.id)?;
-        if json {
-            print::json(
-                &json!({"schema": "patchswitch.job/1", "job": job, "report": report, "steps": steps}),
-            )?;
-            return Ok(ExitCode::Done);
-        }
-        let end = job.message.as_deref().unwrap_or("not over");
-        print::text(&format!("job {} ({} {}): {end}", job.id, job.kind, job.service));
-        for step in steps {
-            let seconds = step
-                .ended_at
-                .map_or(0.0, |end| (end - step.began_at).total(jiff::Unit::Second).unwrap_or(0.0));
-            print::text(&format!("  {:<10} {:<9} {seconds:>8.2} s", step.phase, step.state.to_string()));
-        }
-        Ok(ExitCode::Done)
-    }
 }
 
 /// `up`: puts everything right after a kill or a boot.

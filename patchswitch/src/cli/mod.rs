@@ -7,6 +7,7 @@ mod job;
 mod partition;
 mod patch;
 mod print;
+mod report;
 mod service;
 mod size;
 
@@ -68,8 +69,8 @@ enum Verb {
     Rollback(job::Decide),
     /// Make the patched partition permanent, and free the old one.
     Commit(job::Decide),
-    /// Show what a job did.
-    Report(job::ReportOf),
+    /// Show what a job did, or does.
+    Report(report::ReportOf),
     /// Put everything right after a kill or a boot.
     Up,
     /// Take everything out of the kernel; what is stored stays.
@@ -104,7 +105,7 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Drain(verb) => verb.run(json).await,
         Verb::Flows(verb) => verb.flows(json),
         Verb::Detach(verb) => verb.run(json).await,
-        Verb::Status(verb) => verb.run(json),
+        Verb::Status(verb) => verb.run(&arguments.config, json),
         _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -102,6 +103,27 @@ impl JobLock {
         Ok(Self { _file: file })
     }
 
+    /// Who holds the lock of a service now; nobody is told of the question, and nobody is in its way.
+    ///
+    /// The kernel is asked who has locked the file (`proc_locks(5)`), and the file what that one wrote.
+    ///
+    /// # Errors
+    /// [`LockError::Io`] if `/proc/locks` cannot be read.
+    pub fn holder(run_dir: &Path, service: &Name) -> Result<Option<Holder>, LockError> {
+        const LOCKS: &str = "/proc/locks";
+        let path = run_dir.join("lock").join(service.as_str());
+        let Ok(mut file) = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&path) else {
+            return Ok(None);
+        };
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source: io::Error| LockError::Io { path, source }
+        };
+        let inode = file.metadata().map_err(failed(&path))?.ino();
+        let locks = std::fs::read_to_string(LOCKS).map_err(failed(Path::new(LOCKS)))?;
+        Ok(read(&mut file).filter(|holder| has_locked(&locks, holder.pid, inode)))
+    }
+
     /// Takes the lock, waiting for it at most for the given time.
     ///
     /// # Errors
@@ -132,10 +154,37 @@ fn write(file: &mut File) -> io::Result<()> {
     file.write_all(&text)
 }
 
+/// Whether a process has an exclusive lock of `flock(2)` on the file with this inode number. Lines are like
+/// `1: FLOCK  ADVISORY  WRITE 2345 fe:00:10117 0 EOF`; those of waiting processes have `->` before the kind.
+fn has_locked(locks: &str, pid: u32, inode: u64) -> bool {
+    locks.lines().any(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, "FLOCK", _, "WRITE", owner, file, ..] = fields.as_slice() else { return false };
+        let file = file.rsplit(':').next().and_then(|number| number.parse().ok());
+        owner.parse() == Ok(pid) && file == Some(inode)
+    })
+}
+
 /// The holder writes after it has locked, so there may be nothing yet, or the name of the holder before.
 fn read(file: &mut File) -> Option<Holder> {
     let mut text = Vec::new();
     file.rewind().ok()?;
     file.take(HOLDER_MAX).read_to_end(&mut text).ok()?;
     serde_json::from_slice(&text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_one_that_has_the_lock_is_taken_for_its_holder() {
+        let locks = "1: OFDLCK ADVISORY  READ -1 fe:00:77 201 201\n2: FLOCK  ADVISORY  WRITE 2345 fe:00:77 0 EOF\n\
+                     2: -> FLOCK  ADVISORY  WRITE 999 fe:00:77 0 EOF\n3: POSIX  ADVISORY  WRITE 11 00:1a:88 0 EOF\n";
+        assert!(has_locked(locks, 2345, 77));
+        for (pid, inode) in [(999, 77), (2345, 88), (11, 88), (2345, 7), (0, 77)] {
+            assert!(!has_locked(locks, pid, inode), "{pid} {inode}");
+        }
+        assert!(!has_locked("", 1, 1) && !has_locked("1: FLOCK ADVISORY WRITE", 1, 1));
+    }
 }

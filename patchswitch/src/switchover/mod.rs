@@ -18,6 +18,7 @@ mod clone;
 mod commit;
 mod context;
 mod drain;
+mod look;
 mod observe;
 mod patch;
 mod plan;
@@ -79,5 +80,6 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 
 pub use commit::commit;
 pub(crate) use commit::merge_disks;
+pub use look::{JobView, Progress, job, log_file, open_jobs};
 pub use rollback::rollback;
 pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

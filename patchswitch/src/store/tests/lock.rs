@@ -9,6 +9,7 @@ use super::*;
 fn a_lock_excludes_others_says_who_has_it_and_ends_with_its_holder() {
     let dir = tempfile::tempdir().unwrap();
     let lock = JobLock::acquire(dir.path(), &name("web")).unwrap();
+    assert_eq!(JobLock::holder(dir.path(), &name("web")).unwrap().map(|h| h.pid), Some(std::process::id()));
     // Another service is not concerned.
     drop(JobLock::acquire(dir.path(), &name("api")).unwrap());
     let error = JobLock::acquire(dir.path(), &name("web")).unwrap_err();
@@ -18,6 +19,12 @@ fn a_lock_excludes_others_says_who_has_it_and_ends_with_its_holder() {
     let text = error.to_string();
     assert!(text.starts_with(&format!("service web is busy: process {} since 2", holder.pid)), "{text}");
     drop(lock);
+    assert_eq!(
+        JobLock::holder(dir.path(), &name("web")).unwrap(),
+        None,
+        "the file is there, the lock is not"
+    );
+    assert_eq!(JobLock::holder(dir.path(), &name("nobody")).unwrap(), None);
     drop(JobLock::acquire(dir.path(), &name("web")).unwrap());
 }
 

@@ -1,0 +1,180 @@
+//! Which flows a partition has, asked from the kernel: to look needs no lock.
+
+use std::net::{IpAddr, SocketAddr};
+
+use patchswitch_common::Slot;
+use serde::Serialize;
+
+use super::{AttachError, Attachment, Record, ServicePorts, here, preflight};
+use crate::dataplane::Dataplane;
+use crate::host::linux::netns::{Netns, NetnsRef};
+use crate::host::linux::sockets::{self, Protocol, Socket};
+use crate::names::Name;
+
+/// An attachment, to be looked at: without its lock, so that a job, a switch or a drain under way is not in the way.
+///
+/// What it shows is true at one moment of a course that goes on.
+#[derive(Debug)]
+pub struct View {
+    record: Record,
+    plane: Dataplane,
+}
+
+impl View {
+    /// Looks at an attachment. Root only, in the network namespace in which it was made.
+    ///
+    /// # Errors
+    /// [`RecordError::Unknown`](super::RecordError::Unknown), [`AttachError::Refused`] from another namespace, or
+    /// [`DataplaneError::NotAttached`](crate::dataplane::DataplaneError::NotAttached) if its pins are gone.
+    pub fn open(name: &Name) -> Result<Self, AttachError> {
+        preflight::root()?;
+        let record = Record::load(name)?;
+        here(&record)?;
+        Ok(Self { plane: Dataplane::open(name)?, record })
+    }
+
+    /// What it consists of.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Its data path.
+    pub fn plane(&self) -> &Dataplane {
+        &self.plane
+    }
+
+    /// The flows of the partition in a slot that use a service address.
+    ///
+    /// # Errors
+    /// [`AttachError::Sockets`]; [`AttachError::Netns`] if the partition left meanwhile.
+    pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
+        flows(&self.record, &self.plane, slot)
+    }
+}
+
+/// The flows of one partition.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Flows {
+    /// Connections that the service accepted, or is about to: the drain waits for these.
+    pub accepted: Vec<Flow>,
+    /// Connections that the partition itself opened: listed, not waited for.
+    pub outgoing: Vec<Flow>,
+    /// Connections that wait in a listener's queue for being accepted. Closing the listener would reset them.
+    pub queued: u32,
+    /// Learned flows that are not idle for too long: UDP and ICMP.
+    pub learned: usize,
+    #[serde(skip)]
+    pub(super) sockets: Vec<Socket>,
+}
+
+/// One connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Flow {
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
+    /// The partition's end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// State as the kernel names it, in lower case.
+    pub state: &'static str,
+}
+
+impl Flows {
+    /// Whether nothing is left that the drain waits for.
+    pub fn is_empty(&self) -> bool {
+        self.accepted.is_empty() && self.queued == 0 && self.learned == 0
+    }
+}
+
+fn state_name(state: u8) -> &'static str {
+    match state {
+        1 => "established",
+        2 => "syn-sent",
+        3 | 12 => "syn-recv",
+        4 => "fin-wait-1",
+        5 => "fin-wait-2",
+        8 => "close-wait",
+        9 => "last-ack",
+        11 => "closing",
+        _ => "unknown",
+    }
+}
+
+impl Attachment {
+    /// The flows of the partition in a slot that use a service address.
+    ///
+    /// # Errors
+    /// [`AttachError::Sockets`].
+    pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
+        flows(self.record(), self.plane(), slot)
+    }
+
+    /// The ports on which a partition serves now.
+    pub(super) fn service_ports(&self, slot: Slot) -> Result<ServicePorts, AttachError> {
+        if self.record().slots[slot as usize].is_none() {
+            return Ok(ServicePorts::default());
+        }
+        Ok(ports(&sockets::all(&self.netns(slot)?)?, &self.record().addresses))
+    }
+}
+
+/// The network namespace of the partition in a slot.
+pub(super) fn netns(record: &Record, slot: Slot) -> Result<Netns, AttachError> {
+    let entry = record.slots[slot as usize].as_ref();
+    let none = || AttachError::Refused(format!("{} has no second partition", record.name));
+    Ok(Netns::open(&NetnsRef::Path(entry.ok_or_else(none)?.held.clone()))?)
+}
+
+fn flows(record: &Record, plane: &Dataplane, slot: Slot) -> Result<Flows, AttachError> {
+    let all = sockets::all(&netns(record, slot)?)?;
+    let now = ports(&all, &record.addresses);
+    let known = &record.service_ports;
+    let serves = |socket: &Socket| {
+        match socket.protocol {
+            Protocol::Tcp => [&known.tcp, &now.tcp],
+            Protocol::Udp => [&known.udp, &now.udp],
+        }
+        .iter()
+        .any(|ports| ports.contains(&socket.local.port()))
+    };
+    let ours = |socket: &Socket| record.addresses.contains(&socket.local.ip());
+    let mut flows = Flows { learned: plane.learned(slot)?, ..Flows::default() };
+    for socket in all {
+        if socket.is_listener() {
+            let wide = socket.local.ip().is_unspecified() || ours(&socket);
+            flows.queued += if wide { socket.receive_queue } else { 0 };
+        } else if socket.is_connected() && ours(&socket) {
+            let flow = flow(&socket);
+            if serves(&socket) {
+                flows.accepted.push(flow);
+                flows.sockets.push(socket);
+            } else {
+                flows.outgoing.push(flow);
+            }
+        }
+    }
+    Ok(flows)
+}
+
+fn flow(socket: &Socket) -> Flow {
+    let protocol = match socket.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    Flow { protocol, local: socket.local, remote: socket.remote, state: state_name(socket.state) }
+}
+
+/// The ports on which somebody waits for flows to one of the addresses.
+fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
+    let of = |protocol| {
+        let waits = |s: &&Socket| s.protocol == protocol && !s.is_connected();
+        let hears = |s: &&Socket| s.local.ip().is_unspecified() || addresses.contains(&s.local.ip());
+        let waiting = sockets.iter().filter(waits).filter(hears);
+        let mut ports: Vec<u16> = waiting.map(|s| s.local.port()).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    };
+    ServicePorts { tcp: of(Protocol::Tcp), udp: of(Protocol::Udp) }
+}

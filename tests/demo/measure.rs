@@ -429,7 +429,10 @@ mod tests {
         let quiet = evidence.quiet();
         assert_eq!((quiet.requests, quiet.resets_seen, quiet.longest_gap_ms), (800, Some(1), 10.0));
         let job = evidence.job(&record(vec![report, back]), &quiet);
-        assert_eq!((job.outcome.as_str(), job.flips_seen, job.resets_seen), ("done, then rolled_back", 2, Some(2)));
+        assert_eq!(
+            (job.outcome.as_str(), job.flips_seen, job.resets_seen),
+            ("done, then rolled_back", 2, Some(2))
+        );
         assert_eq!((job.flip_us, job.lost_sectors_switch, job.lost_sectors_back), (Some(12.5), 40, 7));
         assert_eq!(job.phases, BTreeMap::from([("clone".to_owned(), 0.5), ("drain".to_owned(), 5.5)]));
         assert_eq!(job.gaps_ms.keys().collect::<Vec<_>>(), ["clone", "drain"]);

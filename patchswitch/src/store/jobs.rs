@@ -73,6 +73,13 @@ pub struct Job {
     pub message: Option<String>,
 }
 
+impl Job {
+    /// Whether it ended because somebody wanted it to end: it was undone then.
+    pub fn was_interrupted(&self) -> bool {
+        self.exit_code == Some(ExitCode::Interrupted.number())
+    }
+}
+
 /// A step of a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Step {

@@ -69,16 +69,17 @@ fn view(store: &Store, state: &Path, job: Job) -> Result<JobView, ManagerError> 
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(ManagerError::io("read", path)(error)),
     };
-    let log = Some(log_file(state, job.id)).filter(|path| path.exists());
+    let log = Some(log_file(state, &job.id)).filter(|path| path.exists());
     Ok(JobView { progress: progress(&job)?, job, steps, report, log })
 }
 
-/// Where a job that was started in the background says what it does.
-pub fn log_file(state: &Path, job: JobId) -> PathBuf {
-    state.join("logs").join(format!("{job}.log"))
+/// Where a job that was started in the background says what it does; of a service: until the job has a number.
+pub fn log_file(state: &Path, of: &impl std::fmt::Display) -> PathBuf {
+    state.join("logs").join(format!("{of}.log"))
 }
 
-fn progress(job: &Job) -> Result<Progress, ManagerError> {
+/// Whether a job is over; who works on it is asked from the kernel.
+pub(super) fn progress(job: &Job) -> Result<Progress, ManagerError> {
     if job.ended_at.is_some() {
         return Ok(Progress::Over);
     }

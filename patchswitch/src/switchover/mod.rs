@@ -24,6 +24,7 @@ mod patch;
 mod plan;
 mod report;
 mod rollback;
+mod stop;
 mod take_over;
 pub(crate) mod undo;
 mod verbs;

@@ -1,16 +1,21 @@
 //! The verbs: a job from its lock to its report. The command line and other programs call these.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::rollback::{Kept, kept};
+use super::stop::stop_job;
 use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
 use crate::attachment::Attachment;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError};
 use crate::names::{Name, RUN_ROOT};
-use crate::store::{JobId, JobLock, NewJob, boot_id};
+use crate::store::{Job, JobId, JobLock, NewJob, boot_id};
+
+/// How long a stopped job's process may take to let go of the service after the job has ended.
+const TIDY: Duration = Duration::from_secs(10);
 
 /// Who watches a job.
 #[derive(Clone, Copy)]
@@ -59,7 +64,8 @@ pub async fn apply(
     end(job, result, lock)
 }
 
-/// Gives a service back to its old partition and discards the patched one.
+/// Gives a service back to its old partition and discards the patched one. A job of the service that another process
+/// applies now is stopped first, which undoes it in order.
 ///
 /// # Errors
 /// As [`apply`].
@@ -69,7 +75,19 @@ pub async fn roll_back(
     options: &Options,
     watcher: Watcher<'_>,
 ) -> Result<Ended, ManagerError> {
-    let lock = lock(service)?;
+    let stopped = stop_job(manager, service, watcher)?;
+    let lock = match &stopped {
+        // Its process still tidies up.
+        Some(_) => JobLock::acquire_within(Path::new(RUN_ROOT), service, TIDY)?,
+        None => lock(service)?,
+    };
+    if let Some(undone) = stopped.filter(Job::was_interrupted)
+        && manager.other(service)?.is_none()
+    {
+        let mut job = begin(manager, service, "rollback", &json!({"stopped": undone.id}), options, watcher)?;
+        job.report.outcome = format!("job {} was stopped and undone", undone.id);
+        return end(job, Ok(ExitCode::Done), lock);
+    }
     let last = last_switch(manager, service)?;
     let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
     let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref())).await;

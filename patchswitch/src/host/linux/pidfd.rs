@@ -69,6 +69,17 @@ impl Process {
         id.map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "malformed /proc/PID/stat"))
     }
 
+    /// Asks the process to end in order (`SIGTERM`). Ended already: nothing to do.
+    ///
+    /// # Errors
+    /// What `pidfd_send_signal` says, other than `ESRCH`.
+    pub fn terminate(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.fd, Signal::TERM) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
     /// Whether the process has ended; it may not have been reaped yet.
     ///
     /// # Errors

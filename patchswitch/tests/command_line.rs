@@ -118,3 +118,14 @@ fn a_job_can_be_read_before_it_is_over_and_afterwards() {
     assert_eq!(read(&patchswitch(dir.path(), &["status", "--json"]))["jobs"], json!([]));
     assert_eq!(patchswitch(dir.path(), &["report", "2"]).status.code(), Some(1));
 }
+
+#[test]
+fn what_can_be_known_is_said_before_anything_goes_to_the_background() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = patchswitch(dir.path(), &["apply", "web", "--detach"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no service web"), "{output:?}");
+    assert!(!dir.path().join("state/logs").exists());
+    let both = patchswitch(dir.path(), &["apply", "web", "--detach", "--supervised"]);
+    assert_eq!(both.status.code(), Some(2));
+}

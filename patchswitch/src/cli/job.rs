@@ -1,5 +1,7 @@
 //! The daily verbs: `plan`, `apply`, `rollback`, `commit`, `up`, `down`.
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
@@ -9,7 +11,7 @@ use patchswitch::names::Name;
 use patchswitch::switchover::{self, Ended, Options, Watcher};
 use serde_json::json;
 
-use super::{print, report};
+use super::{background, print, report};
 
 /// Arguments of `plan` and `apply`.
 #[derive(Debug, Args)]
@@ -30,6 +32,22 @@ pub(crate) struct Apply {
     /// what the rewrite is good for.
     #[arg(long)]
     without_notice: bool,
+}
+
+/// Arguments of `apply`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Ctrl-C and SIGTERM undo the job in order: before the switch the clone is discarded, after it the service is given back.
+With --detach the exit code is 0 as soon as the job has begun; `report` has the exit code of the job itself.")]
+pub(crate) struct Start {
+    #[command(flatten)]
+    apply: Apply,
+    /// Go on in the background, also when the terminal is gone; print the number of the job.
+    #[arg(long)]
+    detach: bool,
+    /// Leave the terminal: this is the process in the background.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    supervised: bool,
 }
 
 /// Arguments of `rollback` and `commit`.
@@ -95,10 +113,42 @@ impl Apply {
         Ok(ExitCode::Done)
     }
 
+    /// The same, for the process in the background, whose directory is another.
+    fn in_background(&self, config: &Path, verbose: u8) -> std::io::Result<Vec<OsString>> {
+        let config = std::path::absolute(config)?;
+        let mut arguments: Vec<OsString> = vec!["apply".into(), "--supervised".into()];
+        arguments.extend(["--config".into(), config.into()]);
+        for patch in &self.patches {
+            arguments.push(format!("--patch={patch}").into());
+        }
+        let flags = [("--commit", self.commit), ("--discard-writes", self.discard_writes)];
+        arguments.extend(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag.into()));
+        arguments.extend((0..verbose).map(|_| "-v".into()));
+        arguments.push(self.service.as_str().into());
+        Ok(arguments)
+    }
+}
+
+impl Start {
     /// `apply`.
-    pub(crate) async fn run(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
+    pub(crate) async fn run(
+        &self,
+        manager: &mut Manager,
+        config: &Path,
+        verbose: u8,
+        json: bool,
+    ) -> anyhow::Result<ExitCode> {
+        let (service, options) = (&self.apply.service, self.apply.options());
+        if self.detach {
+            // What can be known now is said now.
+            switchover::plan(manager, service, &options)?;
+            return background::start(manager, service, &self.apply.in_background(config, verbose)?, json);
+        }
+        if self.supervised {
+            rustix::process::setsid()?;
+        }
         watch_signals(json)?;
-        let ended = switchover::apply(manager, &self.service, &self.options(), watcher(json)).await?;
+        let ended = switchover::apply(manager, service, &options, watcher(json)).await?;
         finish(ended, json)
     }
 }

@@ -1,6 +1,7 @@
 //! Arguments, calls, printing: nothing else. One file for each group of subcommands.
 
 mod alone;
+mod background;
 mod doctor;
 mod host;
 mod job;
@@ -64,8 +65,8 @@ enum Verb {
     /// Say what `apply` would do, and change nothing.
     Plan(job::Apply),
     /// Patch a service: clone, patch, check, take over, drain.
-    Apply(job::Apply),
-    /// Give a service back to its old partition.
+    Apply(job::Start),
+    /// Give a service back to its old partition; a job under way is stopped and undone first.
     Rollback(job::Decide),
     /// Make the patched partition permanent, and free the old one.
     Commit(job::Decide),
@@ -118,7 +119,7 @@ async fn execute_managed(arguments: &Arguments, manager: &mut Manager) -> anyhow
         Verb::Service(verb) => verb.run(manager, json).await,
         Verb::Patch(verb) => verb.run(manager, json),
         Verb::Plan(verb) => verb.plan(manager, json),
-        Verb::Apply(verb) => verb.run(manager, json).await,
+        Verb::Apply(verb) => verb.run(manager, &arguments.config, arguments.verbose, json).await,
         Verb::Rollback(verb) => verb.rollback(manager, json).await,
         Verb::Commit(verb) => verb.commit(manager, json),
         Verb::Report(verb) => verb.run(manager, json),

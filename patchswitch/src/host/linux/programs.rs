@@ -43,6 +43,8 @@ pub enum Program {
     DpkgDeb,
     /// Our own second binary; on the host it keeps console logs. The caller says where it is: [`Run::located`].
     Init,
+    /// Ourselves, to go on in the background. The caller says where it is: [`Run::located`].
+    Patchswitch,
 }
 
 impl Program {
@@ -57,6 +59,7 @@ impl Program {
             Self::Shell => "sh",
             Self::DpkgDeb => "dpkg-deb",
             Self::Init => "patchswitch-init",
+            Self::Patchswitch => "patchswitch",
         }
     }
 
@@ -70,7 +73,7 @@ impl Program {
             Self::Nft => "nftables",
             Self::Shell => "dash",
             Self::DpkgDeb => "dpkg",
-            Self::Init => "patchswitch",
+            Self::Init | Self::Patchswitch => "patchswitch",
         }
     }
 

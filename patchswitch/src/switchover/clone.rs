@@ -8,6 +8,7 @@ use serde_json::json;
 use super::context::{at, with};
 use super::{Context, Failure, Phase, Plan};
 use crate::exit::ExitCode;
+use crate::init::SYSTEMD_UNIT;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names;
 use crate::partition::program;
@@ -17,20 +18,6 @@ use crate::patch::wire::{OnError, PatchTableInput};
 use crate::storage::meter::Mark;
 use crate::storage::snapshot::{self, CloneOf};
 use crate::store::Patch;
-
-/// Has systemd apply the patches before anything else is started. It reads the same table as PID 1 of ours would.
-const SYSTEMD_UNIT: &str = "\
-[Unit]
-Description=Patches of patchswitch
-DefaultDependencies=no
-Before=multi-user.target
-ConditionPathExists=/var/lib/patchswitch/table.json
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/usr/lib/patchswitch/init apply
-";
 
 /// What all states of a clone have in common.
 #[derive(Debug)]

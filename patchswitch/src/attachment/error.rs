@@ -1,0 +1,98 @@
+//! Why something could not be attached, switched or detached.
+
+use super::record::RecordError;
+use crate::dataplane::DataplaneError;
+use crate::exit::ExitCode;
+use crate::host::linux::netlink::NetlinkError;
+use crate::host::linux::netns::NetnsError;
+use crate::host::linux::sockets::SocketsError;
+use crate::host::linux::sysctl::SysctlError;
+use crate::names::Name;
+
+/// Why something could not be attached, switched or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The data path.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// A namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The network.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A kernel setting.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// The list of sockets.
+    #[error(transparent)]
+    Sockets(#[from] SocketsError),
+    /// The request makes no sense on this host; nothing was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// Not permitted; nothing was changed.
+    #[error("this changes network namespaces and loads BPF programs, which only root may")]
+    NotRoot,
+    /// Whoever made it was killed before it was done.
+    #[error("{0} was not made to its end; `patchswitch detach {0}` removes what is there of it")]
+    Incomplete(Name),
+    /// Flows were in flight that could not be remembered: they would be lost by the switch. Nothing was changed.
+    #[error(
+        "{packets} packets of flows without a socket found the table of learned flows full; these flows would be cut"
+    )]
+    LearnFull {
+        /// Packets that found no room since the learning began.
+        packets: u64,
+    },
+    /// The switch is made, new flows go to the new partition, but something that belongs to it failed.
+    #[error("the switch is made, but not everything that belongs to it: {}", causes.join("; "))]
+    AfterSwitch {
+        /// What failed.
+        causes: Vec<String>,
+    },
+    /// Building failed and was undone, or the undoing failed as well.
+    #[error("failed to attach {name}; {undone}")]
+    Undone {
+        /// The attachment.
+        name: Name,
+        /// What became of what was built until then.
+        undone: String,
+        /// Why.
+        #[source]
+        cause: Box<AttachError>,
+    },
+    /// Not everything could be removed.
+    #[error("failed to remove all of {name}: {}", causes.join("; "))]
+    Removal {
+        /// The attachment.
+        name: Name,
+        /// Everything that failed.
+        causes: Vec<String>,
+    },
+}
+
+impl AttachError {
+    /// What a command that ends with it says.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Record(RecordError::Busy(_)) => ExitCode::Busy,
+            Self::Record(RecordError::Exists(_)) => ExitCode::CannotCreate,
+            Self::NotRoot => ExitCode::Permission,
+            Self::LearnFull { .. } => ExitCode::GateFailed,
+            Self::AfterSwitch { .. } => ExitCode::Io,
+            Self::Undone { cause, .. } => cause.exit_code(),
+            other if is_denied(other) => ExitCode::Permission,
+            _ => ExitCode::Failed,
+        }
+    }
+}
+
+/// Whether the kernel said that this is not permitted, at any depth.
+fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
+    let own = error.downcast_ref::<std::io::Error>();
+    own.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_denied)
+}

@@ -110,7 +110,7 @@ async fn execute_managed(arguments: &Arguments, manager: &mut Manager) -> anyhow
         Verb::Plan(verb) => verb.plan(manager, json),
         Verb::Apply(verb) => verb.run(manager, json).await,
         Verb::Rollback(verb) => verb.rollback(manager, json).await,
-        Verb::Commit(verb) => verb.commit(manager, json),
+        Verb::Commit(verb) => verb.commit(manager, json).await,
         Verb::Report(verb) => verb.run(manager, json),
         Verb::Up => job::up(manager, json).await,
         Verb::Down => job::down(manager, json).await,

@@ -7,7 +7,7 @@ use super::{Definition, Manager, ManagerError, Teardown};
 use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::root::Root;
-use crate::names::{self, Name};
+use crate::names::{self, Name, RUN_ROOT};
 use crate::partition::lifecycle::{self, Started};
 use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
 use crate::storage::disk::{self, Backing};
@@ -295,6 +295,16 @@ fn mount_point(machine: &Machine, mount: &str) -> PathBuf {
 }
 
 impl Manager {
+    /// Directories that are common to all partitions and services go with what was last in them.
+    pub(super) fn remove_empty_directories() {
+        let run = Path::new(RUN_ROOT);
+        for directory in ["roots", "oci", "partitions", "console", "netns", "lock"] {
+            // One that is not empty is in use.
+            let _ = std::fs::remove_dir(run.join(directory));
+        }
+        let _ = std::fs::remove_dir(run);
+    }
+
     /// Whether a partition's init runs.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::context::{Failure, Phase, at};
 use super::{Context, Loss};
 use crate::exit::ExitCode;
-use crate::manager::{Manager, ManagerError};
+use crate::manager::{Machine, Manager, ManagerError, slot_of};
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::WhenBusy;
 
@@ -17,19 +17,12 @@ const MERGE: Duration = Duration::from_secs(3600);
 /// Commits the last switch of a service; a job of its own.
 ///
 /// # Errors
-/// [`Failure`], before anything is changed if the old partition still runs or lost writes are not agreed to.
-pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
+/// [`Failure`], before anything is changed if the old partition still has flows or lost writes are not agreed to.
+pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
     let refuse = |reason: String, code| Err(Failure { phase: Phase::Commit, reason, code });
     let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::Commit))? else {
         return refuse("there is nothing to commit".to_owned(), ExitCode::Nothing);
     };
-    if job.manager.is_running(&old).map_err(at(Phase::Commit))? {
-        let name = &job.service.name;
-        return refuse(
-            format!("{} still has flows; `patchswitch drain {name}` waits", old.name()),
-            ExitCode::Failed,
-        );
-    }
     if let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) {
         let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
         let reason = format!(
@@ -39,8 +32,24 @@ pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Fa
         );
         return refuse(reason, ExitCode::WritesLost);
     }
+    retire(job, &old).await?;
     merge(job)?;
     Ok(ExitCode::Done)
+}
+
+/// An old partition that still runs, because its job was interrupted or its flows were kept, retires now if it is
+/// drained.
+async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
+    if slot_of(&job.attachment, old).is_none() && !job.manager.is_running(old).map_err(at(Phase::Retire))? {
+        return Ok(());
+    }
+    let new = job.manager.active(&job.service).map_err(at(Phase::Retire))?;
+    if job.manager.retire_drained(&mut job.attachment, &new, old).await.map_err(at(Phase::Retire))? {
+        return Ok(());
+    }
+    let service = &job.service.name;
+    let reason = format!("{} still has flows; `patchswitch drain {service}` waits for their end", old.name());
+    Err(Failure { phase: Phase::Retire, reason, code: ExitCode::Failed })
 }
 
 /// Merges, and exchanges what is behind the two partitions' disks.
@@ -72,7 +81,8 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &crate::names::Name) -
     let new = manager.active(&settings)?;
     let clones = new.clones();
     if clones.is_empty() {
-        return manager.forget_old(service).map(|()| 0);
+        // Written down already: the store does that in one piece.
+        return Ok(0);
     }
     let dm = Manager::dm()?;
     let patience = Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge: MERGE };

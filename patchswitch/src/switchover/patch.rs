@@ -115,13 +115,13 @@ fn describe(results: &PatchResults, ids: &[String]) -> String {
     let one = |id: &String| {
         let Some(outcome) = results.outcome(id) else { return format!("patch {id} was not run") };
         let end = match (outcome.exit_code, outcome.signal, &outcome.failure) {
-            (_, _, Some(failure)) => format!("{failure:?}"),
+            (_, _, Some(failure)) => failure.to_string(),
             (Some(code), _, _) => format!("exit status {code}"),
             (_, Some(signal), _) => format!("signal {signal}"),
             _ => "not run".to_owned(),
         };
         let tail = outcome.log_tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-        format!("patch {id}: {end}: {tail}")
+        if tail.is_empty() { format!("patch {id}: {end}") } else { format!("patch {id}: {end}: {tail}") }
     };
     ids.iter().map(one).collect::<Vec<_>>().join("; ")
 }

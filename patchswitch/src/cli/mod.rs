@@ -12,6 +12,8 @@ use clap::{Parser, Subcommand};
 use patchswitch::attachment::AttachError;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::{Manager, ManagerError};
+use patchswitch::patch::table::TableError;
+use patchswitch::store::StoreError;
 
 /// Patches a running service without anybody noticing: clone, patch, take over, drain, commit.
 #[derive(Debug, Parser)]
@@ -135,6 +137,8 @@ fn code_of(error: &anyhow::Error) -> ExitCode {
             .downcast_ref()
             .map(ManagerError::exit_code)
             .or_else(|| cause.downcast_ref().map(AttachError::exit_code))
+            .or_else(|| cause.downcast_ref().map(TableError::exit_code))
+            .or_else(|| cause.downcast_ref().map(StoreError::exit_code))
             .or_else(|| match cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
                 Some(std::io::ErrorKind::PermissionDenied) => Some(ExitCode::Permission),
                 _ => None,

@@ -11,6 +11,7 @@ use crate::names::{self, Name, RUN_ROOT};
 use crate::partition::lifecycle::{self, Started};
 use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
 use crate::storage::disk::{self, Backing};
+use crate::storage::merge;
 use crate::storage::snapshot::{self, CloneOf};
 use crate::store::{self, State};
 
@@ -105,6 +106,9 @@ impl Manager {
         let dm = Self::dm()?;
         let clones = machine.clones();
         if !clones.is_empty() {
+            if let Some(paths) = merge::merging(&dm, &clones)? {
+                return Ok(paths);
+            }
             return Ok(snapshot::reopen(&dm, &clones)?.into_iter().map(|clone| clone.path).collect());
         }
         let over = self.clones_over(machine)?;

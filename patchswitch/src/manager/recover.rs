@@ -16,7 +16,7 @@ use crate::names::{Name, RUN_ROOT};
 use crate::partition::console::Console;
 use crate::partition::lifecycle;
 use crate::storage::snapshot;
-use crate::store::{Job, JobLock, StepState};
+use crate::store::{Job, JobLock, LockError, StepState};
 
 /// How long a program of a killed command may take to end.
 const ORPHAN: std::time::Duration = std::time::Duration::from_secs(60);
@@ -40,15 +40,22 @@ impl Manager {
         let mut done = Recovered::default();
         for job in self.store.open_jobs()? {
             // Somebody is at it: leave it alone.
-            let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) else { continue };
+            let _lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {
+                Err(LockError::Busy { .. }) => continue,
+                lock => lock?,
+            };
             match self.recover(&job).await {
-                Ok(what) => done.actions.push(what),
+                Ok(what) => done.actions.extend(what),
                 Err(error) => {
                     done.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(&error)));
                 }
             }
         }
         for settings in self.store.services()? {
+            // Somebody is at it: he knows better.
+            let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &settings.name) else {
+                continue;
+            };
             let was = self.is_served(&settings).unwrap_or(false);
             match self.serve(&settings).await {
                 Ok(()) if was => {}
@@ -65,7 +72,7 @@ impl Manager {
     }
 
     /// Ends a job that nobody works on any more.
-    async fn recover(&mut self, job: &Job) -> Result<String, ManagerError> {
+    async fn recover(&mut self, job: &Job) -> Result<Vec<String>, ManagerError> {
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
@@ -77,7 +84,7 @@ impl Manager {
         };
         if self.was_committing(job)? {
             drop(attachment);
-            return self.finish_commit(job);
+            return self.finish_commit(job, &settings).await;
         }
         let what = match attachment {
             Some(attachment) => self.follow_word(job, &settings, attachment).await?,
@@ -85,7 +92,7 @@ impl Manager {
         };
         let message = format!("interrupted; {what}");
         let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
-        Ok(format!("job {} of service {}: {message}", job.id, job.service))
+        Ok(vec![format!("job {} of service {}: {message}", job.id, job.service)])
     }
 
     /// Whether the last thing that was begun is the merge: from there on there is only one way.
@@ -95,7 +102,14 @@ impl Manager {
         Ok(commit.is_some_and(|step| matches!(step.state, StepState::Intended | StepState::Failed)))
     }
 
-    fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
+    /// Clients do not wait for a merge: after a boot the service is started while it goes on.
+    async fn finish_commit(&mut self, job: &Job, settings: &Service) -> Result<Vec<String>, ManagerError> {
+        let mut done = Vec::new();
+        crate::switchover::begin_merge(self, &job.service)?;
+        if !self.is_served(settings)? {
+            self.serve(settings).await?;
+            done.push(format!("service {} was started", settings.name));
+        }
         let bytes = crate::switchover::merge_disks(self, &job.service)?;
         let commit = self.store.steps(job.id)?.into_iter().find(|step| step.phase == "commit");
         if let Some(step) = commit.filter(|step| step.state == StepState::Intended) {
@@ -103,7 +117,8 @@ impl Manager {
         }
         let message = "interrupted while committing; the commit was finished";
         let _ = self.store.end_job(job.id, ExitCode::Done, message)?;
-        Ok(format!("job {} of service {}: {message}", job.id, job.service))
+        done.push(format!("job {} of service {}: {message}", job.id, job.service));
+        Ok(done)
     }
 
     /// The host was not booted since: the phase word says who serves.

@@ -8,8 +8,10 @@ use super::context::{Failure, Phase, at};
 use super::{Context, Loss};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, slot_of};
+use crate::names::Name;
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::WhenBusy;
+use crate::storage::{StorageError, Unfinished};
 
 /// A merge writes at the speed of the disk; this is for one that hangs.
 const MERGE: Duration = Duration::from_secs(3600);
@@ -76,7 +78,7 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
 }
 
 /// The merge itself, wherever it was interrupted; also what recovery does. Returns how much was merged, in bytes.
-pub(crate) fn merge_disks(manager: &mut Manager, service: &crate::names::Name) -> Result<u64, ManagerError> {
+pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, ManagerError> {
     let settings = manager.service(service)?;
     let new = manager.active(&settings)?;
     let clones = new.clones();
@@ -85,12 +87,29 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &crate::names::Name) -
         return Ok(0);
     }
     let dm = Manager::dm()?;
-    let patience = Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge: MERGE };
     let mut total = std::collections::BTreeMap::new();
-    let committed = merge::resume_merge(&dm, &clones, patience, &mut |progress| {
+    let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);
         *most = (*most).max(progress.total * 512);
     })?;
     manager.exchange(service, &new, &committed.disks)?;
     Ok(total.values().sum())
+}
+
+/// Makes the disks usable whose merge was interrupted, by a boot for instance: it goes on while they are used.
+pub(crate) fn begin_merge(manager: &Manager, service: &Name) -> Result<(), ManagerError> {
+    let clones = manager.active(&manager.service(service)?)?.clones();
+    let merged = merge::resume_merge(&Manager::dm()?, &clones, patience(Duration::ZERO), &mut |_| ());
+    match merged {
+        Err(Unfinished(errors))
+            if errors.iter().all(|error| matches!(error, StorageError::MergeGoesOn { .. })) =>
+        {
+            Ok(())
+        }
+        other => other.map(drop).map_err(ManagerError::from),
+    }
+}
+
+fn patience(merge: Duration) -> Patience {
+    Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge }
 }

@@ -31,15 +31,15 @@ fn a_job_that_fails_before_the_switch_leaves_the_service_untouched() {
     // With everything that it started.
     let id = stage.patch("hangs", "setsid sleep 1000 &\nsleep 1000");
     let said = fails(&stage, 20, &id);
-    assert!(said.contains("TimeOut") || said.contains("time"), "{said}");
+    assert!(said.contains("did not end in its time and was killed"), "{said}");
 
     let id = stage.patch("kills-the-service", "echo '#!/bin/sh\nsleep 1000' > /usr/bin/serve");
     let said = fails(&stage, 21, &id);
     assert!(said.contains("verify failed"), "{said}");
 
-    let id = stage.patch("breaks-the-start", "rm -f /bin/sh /usr/bin/sh; ln -s /nowhere /usr/bin/sh");
+    let id = stage.patch("breaks-the-start", "chmod 644 /usr/lib/patchswitch/init");
     let said = fails(&stage, 21, &id);
-    assert!(said.contains("restart failed") || said.contains("verify failed"), "{said}");
+    assert!(said.contains("restart failed"), "{said}");
 
     stage.says("v2");
     stage.ok(&["apply", SERVICE, "--patch", "says-v2", "--commit"]);

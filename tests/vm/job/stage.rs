@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -155,7 +156,10 @@ port = {port}
 "#,
             port = client::PORT,
         );
-        fs::write(path("patchswitch.toml"), text).unwrap();
+        // Durable, unlike everything that is for patchswitch to make so.
+        let mut file = fs::File::create(path("patchswitch.toml")).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file.sync_all().unwrap();
     }
 
     /// The two partitions.
@@ -176,10 +180,12 @@ port = {port}
 
     /// Runs patchswitch to its end, whatever it is.
     pub(super) fn run(&self, arguments: &[&str]) -> Ended {
+        let start = Instant::now();
         let config = path("patchswitch.toml").display().to_string();
         let Output { status, stdout, stderr } =
             programs::follow(&self.argv(arguments, &config), JOB, |line| println!("  {line}")).unwrap();
-        println!("patchswitch {}: {status}", arguments.join(" "));
+        let seconds = start.elapsed().as_secs_f64();
+        println!("patchswitch {}: {status} after {seconds:.2} s", arguments.join(" "));
         Ended { code: status.code().unwrap(), stdout, stderr }
     }
 
@@ -255,7 +261,7 @@ port = {port}
     pub(super) fn patch_row(&self, id: &str) -> Value {
         let list = self.json(&["patch", "list"]);
         let rows = list["patches"].as_array().unwrap();
-        rows.iter().find(|row| row["id"].to_string() == id).unwrap().clone()
+        rows.iter().find(|row| row["id"].as_u64() == id.parse().ok()).unwrap().clone()
     }
 
     /// Nothing of a job is left since that list of the kernel's, but the log of the console, which tells of a clone that

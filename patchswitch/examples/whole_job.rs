@@ -58,7 +58,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     println!("new flows moved with one store, in {flip:.1} µs; the last old flow has ended");
 
     // Until here `switchover::roll_back` would give the service back to the old partition.
-    let committed = switchover::make_permanent(&mut manager, &service, &options, watcher)?;
+    let committed = switchover::make_permanent(&mut manager, &service, &options, watcher).await?;
     if went_well(&committed) {
         println!(
             "{} serves, and is the disk: {:?} bytes were merged",

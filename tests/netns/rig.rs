@@ -197,6 +197,10 @@ impl Rig {
         if one.list == List::NetnsId {
             return false;
         }
+        // A BPF program, map or link that is gone was another's: this test takes its list when it has none.
+        if one.list == List::Bpf && one.after.is_none() {
+            return false;
+        }
         let mine = [&self.lab.client, &self.lab.host, &self.lab.a, &self.lab.b].map(Ns::name);
         let prefix = mine[0].trim_end_matches("client");
         let product = matches!(one.list, List::File | List::Mount | List::BpfPin | List::Bpf);

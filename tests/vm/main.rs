@@ -2,6 +2,8 @@
 //! each of the stock Debian kernels in `tests/KERNELS`.
 
 #[cfg(test)]
+mod job;
+#[cfg(test)]
 mod partition;
 mod smoke;
 #[cfg(test)]

@@ -8,3 +8,5 @@ mod life;
 mod limits;
 mod mounts;
 mod patches;
+
+pub(crate) use lab::small_root;

@@ -11,3 +11,5 @@ mod lab;
 mod meter;
 mod power;
 mod refusals;
+
+pub(crate) use lab::scratch_disk;

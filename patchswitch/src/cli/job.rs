@@ -166,8 +166,9 @@ impl Decide {
     }
 
     /// `commit`.
-    pub(crate) fn commit(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
-        let ended = switchover::make_permanent(manager, &self.service, &self.options(), watcher(json))?;
+    pub(crate) async fn commit(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
+        let ended =
+            switchover::make_permanent(manager, &self.service, &self.options(), watcher(json)).await?;
         finish(ended, json)
     }
 }

@@ -16,6 +16,8 @@ use clap::{Parser, Subcommand};
 use patchswitch::attachment::AttachError;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::{Manager, ManagerError};
+use patchswitch::patch::table::TableError;
+use patchswitch::store::StoreError;
 
 /// Patches a running service without anybody noticing: clone, patch, take over, drain, commit.
 #[derive(Debug, Parser)]
@@ -121,7 +123,7 @@ async fn execute_managed(arguments: &Arguments, manager: &mut Manager) -> anyhow
         Verb::Plan(verb) => verb.plan(manager, json),
         Verb::Apply(verb) => verb.run(manager, &arguments.config, arguments.verbose, json).await,
         Verb::Rollback(verb) => verb.rollback(manager, json).await,
-        Verb::Commit(verb) => verb.commit(manager, json),
+        Verb::Commit(verb) => verb.commit(manager, json).await,
         Verb::Report(verb) => verb.run(manager, json),
         Verb::Up => job::up(manager, json).await,
         Verb::Down => job::down(manager, json).await,
@@ -146,6 +148,8 @@ fn code_of(error: &anyhow::Error) -> ExitCode {
             .downcast_ref()
             .map(ManagerError::exit_code)
             .or_else(|| cause.downcast_ref().map(AttachError::exit_code))
+            .or_else(|| cause.downcast_ref().map(TableError::exit_code))
+            .or_else(|| cause.downcast_ref().map(StoreError::exit_code))
             .or_else(|| match cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
                 Some(std::io::ErrorKind::PermissionDenied) => Some(ExitCode::Permission),
                 _ => None,

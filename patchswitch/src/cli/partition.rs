@@ -89,6 +89,10 @@ pub(crate) struct Define {
     /// Size of the system disk; of a standby, of the disk that it can take.
     #[arg(long, value_parser = size::parse)]
     size: u64,
+    /// Of a standby: the size of its store, if less than everything a clone could write; jobs turn back before it is
+    /// full.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "standby")]
+    store: Option<u64>,
     /// Further disks, e.g. data:512M:/srv/data, with :ro at the end to be read only.
     #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT")]
     disks: Vec<String>,
@@ -145,7 +149,7 @@ impl Define {
         for text in &self.disks {
             spec.disks.push(disk(text)?);
         }
-        Ok(Definition { spec, own: self.own.clone(), reserve: None })
+        Ok(Definition { spec, own: self.own.clone(), store: self.store, reserve: None })
     }
 }
 

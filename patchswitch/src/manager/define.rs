@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Machine, Manager, ManagerError};
 use crate::host::linux::block::SECTOR;
+use crate::host::linux::mountns::MountNamespace;
 use crate::names::Name;
+use crate::partition::console::Console;
 use crate::partition::define as content;
+use crate::partition::lifecycle::LifecycleError;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::cow;
 use crate::storage::disk::{self, Backing, Room};
@@ -21,6 +24,10 @@ pub struct Definition {
     pub spec: PartitionSpec,
     /// Its own addresses, at most one per family: by these it is known when it retires.
     pub own: Vec<IpAddr>,
+    /// Of a standby: the size of each store in bytes, if it is not to be one that can never fill up. A job that uses it
+    /// watches it, and turns back before it is full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<u64>,
     /// What it was before it became a clone, and is again when the clone is discarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reserve: Option<PartitionSpec>,
@@ -89,7 +96,7 @@ impl Manager {
                 spec.name
             )));
         }
-        let disks = self.plan_disks(spec, origin);
+        let disks = self.plan_disks(definition, origin);
         let result = self.make(definition, origin, &disks);
         if result.is_err() {
             for disk in &disks {
@@ -102,10 +109,12 @@ impl Manager {
         result
     }
 
-    fn plan_disks(&self, spec: &PartitionSpec, origin: &Origin) -> Vec<store::Disk> {
-        let sectors = |bytes: u64| match origin {
-            Origin::Root(_) => bytes.div_ceil(SECTOR),
-            Origin::Store => cow::cow_sectors(bytes.div_ceil(SECTOR)),
+    fn plan_disks(&self, definition: &Definition, origin: &Origin) -> Vec<store::Disk> {
+        let spec = &definition.spec;
+        let sectors = |bytes: u64| match (origin, definition.store) {
+            (Origin::Root(_), _) => bytes.div_ceil(SECTOR),
+            (Origin::Store, None) => cow::cow_sectors(bytes.div_ceil(SECTOR)),
+            (Origin::Store, Some(store)) => store.div_ceil(SECTOR),
         };
         let disk = |disk: &crate::partition::spec::Disk| store::Disk {
             partition: spec.name.clone(),
@@ -194,6 +203,7 @@ impl Manager {
         }
         let machine = self.machine(name)?;
         self.stop(&machine)?;
+        let _ = Console::of(name).remove().map_err(LifecycleError::from)?;
         let _ = self.store.remove_partition(name)?;
         for disk in &machine.disks {
             if let Backing::Image(path) = &disk.backing {
@@ -206,6 +216,10 @@ impl Manager {
                 }
             }
         }
+        if self.store.partitions()?.is_empty() {
+            let _ = MountNamespace::remove(&Self::mount_namespace())?;
+        }
+        Self::remove_empty_directories();
         Ok(true)
     }
 }

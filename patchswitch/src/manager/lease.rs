@@ -1,10 +1,9 @@
 //! A standby is lent to a service, becomes a clone, and is given back or becomes the partition that serves.
 
 use super::machine::CLOSE;
-use super::{Definition, Machine, Manager, ManagerError};
+use super::{Definition, Machine, MachineDisk, Manager, ManagerError};
 use crate::names::Name;
 use crate::partition::spec::PartitionSpec;
-use crate::storage::cow;
 use crate::storage::disk::{Backing, Disk};
 use crate::storage::snapshot::{self, CloneOf, WhenBusy};
 use crate::store::{self, Role, State};
@@ -26,30 +25,26 @@ impl Manager {
             pids: reserve.pids.max(active.spec().pids),
             ..active.spec().renamed(standby.name().clone())
         };
-        let definition = Definition { spec, own: standby.definition.own.clone(), reserve: Some(reserve) };
+        let definition = Definition { spec, reserve: Some(reserve), ..standby.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),
             generation: active.row.generation + 1,
+            role: Role::Standby,
+            service: Some(service.clone()),
             ..standby.row.clone()
         };
-        let _ = self.store.put_partition(&row)?;
-        for disk in &standby.disks {
-            let _ = self.store.remove_disk(standby.name(), &disk.name)?;
-        }
-        for (disk, clone) in active.disks.iter().filter_map(|disk| {
+        let disks = active.disks.iter().filter_map(|disk| {
             let name = crate::names::dm_disk(active.name(), &disk.name);
-            clones.iter().find(|clone| clone.active == name).map(|clone| (disk, clone))
-        }) {
-            let row = store::Disk {
+            let clone = clones.iter().find(|clone| clone.active == name)?;
+            Some(store::Disk {
                 partition: standby.name().clone(),
                 name: disk.name.clone(),
                 sectors: clone.sectors,
                 backing: serde_json::json!(clone.origin),
                 cow: Some(serde_json::json!(clone)),
-            };
-            let _ = self.store.put_disk(&row)?;
-        }
-        let _ = self.store.assign_standby(standby.name(), Some(service))?;
+            })
+        });
+        let _ = self.store.put_machines(&[(row, disks.collect())])?;
         self.machine(standby.name())
     }
 
@@ -74,45 +69,51 @@ impl Manager {
         disks: &[Disk],
     ) -> Result<(), ManagerError> {
         let stores: Vec<Backing> = new.clones().into_iter().map(|clone| clone.cow).collect();
-        let old = self.other(service)?;
         let definition = Definition { reserve: None, ..new.definition.clone() };
         let row = store::Partition { definition: serde_json::json!(definition), ..self.row(new.name())? };
-        let _ = self.store.put_partition(&row)?;
-        if let Some(old) = old {
-            self.free(&old, &stores)?;
-        }
-        for disk in &new.disks {
+        let disk = |disk: &MachineDisk| {
             let merged = disks.iter().find(|d| d.name == crate::names::dm_disk(new.name(), &disk.name));
             let backing = merged.map_or_else(|| disk.backing.clone(), |merged| merged.backing.clone());
-            let row = store::Disk {
+            store::Disk {
                 partition: new.name().clone(),
                 name: disk.name.clone(),
                 sectors: disk.sectors,
                 backing: serde_json::json!(backing),
                 cow: None,
-            };
-            let _ = self.store.put_disk(&row)?;
+            }
+        };
+        let mut machines = vec![(row, new.disks.iter().map(disk).collect())];
+        if let Some(old) = self.other(service)? {
+            machines.push(self.freed(&old, &stores)?);
         }
+        let _ = self.store.put_machines(&machines)?;
+        Ok(())
+    }
+
+    fn free(&mut self, machine: &Machine, stores: &[Backing]) -> Result<(), ManagerError> {
+        let freed = self.freed(machine, stores)?;
+        let _ = self.store.put_machines(&[freed])?;
         Ok(())
     }
 
     /// A partition without disks of its own gets stores and is an unassigned standby.
-    fn free(&mut self, machine: &Machine, stores: &[Backing]) -> Result<(), ManagerError> {
+    fn freed(
+        &self,
+        machine: &Machine,
+        stores: &[Backing],
+    ) -> Result<(store::Partition, Vec<store::Disk>), ManagerError> {
         let spec = machine.definition.reserve.clone().unwrap_or_else(|| machine.spec().clone());
-        for disk in &machine.disks {
-            let _ = self.store.remove_disk(machine.name(), &disk.name)?;
-        }
-        for (disk, backing) in spec.disks.iter().zip(stores) {
-            let row = store::Disk {
+        let disk = |(disk, backing): (&crate::partition::spec::Disk, &Backing)| -> Result<_, ManagerError> {
+            Ok(store::Disk {
                 partition: machine.name().clone(),
                 name: disk.name.clone(),
-                sectors: cow::cow_sectors(disk.size.div_ceil(512)),
+                sectors: backing.sectors()?,
                 backing: serde_json::json!(backing),
                 cow: None,
-            };
-            let _ = self.store.put_disk(&row)?;
-        }
-        let definition = Definition { spec, own: machine.definition.own.clone(), reserve: None };
+            })
+        };
+        let disks = spec.disks.iter().zip(stores).map(disk).collect::<Result<_, _>>()?;
+        let definition = Definition { spec, reserve: None, ..machine.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),
             role: Role::Standby,
@@ -120,19 +121,7 @@ impl Manager {
             service: None,
             ..self.row(machine.name())?
         };
-        let _ = self.store.put_partition(&row)?;
-        Ok(())
-    }
-
-    /// The old partition of a commit whose merge was done, but not written down.
-    pub(crate) fn forget_old(&mut self, service: &Name) -> Result<(), ManagerError> {
-        match self.other(service)? {
-            None => Ok(()),
-            Some(old) => {
-                let stores: Vec<Backing> = old.disks.iter().map(|disk| disk.backing.clone()).collect();
-                self.free(&old, &stores)
-            }
-        }
+        Ok((row, disks))
     }
 
     fn row(&self, name: &Name) -> Result<store::Partition, ManagerError> {

@@ -7,10 +7,11 @@ use super::{Definition, Manager, ManagerError, Teardown};
 use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::root::Root;
-use crate::names::{self, Name};
+use crate::names::{self, Name, RUN_ROOT};
 use crate::partition::lifecycle::{self, Started};
 use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
 use crate::storage::disk::{self, Backing};
+use crate::storage::merge;
 use crate::storage::snapshot::{self, CloneOf};
 use crate::store::{self, State};
 
@@ -105,6 +106,9 @@ impl Manager {
         let dm = Self::dm()?;
         let clones = machine.clones();
         if !clones.is_empty() {
+            if let Some(paths) = merge::merging(&dm, &clones)? {
+                return Ok(paths);
+            }
             return Ok(snapshot::reopen(&dm, &clones)?.into_iter().map(|clone| clone.path).collect());
         }
         let over = self.clones_over(machine)?;
@@ -295,6 +299,16 @@ fn mount_point(machine: &Machine, mount: &str) -> PathBuf {
 }
 
 impl Manager {
+    /// Directories that are common to all partitions and services go with what was last in them.
+    pub(super) fn remove_empty_directories() {
+        let run = Path::new(RUN_ROOT);
+        for directory in ["roots", "oci", "partitions", "console", "netns", "lock"] {
+            // One that is not empty is in use.
+            let _ = std::fs::remove_dir(run.join(directory));
+        }
+        let _ = std::fs::remove_dir(run);
+    }
+
     /// Whether a partition's init runs.
     ///
     /// # Errors

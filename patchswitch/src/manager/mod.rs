@@ -86,7 +86,12 @@ impl Manager {
 
     /// The mount namespace in which roots are mounted and the runtime is started.
     pub(crate) fn mounts() -> Result<MountNamespace, ManagerError> {
-        Ok(MountNamespace::open(&Path::new(RUN_ROOT).join("mnt"))?)
+        Ok(MountNamespace::open(&Self::mount_namespace())?)
+    }
+
+    /// Where that namespace is pinned.
+    fn mount_namespace() -> PathBuf {
+        Path::new(RUN_ROOT).join("mnt")
     }
 
     /// Where a partition's root is mounted, in that namespace.

@@ -8,12 +8,18 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{Machine, Manager, ManagerError, Teardown, chain, service, slot_of};
-use crate::attachment::{AttachError, Attachment, RecordError};
+use crate::attachment::{AttachError, Attachment, DrainOptions, OnDeadline, RecordError};
 use crate::config::Service;
 use crate::exit::ExitCode;
+use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
+use crate::partition::console::Console;
+use crate::partition::lifecycle;
 use crate::storage::snapshot;
-use crate::store::{Job, JobLock, Role, StepState};
+use crate::store::{Job, JobLock, LockError, StepState};
+
+/// How long a program of a killed command may take to end.
+const ORPHAN: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// What `up` did.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -34,15 +40,22 @@ impl Manager {
         let mut done = Recovered::default();
         for job in self.store.open_jobs()? {
             // Somebody is at it: leave it alone.
-            let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) else { continue };
+            let _lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {
+                Err(LockError::Busy { .. }) => continue,
+                lock => lock?,
+            };
             match self.recover(&job).await {
-                Ok(what) => done.actions.push(what),
+                Ok(what) => done.actions.extend(what),
                 Err(error) => {
                     done.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(&error)));
                 }
             }
         }
         for settings in self.store.services()? {
+            // Somebody is at it: he knows better.
+            let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &settings.name) else {
+                continue;
+            };
             let was = self.is_served(&settings).unwrap_or(false);
             match self.serve(&settings).await {
                 Ok(()) if was => {}
@@ -59,24 +72,27 @@ impl Manager {
     }
 
     /// Ends a job that nobody works on any more.
-    async fn recover(&mut self, job: &Job) -> Result<String, ManagerError> {
+    async fn recover(&mut self, job: &Job) -> Result<Vec<String>, ManagerError> {
+        // A program that the killed command had started goes on without it, and makes what nobody takes away.
+        self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
         let attachment = match Attachment::open(&job.service) {
             Ok(attachment) => Some(attachment),
-            Err(AttachError::Record(RecordError::Unknown(_))) => None,
+            // Begun and not ready: `serve` makes it anew.
+            Err(AttachError::Record(RecordError::Unknown(_)) | AttachError::Incomplete(_)) => None,
             Err(error) => return Err(error.into()),
         };
         if self.was_committing(job)? {
             drop(attachment);
-            return self.finish_commit(job);
+            return self.finish_commit(job, &settings).await;
         }
         let what = match attachment {
-            Some(attachment) => self.follow_word(&settings, attachment).await?,
-            None => self.follow_record(&settings)?,
+            Some(attachment) => self.follow_word(job, &settings, attachment).await?,
+            None => self.follow_record(job, &settings)?,
         };
         let message = format!("interrupted; {what}");
         let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
-        Ok(format!("job {} of service {}: {message}", job.id, job.service))
+        Ok(vec![format!("job {} of service {}: {message}", job.id, job.service)])
     }
 
     /// Whether the last thing that was begun is the merge: from there on there is only one way.
@@ -86,7 +102,14 @@ impl Manager {
         Ok(commit.is_some_and(|step| matches!(step.state, StepState::Intended | StepState::Failed)))
     }
 
-    fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
+    /// Clients do not wait for a merge: after a boot the service is started while it goes on.
+    async fn finish_commit(&mut self, job: &Job, settings: &Service) -> Result<Vec<String>, ManagerError> {
+        let mut done = Vec::new();
+        crate::switchover::begin_merge(self, &job.service)?;
+        if !self.is_served(settings)? {
+            self.serve(settings).await?;
+            done.push(format!("service {} was started", settings.name));
+        }
         let bytes = crate::switchover::merge_disks(self, &job.service)?;
         let commit = self.store.steps(job.id)?.into_iter().find(|step| step.phase == "commit");
         if let Some(step) = commit.filter(|step| step.state == StepState::Intended) {
@@ -94,68 +117,104 @@ impl Manager {
         }
         let message = "interrupted while committing; the commit was finished";
         let _ = self.store.end_job(job.id, ExitCode::Done, message)?;
-        Ok(format!("job {} of service {}: {message}", job.id, job.service))
+        done.push(format!("job {} of service {}: {message}", job.id, job.service));
+        Ok(done)
     }
 
     /// The host was not booted since: the phase word says who serves.
     async fn follow_word(
         &mut self,
+        job: &Job,
         settings: &Service,
         mut attachment: Attachment,
     ) -> Result<String, ManagerError> {
-        let word = attachment.plane().word();
-        let serving = self.machine_in(&attachment, word.active())?;
+        let serving = self.machine_in(&attachment, attachment.plane().word().active())?;
         let Some(serving) = serving else { return Ok("nobody serves".to_owned()) };
         if self.store.primary(&settings.name)?.is_none_or(|primary| primary.partition != *serving.name()) {
             let generation = self.next_generation(&settings.name)?;
             let _ = self.store.record_switch(&settings.name, serving.name(), generation)?;
         }
-        self.resume_devices(&serving)?;
         let Some(other) = self.other(&settings.name)? else {
             return Ok(format!("{} serves", serving.name()));
         };
-        let is_clone = !other.clones().is_empty();
-        if !is_clone {
-            // Switched: the old partition has its flows, or has ended already. Which one stays, a person decides.
+        self.follow_applied(job, &serving, &other)?;
+        if other.clones().is_empty() {
+            let retired = self.retire_drained(&mut attachment, &serving, &other).await?;
+            let flows = if retired { "" } else { ", which still has flows," };
             return Ok(format!(
-                "{} serves; {} can be committed away or rolled back to",
+                "{} serves; {}{flows} can be committed away or rolled back to",
                 serving.name(),
                 other.name()
             ));
         }
-        if word.phase() == Phase::Draining {
-            // Given back: what the clone still answers is cut with it.
-            attachment.settle()?;
+        let was_switched = attachment.plane().word().phase() == Phase::Draining;
+        if was_switched {
+            // Given back: what the clone still answers may end, for as long as the service's own drain may take.
+            let deadline = Some(settings.drain.deadline);
+            attachment.drain(&DrainOptions { deadline, on_deadline: OnDeadline::Reset }, |_| {}).await?;
         }
-        if word.learns() || word.notice() {
-            attachment.settle()?;
-        }
+        attachment.settle()?;
         if let Some(slot) = slot_of(&attachment, &other) {
             attachment.leave(slot).await?;
         }
         self.discard(&other)?;
-        Ok(format!("{} serves, it was not touched; the clone {} was discarded", serving.name(), other.name()))
+        let untouched = if was_switched { "again" } else { "it was not touched" };
+        Ok(format!("{} serves, {untouched}; the clone {} was discarded", serving.name(), other.name()))
     }
 
     /// The host was booted since: the durable record says who serves.
-    fn follow_record(&mut self, settings: &Service) -> Result<String, ManagerError> {
+    fn follow_record(&mut self, job: &Job, settings: &Service) -> Result<String, ManagerError> {
         let serving = self.active(settings)?;
-        match self.other(&settings.name)? {
-            Some(other) if !other.clones().is_empty() => {
-                self.discard(&other)?;
-                Ok(format!("{} serves; the clone {} was discarded", serving.name(), other.name()))
-            }
-            Some(other) => Ok(format!("{} serves; {} is its old partition", serving.name(), other.name())),
-            None => Ok(format!("{} serves", serving.name())),
+        let Some(other) = self.other(&settings.name)? else {
+            return Ok(format!("{} serves", serving.name()));
+        };
+        self.follow_applied(job, &serving, &other)?;
+        if other.clones().is_empty() {
+            let (new, old) = (serving.name(), other.name());
+            return Ok(format!("{new} serves; {old} can be committed away or rolled back to"));
         }
+        self.discard(&other)?;
+        Ok(format!("{} serves; the clone {} was discarded", serving.name(), other.name()))
     }
 
-    /// A cut that was killed on both of its ends may have left a device suspended.
-    fn resume_devices(&self, machine: &Machine) -> Result<(), ManagerError> {
-        if self.is_running(machine)? {
-            let _ = self.open_disks(machine)?;
+    /// The patches that the service runs with are those of whoever serves.
+    fn follow_applied(&mut self, job: &Job, serving: &Machine, other: &Machine) -> Result<(), ManagerError> {
+        let jobs = self.store.jobs(Some(&job.service), u32::MAX)?;
+        let Some(patched) = jobs.iter().rev().find(|job| job.kind == "apply").map(|job| job.id) else {
+            return Ok(());
+        };
+        if !serving.clones().is_empty() {
+            let _ = self.store.set_applied(patched)?;
+        } else if !other.clones().is_empty() {
+            let _ = self.store.unset_applied(patched)?;
         }
         Ok(())
+    }
+
+    /// Ends the switch and stops the old partition, if no flow is left there; whether that was so.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; calling again goes on.
+    pub(crate) async fn retire_drained(
+        &mut self,
+        attachment: &mut Attachment,
+        serving: &Machine,
+        old: &Machine,
+    ) -> Result<bool, ManagerError> {
+        let now = DrainOptions { deadline: Some(std::time::Duration::ZERO), on_deadline: OnDeadline::Keep };
+        let report = attachment.drain(&now, |_| {}).await?;
+        if !report.settled {
+            return Ok(false);
+        }
+        attachment.settle()?;
+        if let Some(slot) = slot_of(attachment, old) {
+            attachment.leave(slot).await?;
+        }
+        self.stop(old)?;
+        if let Err(error) = self.unmask(serving) {
+            tracing::warn!(partition = %serving.name(), "failed to start what was masked: {}", chain(&error));
+        }
+        Ok(true)
     }
 
     fn machine_in(
@@ -172,25 +231,29 @@ impl Manager {
     /// Takes everything out of the kernel again; the store stays. Nothing there: nothing to do.
     ///
     /// # Errors
-    /// [`ManagerError::Cleanup`] with all that could not be removed.
+    /// [`ManagerError::Lock`] while a job runs, then nothing was changed; [`ManagerError::Cleanup`] with all that could
+    /// not be removed.
     pub async fn down(&mut self) -> Result<Vec<Name>, ManagerError> {
+        let services = self.store.services()?;
+        let lock = |service: &Service| JobLock::acquire(std::path::Path::new(RUN_ROOT), &service.name);
+        let locks = services.iter().map(lock).collect::<Result<Vec<_>, _>>()?;
         let mut teardown = Teardown::default();
         let mut stopped = Vec::new();
-        for settings in self.store.services()? {
+        for settings in services {
             teardown.note(service::detach(&settings.name).await);
         }
         for row in self.store.partitions()? {
             let machine = self.machine(&row.name)?;
-            if row.role == Role::Standby && row.service.is_none() && !self.is_running(&machine)? {
-                continue;
+            if lifecycle::state(&row.name)? != lifecycle::State::Stopped {
+                stopped.push(row.name.clone());
             }
             teardown.note(self.stop(&machine));
-            stopped.push(row.name);
+            teardown.note(Console::of(&row.name).remove());
         }
         self.close_clones(&mut teardown)?;
-        teardown.note(crate::host::linux::mountns::MountNamespace::remove(
-            &std::path::Path::new(RUN_ROOT).join("mnt"),
-        ));
+        teardown.note(MountNamespace::remove(&Self::mount_namespace()));
+        drop(locks);
+        Self::remove_empty_directories();
         teardown.finish()?;
         Ok(stopped)
     }

@@ -1,6 +1,7 @@
 //! A service address gets its partition and its data path, and loses them.
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use patchswitch_common::Slot;
 
@@ -8,8 +9,8 @@ use super::{Machine, Manager, ManagerError};
 use crate::attachment::{AttachError, Attachment, Inside, Partition, RecordError, Spec};
 use crate::config::Service;
 use crate::host::linux::netns::NetnsRef;
-use crate::names::Name;
-use crate::store::Role;
+use crate::names::{Name, RUN_ROOT};
+use crate::store::{JobLock, Role};
 
 /// The only link inside a partition of ours.
 const INNER_LINK: &str = "eth0";
@@ -26,13 +27,17 @@ impl Manager {
             ManagerError::refused(format!("the configuration has no [[service]] with name = \"{name}\""))
         })?;
         let known = self.store.service(name)?.is_some();
-        self.machine(&service.partition)?;
+        let machine = self.machine(&service.partition)?;
+        let ran = self.is_running(&machine)?;
         let _ = self.store.put_service(&service)?;
-        let result = self.serve(&service).await;
-        if result.is_err() && !known {
+        let Err(cause) = self.serve(&service).await else { return Ok(()) };
+        if !known {
             let _ = self.store.remove_service(name)?;
+            if !ran && let Err(second) = self.stop(&machine) {
+                tracing::warn!(partition = %machine.name(), "failed to clean up: {}", super::chain(&second));
+            }
         }
-        result
+        Err(cause)
     }
 
     /// Makes the primary partition of a service run and serve.
@@ -41,7 +46,8 @@ impl Manager {
         self.ensure_running(&machine)?;
         match Attachment::open(&service.name) {
             Ok(_) => Ok(()),
-            Err(AttachError::Record(RecordError::Unknown(_))) => {
+            // Begun by a command that was killed: it is made anew.
+            Err(AttachError::Record(RecordError::Unknown(_)) | AttachError::Incomplete(_)) => {
                 let spec = Spec {
                     name: service.name.clone(),
                     addresses: service.addresses.clone(),
@@ -88,9 +94,10 @@ impl Manager {
     /// Removes a service; its partitions are stopped and stay defined. Not there: nothing to do.
     ///
     /// # Errors
-    /// [`ManagerError::Refused`] while it has two partitions: commit or roll back first.
+    /// [`ManagerError::Lock`] while a job runs; [`ManagerError::Refused`] while it has two partitions: commit or roll back first.
     pub async fn remove_service(&mut self, name: &Name) -> Result<bool, ManagerError> {
         let Some(service) = self.store.service(name)? else { return Ok(false) };
+        let lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
         if self.other(name)?.is_some() {
             return Err(ManagerError::refused(format!(
                 "service {name} still has its old partition; `patchswitch commit {name}` or \
@@ -101,6 +108,8 @@ impl Manager {
         let machine = self.active(&service)?;
         self.stop(&machine)?;
         let _ = self.store.remove_service(name)?;
+        drop(lock);
+        Self::remove_empty_directories();
         Ok(true)
     }
 }

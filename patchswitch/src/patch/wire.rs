@@ -157,6 +157,19 @@ pub enum PatchFailure {
     NotRun,
 }
 
+impl std::fmt::Display for PatchFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::TimeOut => "did not end in its time and was killed",
+            Self::Missing => "its file was not there",
+            Self::Digest => "its file was another one",
+            Self::Driver => "what applies it is not in the partition",
+            Self::Interrupted => "was interrupted",
+            Self::NotRun => "was not run, because one before it failed",
+        })
+    }
+}
+
 /// How one patch ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -79,6 +79,17 @@ impl Backing {
         }
     }
 
+    /// Its size, in whole sectors of 512 bytes.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] or [`StorageError::Block`].
+    pub fn sectors(&self) -> Result<u64, StorageError> {
+        match self {
+            Self::Image(path) => Ok(image_bytes(path)? / SECTOR),
+            Self::Device(path) => Ok(DeviceNumber::of_path(path)?.sectors()?),
+        }
+    }
+
     /// Makes a block device of it; a device is one already.
     ///
     /// # Errors

@@ -15,6 +15,7 @@
 //! Between 2 and 3 the disk is origin **and** store together. Whoever activates the origin alone then, destroys it;
 //! so after a boot [`resume_merge`] comes before [`activate`](super::disk::activate) for a disk on record as merging.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::cow::{self, Header};
@@ -116,6 +117,23 @@ pub fn resume_merge(
         }
     }
     Unfinished::check(errors).map(|()| Committed { disks, removed })
+}
+
+/// The paths of disks that are being merged, or were, under their own names; none if one of them is not.
+///
+/// # Errors
+/// [`StorageError`].
+pub fn merging(dm: &Dm, clones: &[CloneOf]) -> Result<Option<Vec<PathBuf>>, StorageError> {
+    let mut paths = Vec::new();
+    for of in clones {
+        let both = Both::attach(of)?;
+        let found = Table::recognise(&live_table(dm, &of.clone)?, of.sectors);
+        if found != Some(both.merge()) && found != Some(both.linear()) {
+            return Ok(None);
+        }
+        paths.push(dm.node(&of.clone)?);
+    }
+    Ok(Some(paths))
 }
 
 struct Both {

@@ -21,9 +21,13 @@ const STEP: Duration = Duration::from_millis(20);
 const HOLDER_MAX: u64 = 4096;
 
 /// The lock of a service, held until this is dropped or the process ends.
+///
+/// Its file is removed with it. A process that has opened the file meanwhile sees that it is not the one of that name any
+/// more, and begins again.
 #[derive(Debug)]
 #[must_use]
 pub struct JobLock {
+    path: PathBuf,
     _file: File,
 }
 
@@ -88,9 +92,12 @@ impl JobLock {
         let path = dir.join(service.as_str());
         let failed = |source: io::Error| LockError::Io { path: path.clone(), source };
         make_dir(run_dir).and_then(|()| make_dir(&dir)).map_err(failed)?;
-        // Not removed at the end: whoever opened it before would hold a lock that nobody else can see.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+        let fd = match rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR) {
+            // The last holder of another lock has just removed the directory.
+            Err(Errno::NOENT) => return Self::acquire(run_dir, service),
+            fd => fd.map_err(|errno| failed(errno.into()))?,
+        };
         let mut file = File::from(fd);
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -99,8 +106,12 @@ impl JobLock {
             }
             Err(errno) => return Err(failed(errno.into())),
         }
+        if !is_at(&file, &path) {
+            // Removed by another process between the opening and the locking.
+            return Self::acquire(run_dir, service);
+        }
         write(&mut file).map_err(failed)?;
-        Ok(Self { _file: file })
+        Ok(Self { path, _file: file })
     }
 
     /// Who holds the lock of a service now; nobody is told of the question, and nobody is in its way.
@@ -139,10 +150,25 @@ impl JobLock {
     }
 }
 
+impl Drop for JobLock {
+    fn drop(&mut self) {
+        // While the lock is still held. What fails leaves a file that harms nobody; the directory is every service's.
+        let _ = std::fs::remove_file(&self.path);
+        let _ = self.path.parent().map(std::fs::remove_dir);
+    }
+}
+
 fn make_dir(path: &Path) -> io::Result<()> {
     match rustix::fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
     }
 }
 

@@ -91,6 +91,24 @@ impl Store {
         })
     }
 
+    /// Stores partitions with all their disks, in one write: a partition that becomes a clone, or stops being one, is
+    /// never half of each. Disks that are not given are forgotten.
+    ///
+    /// # Errors
+    /// As [`Store::put_partition`].
+    pub fn put_machines(&mut self, machines: &[(Partition, Vec<Disk>)]) -> Result<Change, StoreError> {
+        self.write("store the partitions", |tx| {
+            for (partition, disks) in machines {
+                put(tx, partition)?;
+                tx.execute("DELETE FROM disks WHERE partition = ?", [&partition.name])?;
+                for disk in disks {
+                    put_disk(tx, disk)?;
+                }
+            }
+            Ok(Change::Changed)
+        })
+    }
+
     /// One partition.
     ///
     /// # Errors
@@ -179,10 +197,7 @@ impl Store {
             if disks(tx, &disk.partition)?.contains(disk) {
                 return Ok(Change::AlreadySo);
             }
-            tx.execute(
-                "INSERT OR REPLACE INTO disks (partition, name, sectors, backing, cow) VALUES (?, ?, ?, ?, ?)",
-                params![disk.partition, disk.name, Count(disk.sectors), Json(&disk.backing), disk.cow.as_ref().map(Json)],
-            )?;
+            put_disk(tx, disk)?;
             Ok(Change::Changed)
         })
     }
@@ -242,6 +257,20 @@ pub(super) fn put(tx: &Transaction<'_>, partition: &Partition) -> Result<(), Fau
         Err(error) if Fault::breaks_rule(&error) => Err(Fault::conflict(broken_rule(partition, &error))),
         Err(error) => Err(error.into()),
     }
+}
+
+fn put_disk(tx: &Transaction<'_>, disk: &Disk) -> Result<(), Fault> {
+    tx.execute(
+        "INSERT OR REPLACE INTO disks (partition, name, sectors, backing, cow) VALUES (?, ?, ?, ?, ?)",
+        params![
+            disk.partition,
+            disk.name,
+            Count(disk.sectors),
+            Json(&disk.backing),
+            disk.cow.as_ref().map(Json)
+        ],
+    )?;
+    Ok(())
 }
 
 fn broken_rule(partition: &Partition, error: &rusqlite::Error) -> String {

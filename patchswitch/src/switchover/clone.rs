@@ -15,6 +15,7 @@ use crate::partition::program;
 use crate::patch::inject::{self, Payload};
 use crate::patch::scan;
 use crate::patch::wire::{OnError, PatchTableInput};
+use crate::storage::cow::cow_sectors;
 use crate::storage::meter::Mark;
 use crate::storage::snapshot::{self, CloneOf};
 use crate::store::Patch;
@@ -61,6 +62,7 @@ impl Plan {
             let start = std::time::Instant::now();
             let dm = Manager::dm().map_err(at(Phase::Clone))?;
             let cut = snapshot::clone_disks(&dm, &clones).map_err(at(Phase::Clone))?;
+            job.watched = clones.into_iter().filter(|clone| clone.watched).collect();
             let clone_ms = start.elapsed().as_secs_f64() * 1e3;
             let freeze_ms = cut.freeze.as_secs_f64() * 1e3;
             job.report.clone_ms = Some(clone_ms);
@@ -89,7 +91,7 @@ fn clones(active: &Machine, standby: &Machine) -> Result<Vec<CloneOf>, ManagerEr
         origin: disk.backing.clone(),
         cow: store.backing.clone(),
         sectors: disk.sectors,
-        watched: false,
+        watched: store.sectors < cow_sectors(disk.sectors),
     };
     Ok(disks.iter().zip(&stores).map(clone).collect())
 }

@@ -7,9 +7,11 @@ use serde_json::json;
 use super::context::{Failure, Phase, at};
 use super::{Context, Loss};
 use crate::exit::ExitCode;
-use crate::manager::{Manager, ManagerError};
+use crate::manager::{Machine, Manager, ManagerError, slot_of};
+use crate::names::Name;
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::WhenBusy;
+use crate::storage::{StorageError, Unfinished};
 
 /// A merge writes at the speed of the disk; this is for one that hangs.
 const MERGE: Duration = Duration::from_secs(3600);
@@ -17,19 +19,12 @@ const MERGE: Duration = Duration::from_secs(3600);
 /// Commits the last switch of a service; a job of its own.
 ///
 /// # Errors
-/// [`Failure`], before anything is changed if the old partition still runs or lost writes are not agreed to.
-pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
+/// [`Failure`], before anything is changed if the old partition still has flows or lost writes are not agreed to.
+pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
     let refuse = |reason: String, code| Err(Failure { phase: Phase::Commit, reason, code });
     let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::Commit))? else {
         return refuse("there is nothing to commit".to_owned(), ExitCode::Nothing);
     };
-    if job.manager.is_running(&old).map_err(at(Phase::Commit))? {
-        let name = &job.service.name;
-        return refuse(
-            format!("{} still has flows; `patchswitch drain {name}` waits", old.name()),
-            ExitCode::Failed,
-        );
-    }
     if let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) {
         let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
         let reason = format!(
@@ -39,8 +34,24 @@ pub fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Fa
         );
         return refuse(reason, ExitCode::WritesLost);
     }
+    retire(job, &old).await?;
     merge(job)?;
     Ok(ExitCode::Done)
+}
+
+/// An old partition that still runs, because its job was interrupted or its flows were kept, retires now if it is
+/// drained.
+async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
+    if slot_of(&job.attachment, old).is_none() && !job.manager.is_running(old).map_err(at(Phase::Retire))? {
+        return Ok(());
+    }
+    let new = job.manager.active(&job.service).map_err(at(Phase::Retire))?;
+    if job.manager.retire_drained(&mut job.attachment, &new, old).await.map_err(at(Phase::Retire))? {
+        return Ok(());
+    }
+    let service = &job.service.name;
+    let reason = format!("{} still has flows; `patchswitch drain {service}` waits for their end", old.name());
+    Err(Failure { phase: Phase::Retire, reason, code: ExitCode::Failed })
 }
 
 /// Merges, and exchanges what is behind the two partitions' disks.
@@ -67,20 +78,38 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
 }
 
 /// The merge itself, wherever it was interrupted; also what recovery does. Returns how much was merged, in bytes.
-pub(crate) fn merge_disks(manager: &mut Manager, service: &crate::names::Name) -> Result<u64, ManagerError> {
+pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, ManagerError> {
     let settings = manager.service(service)?;
     let new = manager.active(&settings)?;
     let clones = new.clones();
     if clones.is_empty() {
-        return manager.forget_old(service).map(|()| 0);
+        // Written down already: the store does that in one piece.
+        return Ok(0);
     }
     let dm = Manager::dm()?;
-    let patience = Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge: MERGE };
     let mut total = std::collections::BTreeMap::new();
-    let committed = merge::resume_merge(&dm, &clones, patience, &mut |progress| {
+    let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);
         *most = (*most).max(progress.total * 512);
     })?;
     manager.exchange(service, &new, &committed.disks)?;
     Ok(total.values().sum())
+}
+
+/// Makes the disks usable whose merge was interrupted, by a boot for instance: it goes on while they are used.
+pub(crate) fn begin_merge(manager: &Manager, service: &Name) -> Result<(), ManagerError> {
+    let clones = manager.active(&manager.service(service)?)?.clones();
+    let merged = merge::resume_merge(&Manager::dm()?, &clones, patience(Duration::ZERO), &mut |_| ());
+    match merged {
+        Err(Unfinished(errors))
+            if errors.iter().all(|error| matches!(error, StorageError::MergeGoesOn { .. })) =>
+        {
+            Ok(())
+        }
+        other => other.map(drop).map_err(ManagerError::from),
+    }
+}
+
+fn patience(merge: Duration) -> Patience {
+    Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge }
 }

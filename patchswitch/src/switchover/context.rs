@@ -13,6 +13,8 @@ use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError, chain};
 use crate::names::Name;
+use crate::storage::cow::{self, Watch};
+use crate::storage::snapshot::CloneOf;
 use crate::store::{JobId, StepState};
 
 /// A phase of a job.
@@ -121,6 +123,8 @@ pub struct Context<'a> {
     pub options: Options,
     /// What was done, with its figures.
     pub report: Report,
+    /// Clones whose stores can fill up.
+    pub watched: Vec<CloneOf>,
     /// Whether somebody wants the job to end.
     pub stop: &'a (dyn Fn() -> bool + Sync),
     /// Says what is going on, for people.
@@ -137,6 +141,49 @@ impl fmt::Debug for Context<'_> {
 }
 
 impl Context<'_> {
+    /// Whether the job goes on: nobody wants it to end, and no clone is about to run out of room. Phases that take long
+    /// ask this again and again.
+    ///
+    /// # Errors
+    /// [`Failure`] with the code for a job that turns back in this phase.
+    pub(super) fn go_on(&self, phase: Phase) -> Result<(), Failure> {
+        if (self.stop)() {
+            return Err(Failure { phase, reason: "interrupted".to_owned(), code: ExitCode::Interrupted });
+        }
+        let code = match phase {
+            Phase::Plan | Phase::Clone | Phase::Scan | Phase::Inject | Phase::Boot | Phase::Patch => {
+                ExitCode::PatchFailed
+            }
+            Phase::Restart | Phase::Verify | Phase::Arm | Phase::TakeOver => ExitCode::GateFailed,
+            _ => ExitCode::GivenBack,
+        };
+        for clone in &self.watched {
+            let reason = match Self::room(clone).map_err(at(phase))? {
+                Watch::Ample | Watch::Below { .. } => continue,
+                Watch::TurnBack { percent } => format!("the store of {} is {percent} % full", clone.clone),
+                Watch::Lost => format!("the store of {} is full, and the clone is lost", clone.clone),
+            };
+            let hint = "define a standby with a larger --store, or without the option";
+            return Err(Failure { phase, reason: format!("{reason}; {hint}"), code });
+        }
+        Ok(())
+    }
+
+    /// Whether a clone has run out of room: it can neither be read nor written any more.
+    pub(super) fn is_lost(&self) -> bool {
+        self.watched.iter().any(|clone| matches!(Self::room(clone), Ok(Watch::Lost)))
+    }
+
+    /// Whether a clone has room; what cannot be told is no reason to turn back.
+    pub(super) fn has_room(clone: &CloneOf) -> bool {
+        !matches!(Self::room(clone), Ok(Watch::TurnBack { .. } | Watch::Lost))
+    }
+
+    fn room(clone: &CloneOf) -> Result<Watch, ManagerError> {
+        let status = cow::status(&Manager::dm()?, &clone.clone)?;
+        Ok(cow::watch(status, clone.sectors, cow::HIGH_WATER))
+    }
+
     /// One step: intent in the journal, the act, the outcome in the journal; with its time in the report.
     ///
     /// # Errors
@@ -147,8 +194,8 @@ impl Context<'_> {
         intent: Value,
         act: impl AsyncFnOnce(&mut Self) -> Result<(T, Value), Failure>,
     ) -> Result<T, Failure> {
-        if (self.stop)() && !matches!(phase, Phase::GiveBack | Phase::Retire | Phase::Commit) {
-            return Err(Failure { phase, reason: "interrupted".to_owned(), code: ExitCode::Interrupted });
+        if !matches!(phase, Phase::GiveBack | Phase::Retire | Phase::Commit) {
+            self.go_on(phase)?;
         }
         (self.say)(&format!("{phase} …"));
         let step = self.manager.store.intend(self.job, phase.name(), &intent, &[]).map_err(at(phase))?;

@@ -55,13 +55,16 @@ impl Observed {
                     other => other,
                 };
                 let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: wait };
-                let report = wait_for(job, &self.0.clone.active, settings.command_after, options).await?;
+                // Ends early if somebody wants it, or if a clone is about to run out of room.
+                let (stop, watched) = (job.stop, job.watched.clone());
+                let end = || stop() || watched.iter().any(|clone| !Context::has_room(clone));
+                let old = &self.0.clone.active;
+                let report = wait_for(job, old, settings.command_after, options, &end).await?;
                 let seconds = report.seconds;
                 let (settled, left) = (report.settled, report.left);
                 job.report.drain = Some(report);
-                if (job.stop)() && !settled {
-                    let reason = "interrupted".to_owned();
-                    return Err(Failure { phase: Phase::Drain, reason, code: ExitCode::Interrupted });
+                if !settled {
+                    job.go_on(Phase::Drain)?;
                 }
                 if !settled && settings.on_deadline == OnDeadline::Abort {
                     let reason = format!("{left} flows were left at the deadline");
@@ -84,7 +87,7 @@ impl Observed {
 }
 
 /// Waits for the flows of a partition that gets no new ones, and runs the service's drain command in it if some are
-/// left after `grace`.
+/// left after `grace`. Ends early when `stop` says so.
 ///
 /// # Errors
 /// [`Failure`] of the drain; that the command fails is told, and the drain goes on.
@@ -93,9 +96,10 @@ pub(super) async fn wait_for(
     machine: &Machine,
     grace: Duration,
     options: DrainOptions,
+    stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<DrainReport, Failure> {
     let begin = Instant::now();
-    let (stop, command) = (job.stop, job.service.drain.command.clone());
+    let command = job.service.drain.command.clone();
     let deadline = options.deadline.unwrap_or(Duration::MAX);
     let mut at_start = None;
     if let Some(command) = command {

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::context::{Failure, Phase, SwitchError, at};
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::verify::inside;
-use super::{Context, drain, undo};
+use super::{Context, Loss, drain, undo};
 use crate::attachment::{DrainOptions, OnDeadline};
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
@@ -31,7 +31,10 @@ impl TakenOver {
                 let reach = Reach { open: &plain_socket, run: &run };
                 let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
                 let timeout = job.service.gate.timeout;
-                match watch(&settings, || round(target, reach, timeout), &job.stop) {
+                let stop = || job.go_on(Phase::Observe).is_err();
+                let watched = watch(&settings, || round(target, reach, timeout), &stop);
+                job.go_on(Phase::Observe)?;
+                match watched {
                     Watched::Fine => Ok(((), json!({}))),
                     Watched::Failing { first, after, reason } => {
                         let reason = format!(
@@ -118,7 +121,9 @@ impl TakenOver {
 
     /// How many files outside `may_lose` the new side has written, of which the report keeps the first.
     fn count_loss(&self, job: &mut Context<'_>) -> Result<u64, Failure> {
-        let loss = loss_of_new_side(job, self).map_err(at(Phase::GiveBack))?;
+        // What cannot be read any more is lost whoever serves.
+        let loss = if job.is_lost() { Ok(Loss::default()) } else { loss_of_new_side(job, self) };
+        let loss = loss.map_err(at(Phase::GiveBack))?;
         let files = loss.files;
         job.report.lost_by_give_back = Some(loss);
         Ok(files)
@@ -129,6 +134,7 @@ impl TakenOver {
 async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Failure> {
     let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
     // It fails: the sooner its connections end, the better.
-    job.report.drain = Some(drain::wait_for(job, new, Duration::ZERO, options).await?);
+    // Whoever called the job off has asked for this: it is gone through with.
+    job.report.drain = Some(drain::wait_for(job, new, Duration::ZERO, options, &|| false).await?);
     Ok(())
 }

@@ -51,13 +51,7 @@ impl Booted {
         let limit = job.manager.config.job.boot + total(&self.table);
         let intent = json!({"table": self.table, "limit_s": limit.as_secs()});
         job.step(Phase::Patch, intent, async |job| {
-            let results =
-                lifecycle::wait_results(&mut self.running.started, &self.table, Instant::now() + limit)
-                    .map_err(at(Phase::Patch))?;
-            let results = match results {
-                Ok(results) => results,
-                Err(reason) => self.read_results().ok_or_else(|| failed(reason))?,
-            };
+            let results = self.wait(job, Instant::now() + limit)?;
             keep(job, &self.clone, &self.table, &results)?;
             match results.verdict(&self.table) {
                 PatchVerdict::Applied => {}
@@ -73,6 +67,21 @@ impl Booted {
             Ok((Patched(self.clone), json!({"applied": applied})))
         })
         .await
+    }
+
+    /// Meanwhile somebody may want the job to end, or the clone's store may fill up.
+    fn wait(&mut self, job: &Context<'_>, end: Instant) -> Result<PatchResults, Failure> {
+        let started = &mut self.running.started;
+        let go_on = || job.go_on(Phase::Patch).is_ok();
+        let results =
+            lifecycle::wait_results_while(started, &self.table, end, &go_on).map_err(at(Phase::Patch))?;
+        match results {
+            Ok(results) => Ok(results),
+            Err(reason) => {
+                job.go_on(Phase::Patch)?;
+                self.read_results().ok_or_else(|| failed(reason))
+            }
+        }
     }
 
     fn read_results(&self) -> Option<PatchResults> {
@@ -106,13 +115,13 @@ fn describe(results: &PatchResults, ids: &[String]) -> String {
     let one = |id: &String| {
         let Some(outcome) = results.outcome(id) else { return format!("patch {id} was not run") };
         let end = match (outcome.exit_code, outcome.signal, &outcome.failure) {
-            (_, _, Some(failure)) => format!("{failure:?}"),
+            (_, _, Some(failure)) => failure.to_string(),
             (Some(code), _, _) => format!("exit status {code}"),
             (_, Some(signal), _) => format!("signal {signal}"),
             _ => "not run".to_owned(),
         };
         let tail = outcome.log_tail.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-        format!("patch {id}: {end}: {tail}")
+        if tail.is_empty() { format!("patch {id}: {end}") } else { format!("patch {id}: {end}: {tail}") }
     };
     ids.iter().map(one).collect::<Vec<_>>().join("; ")
 }

@@ -77,6 +77,10 @@ fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<P
             code: ExitCode::Nothing,
         });
     }
+    // Also found when it is copied into the clone; here nothing has been done yet.
+    for patch in &chosen {
+        table::verify(manager.state(), patch)?;
+    }
     Ok(chosen)
 }
 

@@ -60,7 +60,9 @@ async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool,
     job.step(Phase::Drain, json!({}), async |job| {
         let settings = job.service.drain.clone();
         let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: OnDeadline::Reset };
-        job.report.drain = Some(drain::wait_for(job, &new, settings.command_after, options).await?);
+        // From here on there is no other way than to the end.
+        let report = drain::wait_for(job, &new, settings.command_after, options, &|| false).await?;
+        job.report.drain = Some(report);
         undo::discard(job).await.map_err(at(Phase::Drain))?;
         undo::unmask(job, &old);
         Ok(((), json!({})))

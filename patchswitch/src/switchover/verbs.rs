@@ -101,7 +101,7 @@ pub async fn roll_back(
 ///
 /// # Errors
 /// As [`apply`].
-pub fn make_permanent(
+pub async fn make_permanent(
     manager: &mut Manager,
     service: &Name,
     options: &Options,
@@ -110,7 +110,7 @@ pub fn make_permanent(
     let lock = lock(service)?;
     let last = last_switch(manager, service)?;
     let mut job = begin(manager, service, "commit", &json!({}), options, watcher)?;
-    let result = commit(&mut job, last.as_ref().and_then(|last| last.lost_by_switch.as_ref()));
+    let result = commit(&mut job, last.as_ref().and_then(|last| last.lost_by_switch.as_ref())).await;
     let serving = super::undo::serving(&job).unwrap_or_else(|| job.service.partition.clone());
     let result = result.map_err(|failure| {
         let code = failure.code;
@@ -145,6 +145,7 @@ fn begin<'a>(
         attachment,
         job,
         options: options.clone(),
+        watched: Vec::new(),
         stop: watcher.stop,
         say: watcher.say,
     })

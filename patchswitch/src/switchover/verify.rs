@@ -29,7 +29,13 @@ impl Restarted {
             let run = inside(job.manager, &self.0.standby);
             let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
             let reach = Reach { open: &open, run: &run };
-            let passed = gate(target, &job.service.gate, reach, &job.stop).map_err(|error| {
+            let stop = || job.go_on(Phase::Verify).is_err();
+            let passed = gate(target, &job.service.gate, reach, &stop);
+            // If it was stopped, why comes before that.
+            if passed.is_err() {
+                job.go_on(Phase::Verify)?;
+            }
+            let passed = passed.map_err(|error| {
                 let code = error.exit_code();
                 with(Phase::Verify, code)(error)
             })?;

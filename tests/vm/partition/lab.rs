@@ -261,7 +261,7 @@ pub(super) fn service(script: &str) -> Service {
 
 /// A directory with a shell and some programs of this machine, merged as Debian's roots are. Made once for all tests:
 /// it takes longer than most of them.
-fn small_root() -> PathBuf {
+pub(crate) fn small_root() -> PathBuf {
     let complete = PathBuf::from("/run/patchswitch-test-root.small");
     if complete.is_dir() {
         return complete;

@@ -173,7 +173,7 @@ pub(super) fn dm_name(partition: &str, disk: &str) -> String {
 
 /// The test machine's disk, made ready: what another test has left on it goes. None on a host, where the images lie
 /// in a directory.
-fn scratch_disk() -> Option<String> {
+pub(crate) fn scratch_disk() -> Option<String> {
     let disk = vm::scratch_disk().unwrap()?.display().to_string();
     if try_sh(&format!("blkid -o value -s LABEL {disk}")).trim() != SCRATCH_LABEL {
         sh(&format!("mkfs.ext4 -q -F -L {SCRATCH_LABEL} {disk}"));

@@ -278,6 +278,43 @@ impl Runtime {
         Ok(Executed { code, stdout, stderr })
     }
 
+    /// Waits until no call of this runtime is under way but `exec`: one that a killed command has left goes on alone, and
+    /// makes or takes away a partition behind the next command's back.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] if one is still at it at the end of this time.
+    pub fn settle(&self, limit: Duration) -> Result<(), RuntimeError> {
+        let end = Instant::now() + limit;
+        while let Some(process) = self.under_way()? {
+            if Instant::now() >= end {
+                return Err(error("wait for", &process)(io::Error::from(io::ErrorKind::TimedOut)));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// A process that is a call of this runtime, by its arguments: a partition's own processes have others by the time
+    /// that they run, and cannot be told from outside before.
+    fn under_way(&self) -> Result<Option<PathBuf>, RuntimeError> {
+        let proc = Path::new("/proc");
+        let root = self.root.as_os_str().as_encoded_bytes();
+        for entry in fs::read_dir(proc).map_err(error("read", proc))? {
+            let process = entry.map_err(error("read", proc))?.path();
+            // Not a process, or gone meanwhile.
+            let Ok(arguments) = fs::read(process.join("cmdline")) else { continue };
+            let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
+            let ours = arguments.next() == Some(b"--root") && arguments.next() == Some(root);
+            let verb = arguments.find(|word| [&b"create"[..], b"start", b"kill", b"delete"].contains(word));
+            // The init of a partition that was created looks the same until it is started.
+            let waits = fs::read_link(process.join("ns/pid")).ok() != fs::read_link("/proc/self/ns/pid").ok();
+            if ours && verb.is_some() && !waits {
+                return Ok(Some(process));
+            }
+        }
+        Ok(None)
+    }
+
     fn run(&self, verb: &str, log: Option<&Path>) -> Run {
         let run = Run::new(self.program).limit(LIMIT).arg("--root").arg(&self.root);
         let run = match log {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -17,6 +18,8 @@ use super::netns::{Netns, NetnsError};
 
 /// `SOCK_DESTROY` of `linux/sock_diag.h`.
 const SOCK_DESTROY: u16 = 21;
+/// The kernel answers at once. One datagram that does not come is an error, not a wait for ever.
+const ANSWER: Duration = Duration::from_secs(5);
 /// A dump's answers come in datagrams of at most this size.
 const DATAGRAM: usize = 64 * 1024;
 
@@ -200,6 +203,7 @@ fn send(
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
     }
     let mut socket = netlink_sys::Socket::new(NETLINK_SOCK_DIAG)?;
+    rustix::net::sockopt::set_socket_timeout(&socket, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
     socket.bind_auto()?;
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
     socket.send(&bytes, 0)?;

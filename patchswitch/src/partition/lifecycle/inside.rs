@@ -16,6 +16,8 @@ use crate::patch::wire::{self, INIT_FILE, PatchResults, PatchTableInput};
 
 /// How long systemd has to be alive to count as started.
 const MOMENT: Duration = Duration::from_millis(500);
+/// How often a long wait looks whether it is to go on.
+const PIECE: Duration = Duration::from_millis(200);
 /// How long a command to unmask singletons may take.
 const UNMASK: Duration = Duration::from_secs(60);
 
@@ -103,7 +105,7 @@ pub fn wait_started(started: &mut Started, deadline: Instant) -> Result<Result<(
             Ok(())
         });
     }
-    wait(started, deadline, |event| matches!(event, Event::ServiceStarted).then_some(()))
+    wait(started, deadline, &|| true, |event| matches!(event, Event::ServiceStarted).then_some(()))
 }
 
 /// Waits for the results of the patches. Results of another job are passed over.
@@ -117,7 +119,20 @@ pub fn wait_results(
     table: &PatchTableInput,
     deadline: Instant,
 ) -> Result<Result<PatchResults, String>, LifecycleError> {
-    wait(started, deadline, |event| match event {
+    wait_results_while(started, table, deadline, &|| true)
+}
+
+/// As [`wait_results`], and ends early when `go_on` says no.
+///
+/// # Errors
+/// [`LifecycleError::Control`].
+pub fn wait_results_while(
+    started: &mut Started,
+    table: &PatchTableInput,
+    deadline: Instant,
+    go_on: &dyn Fn() -> bool,
+) -> Result<Result<PatchResults, String>, LifecycleError> {
+    wait(started, deadline, go_on, |event| match event {
         Event::Results(results) if results.job == table.job => Some(results.clone()),
         _ => None,
     })
@@ -126,20 +141,31 @@ pub fn wait_results(
 fn wait<T>(
     started: &mut Started,
     deadline: Instant,
+    go_on: &dyn Fn() -> bool,
     mut wanted: impl FnMut(&Event) -> Option<T>,
 ) -> Result<Result<T, String>, LifecycleError> {
     let mut said = None;
-    let found = started.control.wait_for(deadline, Some(&started.process), |event| {
-        if let Event::Stopping { reason, code } = event {
-            said = Some(format!("{reason} (status {code})"));
+    loop {
+        let piece = deadline.min(Instant::now() + PIECE);
+        let found = started.control.wait_for(piece, Some(&started.process), |event| {
+            if let Event::Stopping { reason, code } = event {
+                said = Some(format!("{reason} (status {code})"));
+            }
+            wanted(event)
+        })?;
+        match found {
+            Ok(found) => return Ok(Ok(found)),
+            Err(Next::TimeOut) if Instant::now() < deadline && go_on() => {}
+            Err(end) => return Ok(Err(unheard(&end, said))),
         }
-        wanted(event)
-    })?;
-    Ok(found.map_err(|end| match (end, said) {
-        (_, Some(said)) => said,
-        (Next::TimeOut, None) => "it said nothing in its time".to_owned(),
-        (_, None) => "it ended without a word; its console log may say why".to_owned(),
-    }))
+    }
+}
+
+fn unheard(end: &Next, said: Option<String>) -> String {
+    said.unwrap_or_else(|| match end {
+        Next::TimeOut => "it said nothing in its time".to_owned(),
+        _ => "it ended without a word; its console log may say why".to_owned(),
+    })
 }
 
 /// Reads the results from the mounted root of a partition that did not report them. They are as hostile as those from

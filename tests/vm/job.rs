@@ -1,0 +1,14 @@
+//! Whole jobs, by the command line, as a user has them: two partitions with a small root, a service with a web server,
+//! a client on a network of its own that asks all the time, and patches that are scripts.
+//!
+//! Who serves is asked through the service address; what is left behind is looked for in the kernel's own lists.
+
+mod background;
+mod client;
+mod failing;
+mod good;
+mod inputs;
+mod kills;
+mod power;
+mod settling;
+mod stage;

@@ -1,0 +1,73 @@
+//! Jobs that fail: each with its own exit code, the service untouched or given back, and nothing of it left. The same
+//! standby serves for the next job each time.
+
+use std::fs;
+
+use patchswitch_tests::leftovers::Snapshot;
+
+use super::client::Client;
+use super::stage::{SERVICE, Settings, Stage, path};
+
+/// Runs a job that must end with this code before the switch; what it said.
+#[track_caller]
+fn fails(stage: &Stage, code: i32, patch: &str) -> String {
+    let before = Snapshot::take().unwrap();
+    let client = Client::start(&stage.client);
+    let said = stage.ends_with(code, &["apply", SERVICE, "--patch", patch, "--commit"]);
+    assert_eq!(client.all_answered(), ["v1"]);
+    assert_eq!(stage.active(), "web-a");
+    stage.nothing_of_a_job_left(&before);
+    stage.ok(&["plan", SERVICE]); // it is not applied
+    said
+}
+
+#[test]
+fn a_job_that_fails_before_the_switch_leaves_the_service_untouched() {
+    let stage = Stage::new(&Settings { patch_limit: "2s", ..Settings::default() });
+    let id = stage.patch("fails", "echo half a patch > /srv/half\necho the library is missing >&2\nexit 3");
+    let said = fails(&stage, 20, &id);
+    assert!(said.contains("the library is missing") && said.contains("web-a serves"), "{said}");
+
+    // With everything that it started.
+    let id = stage.patch("hangs", "setsid sleep 1000 &\nsleep 1000");
+    let said = fails(&stage, 20, &id);
+    assert!(said.contains("did not end in its time and was killed"), "{said}");
+
+    let id = stage.patch("kills-the-service", "echo '#!/bin/sh\nsleep 1000' > /usr/bin/serve");
+    let said = fails(&stage, 21, &id);
+    assert!(said.contains("verify failed"), "{said}");
+
+    let id = stage.patch("breaks-the-start", "chmod 644 /usr/lib/patchswitch/init");
+    let said = fails(&stage, 21, &id);
+    assert!(said.contains("restart failed"), "{said}");
+
+    stage.says("v2");
+    stage.ok(&["apply", SERVICE, "--patch", "says-v2", "--commit"]);
+    assert_eq!(stage.who(), "v2");
+    stage.finish();
+}
+
+/// Passes its probes, and breaks a moment after the switch: given back by itself.
+#[test]
+fn a_service_that_breaks_after_the_switch_is_given_back() {
+    let stage = Stage::new(&Settings { observe: "5s", ..Settings::default() });
+    let before = Snapshot::take().unwrap();
+    let id = stage.patch(
+        "breaks-later",
+        "echo v2 > /etc/says\n\
+         cat > /usr/bin/serve <<'END'\n#!/bin/sh\n\
+         /usr/bin/patchswitch-load serve --port 80 --tag v2 &\n\
+         while [ ! -e /srv/break ]; do sleep 0.1; done\nkill -9 $!\nsleep 1000\nEND",
+    );
+    let apply = stage.start_until(&["apply", SERVICE, "--patch", &id, "--commit"], "observe");
+    assert_eq!(stage.who(), "v2");
+    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "touch /srv/break"]);
+    let status = apply.wait(std::time::Duration::from_secs(60)).unwrap();
+    let said = fs::read_to_string(path("said")).unwrap();
+    assert_eq!(status.code(), Some(22), "{said}");
+    assert!(said.contains("web-a serves again"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    stage.nothing_of_a_job_left(&before);
+    stage.ok(&["plan", SERVICE]);
+    stage.finish();
+}

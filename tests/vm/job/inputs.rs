@@ -1,0 +1,158 @@
+//! What makes no sense, comes too early or goes wrong outside: refused with a word and a code of its own, or undone in
+//! order.
+
+use std::fs;
+use std::time::Duration;
+
+use patchswitch_tests::leftovers::Snapshot;
+use patchswitch_tests::netlab::HOST;
+use rustix::process::Signal;
+
+use super::client::Client;
+use super::stage::{SERVICE, Settings, Stage, path, script};
+
+#[test]
+fn names_of_patches_that_lead_elsewhere_are_refused() {
+    let stage = Stage::bare(&Settings::default());
+    let good = script("good", "true");
+    let dots = script("a..b", "true");
+    let parent = format!("{}/..", path("patches").display());
+    for (bad, why) in [(parent.as_str(), "two dots"), (dots.to_str().unwrap(), "two dots")] {
+        // With a good one before it: nothing is stored of either.
+        let said = stage.ends_with(65, &["patch", "add", good.to_str().unwrap(), bad, "--type", "bugfix"]);
+        assert!(said.contains(why), "{said}");
+    }
+    assert_eq!(stage.json(&["patch", "list"])["patches"].as_array().map(Vec::len), Some(0));
+    stage.define(&Settings::default());
+    stage.ok(&["service", "add", SERVICE]);
+    let said = stage.ends_with(1, &["apply", SERVICE, "--patch", "../../../etc/passwd"]);
+    assert!(said.contains("../../../etc/passwd"), "{said}");
+    assert_eq!(stage.who(), "v1");
+    stage.finish();
+}
+
+#[test]
+fn an_unknown_key_is_told_with_its_place() {
+    let stage = Stage::bare(&Settings { more: "udp_idel = \"1s\"", ..Settings::default() });
+    let said = stage.ends_with(78, &["partition", "list"]);
+    let line = fs::read_to_string(path("patchswitch.toml")).unwrap();
+    let line = line.lines().position(|line| line.contains("udp_idel")).unwrap() + 1;
+    assert!(said.contains(&format!("patchswitch.toml:{line}:1")) && said.contains("udp_idel"), "{said}");
+    stage.nothing_left();
+}
+
+#[test]
+fn a_service_that_cannot_be_attached_leaves_nothing() {
+    let mut settings = Settings { uplink: "nowhere0", ..Settings::default() };
+    let stage = Stage::bare(&settings);
+    stage.define(&settings);
+    let said = stage.ends_with(1, &["service", "add", SERVICE]);
+    assert!(said.contains("nowhere0"), "{said}");
+    assert!(stage.json(&["partition", "show", "web-a"])["running"] == false);
+
+    settings = Settings { addresses: HOST, ..Settings::default() };
+    stage.configure(&settings);
+    let said = stage.ends_with(1, &["service", "add", SERVICE]);
+    assert!(said.contains("10.77.0.1 belongs to this host itself"), "{said}");
+    assert!(stage.json(&["partition", "show", "web-a"])["running"] == false);
+
+    stage.configure(&Settings::default());
+    stage.ok(&["service", "add", SERVICE]);
+    assert_eq!(stage.who(), "v1");
+    stage.finish();
+}
+
+#[test]
+fn what_is_not_right_is_found_before_the_clone_is_made() {
+    let small = &["--size", "30M", "--memory", "200M", "--cpu", "90"];
+    let stage = Stage::new(&Settings { standby: small, ..Settings::default() });
+    let id = stage.says("v2");
+    let before = Snapshot::take().unwrap();
+    for verb in ["plan", "apply"] {
+        let said = stage.ends_with(69, &[verb, SERVICE]);
+        for lack in ["web-b has", "10", "memory", "disk"] {
+            assert!(said.contains(lack), "{lack}: {said}");
+        }
+    }
+    stage.ok(&["partition", "remove", "web-b"]);
+    stage.ok(&["partition", "define", "web-b", "--standby", "--size", "40M"]);
+
+    let row = stage.patch_row(&id);
+    let stored = format!("state/patches/{}-says-v2", row["sha256"].as_str().unwrap());
+    let content = fs::read(path(&stored)).unwrap();
+    fs::write(path(&stored), [&content[..], b"touch /srv/evil\n"].concat()).unwrap();
+    let said = stage.ends_with(65, &["apply", SERVICE]);
+    assert!(said.contains("has changed since it was added") && said.contains("add it again"), "{said}");
+    stage.nothing_of_a_job_left(&before);
+
+    fs::write(path(&stored), content).unwrap();
+    stage.ok(&["apply", SERVICE, "--commit"]);
+    assert_eq!(stage.who(), "v2");
+    stage.finish();
+}
+
+#[test]
+fn one_job_at_a_time_and_it_can_be_called_off() {
+    let stage = Stage::new(&Settings { observe: "20s", ..Settings::default() });
+    let client = Client::start(&stage.client);
+    let before = Snapshot::take().unwrap();
+    // While the clone patches itself, which would take long.
+    let hangs = stage.patch("hangs", "sleep 1000");
+    let job = stage.start_until(&["apply", SERVICE], "patch");
+    for command in
+        [&["apply", SERVICE][..], &["rollback", SERVICE], &["service", "remove", SERVICE], &["down"]]
+    {
+        let said = stage.ends_with(75, command);
+        assert!(said.contains(&format!("process {} since", job.pid())), "{said}");
+    }
+    assert!(stage.ok(&["up"]).contains("nothing to do"), "somebody is at it");
+    job.signal(Signal::INT).unwrap();
+    assert_eq!(job.wait(Duration::from_secs(20)).unwrap().code(), Some(130));
+    let said = fs::read_to_string(path("said")).unwrap();
+    assert!(said.contains("web-a serves, it was not touched; the clone was discarded"), "{said}");
+    stage.nothing_of_a_job_left(&before);
+
+    // After the switch.
+    assert_ne!(hangs, stage.says("v2"));
+    let job = stage.start_until(&["apply", SERVICE, "--patch", "says-v2"], "observe");
+    assert_eq!(stage.who(), "v2");
+    job.signal(Signal::TERM).unwrap();
+    assert_eq!(job.wait(Duration::from_secs(30)).unwrap().code(), Some(130));
+    let said = fs::read_to_string(path("said")).unwrap();
+    assert!(said.contains("web-a serves again; web-b was discarded"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1"]);
+    stage.nothing_of_a_job_left(&before);
+    stage.finish();
+}
+
+/// The store of the clone is smaller than what the patch writes.
+#[test]
+fn a_job_turns_back_before_its_clone_is_full() {
+    let standby = &["--size", "40M", "--store", "6M"];
+    let stage = Stage::new(&Settings { standby, observe: "20s", ..Settings::default() });
+    let before = Snapshot::take().unwrap();
+    let client = Client::start(&stage.client);
+    let writes = "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/srv/$i bs=256k count=4 conv=fsync; sleep 0.3; done";
+    let id = stage.patch("writes-too-much", writes);
+    let said = stage.ends_with(20, &["apply", SERVICE, "--patch", &id]);
+    assert!(said.contains("% full; define a standby with a larger --store"), "{said}");
+    assert!(said.contains("web-a serves, it was not touched"), "{said}");
+    stage.nothing_of_a_job_left(&before);
+
+    // After the switch: by a service that writes.
+    let id = stage.patch("v2-writes", "echo v2 > /etc/says");
+    let job = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
+    assert_eq!(stage.who(), "v2");
+    stage.run(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", writes]);
+    assert_eq!(job.wait(Duration::from_secs(30)).unwrap().code(), Some(22));
+    let said = fs::read_to_string(path("said")).unwrap();
+    assert!(said.contains("% full") && said.contains("web-a serves again"), "{said}");
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1"]);
+    stage.nothing_of_a_job_left(&before);
+
+    stage.ok(&["apply", SERVICE, "--patch", &id]);
+    stage.ok(&["commit", SERVICE]);
+    assert_eq!(stage.who(), "v2");
+    stage.finish();
+}

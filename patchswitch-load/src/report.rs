@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::record::{Class, Failure, Family, Series};
+use crate::record::{Class, ErrorKind, Failure, Family, Series};
 
 /// A moment that the harness named. It begins a phase, which lasts until the next mark.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -336,7 +336,7 @@ impl Run {
         let window = window.overlap(&self.whole()).filter(|_| series.class.is_steady())?;
         let end = self.to_us(self.ended_ns);
         let (from, to) = (self.to_us(window.from_ns), self.to_us(window.to_ns));
-        let done = series.done_us();
+        let done = self.heard_us(series);
         // From the last answer at or before the window to the first one after it.
         let first = done.partition_point(|at| *at <= from).saturating_sub(1);
         let last = (done.partition_point(|at| *at < to) + 1).min(done.len());
@@ -347,6 +347,19 @@ impl Run {
         let (from_us, length) = pairs.map(|(a, b)| (a, b.saturating_sub(a))).max_by_key(|(_, gap)| *gap)?;
         let from_ns = self.started_ns + from_us * 1000;
         Some(Gap { class: series.class, family: series.family, ms: to_ms(length), from_ns })
+    }
+
+    /// When a class and family heard from the service, in microseconds since the start: a complete answer with another
+    /// status than 200 is a failure, but it is no silence.
+    fn heard_us(&self, series: &Series) -> Vec<u64> {
+        let refusals = self.failures.iter().filter(|failure| {
+            (failure.class, failure.family) == (series.class, series.family)
+                && matches!(failure.error, ErrorKind::BadStatus(_))
+        });
+        let mut all = series.done_us().to_vec();
+        all.extend(refusals.map(|failure| self.to_us(failure.failed_ns)));
+        all.sort_unstable();
+        all
     }
 
     fn series_stats(&self, series: &Series, window: Window) -> SeriesStats {

@@ -149,7 +149,7 @@ lossy_give_back = "allow"             # what is in may_lose may be lost by a giv
 need = 3
 every = "300ms"
 timeout = "1s"
-deadline = "15s"
+deadline = "8s"
 
 [service.observe]
 length = "6s"

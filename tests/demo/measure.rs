@@ -14,6 +14,9 @@ use crate::watch::Samples;
 /// A transition counts when this many requests after it agree: neighbours may overtake each other.
 const AGREE: usize = 6;
 
+/// How late a request may be sent on a busy machine.
+const SENT_LATE_NS: u64 = 200_000_000;
+
 /// What was recorded of a job while it ran.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
@@ -126,12 +129,16 @@ impl Evidence {
     }
 
     /// Datagrams that were sent to the old side after the flip and before the way back, and how many of them were
-    /// answered; none if nothing was switched.
+    /// answered; none if nothing was switched. The flip is seen by when requests were due, and a request may be sent a
+    /// moment later: what was due within [`SENT_LATE_NS`] of it may have been answered before it.
     fn in_flight(&self, record: &Record) -> Option<(u64, u64)> {
         let patched = self.patched(record);
         let moves = moves(&self.run, record.window, &patched);
         let (flip, _) = *moves.first()?;
-        let window = Window { from_ns: flip, to_ns: moves.get(1).map_or(record.window.to_ns, |(at, _)| *at) };
+        let window = Window {
+            from_ns: flip + SENT_LATE_NS,
+            to_ns: moves.get(1).map_or(record.window.to_ns, |(at, _)| *at),
+        };
         let is_old = |instance: &str| patched.iter().all(|name| name != instance);
         let by_old = |answer: &patchswitch_load::record::Answer| {
             let instance = self.run.instances.get(usize::from(answer.instance));

@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{ExitCode, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -19,7 +20,7 @@ use crate::cache::{Cache, say};
 use crate::command::Tool;
 use crate::paths;
 use crate::setup::{self, Need};
-use crate::vm::agent;
+use crate::vm::agent::{self, Stream};
 use crate::vm::boot::{Config, Vm};
 use crate::vm::image;
 use crate::vm::kernel::Series;
@@ -72,18 +73,15 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     let payload = payload(&cache)?;
     let out = paths::target().join("demo");
     fs::create_dir_all(&out).with_context(|| format!("failed to make {}", out.display()))?;
+    let selected = selection(options)?;
+    let good = match selected.as_slice() {
+        [(None, jobs)] => on_host(&payload, &arguments(options, jobs), &out.join("host"))?,
+        machines => in_machines(machines, options, (&cache, &payload, &out))?,
+    };
     let mut runs: Vec<Value> = Vec::new();
-    let mut good = true;
-    for (series, jobs) in selection(options)? {
-        let (place, ended) = match series {
-            Some(series) => {
-                let place = out.join(series.to_string());
-                (place.clone(), in_machine(&cache, &payload, &series, &arguments(options, &jobs), &place))
-            }
-            None => (out.join("host"), on_host(&payload, &arguments(options, &jobs), &out.join("host"))),
-        };
-        good &= ended?;
-        let report = place.join("report.json");
+    for (series, _) in &selected {
+        let name = series.as_ref().map_or_else(|| "host".to_owned(), ToString::to_string);
+        let report = out.join(name).join("report.json");
         let text =
             fs::read_to_string(&report).with_context(|| format!("there is no {}", report.display()))?;
         runs.push(serde_json::from_str(&text)?);
@@ -94,6 +92,54 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     say(&format!("{}; the whole took {seconds:.0} s", report.display()));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
+
+/// Runs the demo in all test machines, side by side as far as there are processors; true if everything held.
+///
+/// The first one tells its story while it happens; what the others say is told when it is over.
+fn in_machines(
+    selected: &[(Option<Series>, String)],
+    options: &Options,
+    (cache, payload, out): (&Cache, &Payload, &Path),
+) -> Result<bool> {
+    let run = |(series, jobs): &(Option<Series>, String), tell: Tell<'_>| {
+        let series = series.as_ref().context("no series")?;
+        in_machine(cache, payload, series, &arguments(options, jobs), &out.join(series.to_string()), tell)
+    };
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let (first, rest) = selected.split_first().context("nothing to run")?;
+    if processors < selected.len() || rest.is_empty() {
+        return selected.iter().try_fold(true, |good, one| Ok(run(one, &mut agent::to_terminal)? && good));
+    }
+    thread::scope(|scope| {
+        let others: Vec<_> = rest
+            .iter()
+            .map(|one| {
+                scope.spawn(move || {
+                    let mut said = Vec::new();
+                    let mut keep = |stream, bytes: &[u8]| {
+                        said.push((stream, bytes.to_vec()));
+                        Ok(())
+                    };
+                    (run(one, &mut keep), said)
+                })
+            })
+            .collect();
+        let mut good = run(first, &mut agent::to_terminal)?;
+        for other in others {
+            let (ended, said) =
+                other.join().map_err(|_panic| anyhow::anyhow!("a run of the demo panicked"))?;
+            say("and meanwhile in the other test machine:");
+            for (stream, bytes) in said {
+                agent::to_terminal(stream, &bytes)?;
+            }
+            good &= ended?;
+        }
+        Ok(good)
+    })
+}
+
+/// Gets what a run says.
+type Tell<'a> = &'a mut dyn FnMut(Stream, &[u8]) -> Result<()>;
 
 /// Series of kernels with their jobs; no series: this host.
 fn selection(options: &Options) -> Result<Vec<(Option<Series>, String)>> {
@@ -141,6 +187,7 @@ fn in_machine(
     series: &Series,
     arguments: &[String],
     place: &Path,
+    tell: Tell<'_>,
 ) -> Result<bool> {
     let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
     let vm = Vm::boot(cache, &config)?;
@@ -153,7 +200,7 @@ fn in_machine(
         limit_ms: u64::try_from(LIMIT.as_millis())?,
         ..Request::default()
     };
-    let end = vm.stream(&request, agent::to_terminal)?;
+    let end = vm.stream(&request, tell)?;
     // Even a run that did not get to its end may have something to tell.
     let pulled = vm.pull(OUT, place);
     if !matches!(end, End::Code(0 | 1)) {

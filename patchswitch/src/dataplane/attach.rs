@@ -144,7 +144,11 @@ fn detach_filter(directory: &Path, hook: &Hook) -> Result<(), DataplaneError> {
     // The device is gone, and its filters with it.
     let Ok(link) = link else { return Ok(()) };
     match link.detach() {
-        Err(ProgramError::TcError(TcError::NetlinkError(error))) if is_absent(error.raw_os_error()) => Ok(()),
+        Err(ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)))
+            if is_absent(error.raw_os_error()) =>
+        {
+            Ok(())
+        }
         other => other.map_err(|error| refused("detach", hook.point.program(), &error)),
     }
 }

@@ -152,7 +152,7 @@ timeout = "1s"
 deadline = "8s"
 
 [service.observe]
-length = "6s"
+length = "5s"
 every = "250ms"
 fail = 2
 of = 4

@@ -216,3 +216,28 @@ fn another_network_namespace_is_told_so() {
     }
     rig.finish().unwrap();
 }
+
+/// The fast path passes the firewall by, and a detach hands it connections that it has not seen begin.
+#[test]
+fn a_firewall_that_matters_is_told_of() {
+    let rig = Rig::new("wall").unwrap();
+    let arguments = rig.attach_arguments();
+    let attach = || {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let ended = rig.run(&arguments).unwrap();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        rig.ok(&["detach", NAME]).unwrap();
+        ended.stderr
+    };
+    assert!(!attach().contains("warning"), "there is no firewall");
+    let nft = |rule: &str| rig.lab.host.run(&[&["nft"][..], &rule.split(' ').collect::<Vec<_>>()].concat());
+    nft("add table inet guard").unwrap();
+    nft("add chain inet guard passing { type filter hook forward priority 0 ; policy drop ; }").unwrap();
+    let said = attach();
+    assert!(said.contains("warning: forwarding is dropped by inet guard passing"), "{said}");
+    nft("add rule inet guard passing ct state invalid drop").unwrap();
+    let said = attach();
+    assert!(said.contains("invalid packets are dropped in inet guard passing"), "{said}");
+    nft("delete table inet guard").unwrap();
+    rig.finish().unwrap();
+}

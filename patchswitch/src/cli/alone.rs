@@ -10,6 +10,7 @@ use patchswitch::attachment::{
     Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, View, phase_name,
 };
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
+use patchswitch::doctor::{self, Item};
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
@@ -81,6 +82,11 @@ impl Attach {
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
         let attachment = Attachment::create(&spec, &first, second.as_ref()).await?;
+        if let Some(Item { found, cost, advice, .. }) = doctor::firewall() {
+            print::progress(&format!("warning: {found}"));
+            cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
+            advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
+        }
         show(&attachment, json)?;
         Ok(ExitCode::Done)
     }

@@ -145,10 +145,7 @@ pub fn read(config_file: &Path) -> Facts {
         missing_programs: needed.into_iter().filter(|program| program.find().is_none()).collect(),
         init: program::find().map_err(|error| chain(&error)),
         rules: rules(),
-        old_tables: ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
-            .into_iter()
-            .flat_map(|path| words(&fs::read_to_string(path).unwrap_or_default()))
-            .collect(),
+        old_tables: old_tables(),
         strict: strict(),
         router_routes: router_routes(),
         state: place(&store::state_dir(&config.agent.state_dir)),
@@ -225,7 +222,15 @@ fn version(runtime: Program) -> Result<(PathBuf, String), String> {
     Ok((path, text.lines().next().unwrap_or_default().to_owned()))
 }
 
-fn rules() -> Result<Rules, String> {
+/// Tables of the older iptables, which `nft` does not show.
+pub(super) fn old_tables() -> Vec<String> {
+    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
+        .into_iter()
+        .flat_map(|path| words(&fs::read_to_string(path).unwrap_or_default()))
+        .collect()
+}
+
+pub(super) fn rules() -> Result<Rules, String> {
     let text = Run::new(Program::Nft).args(["-j", "list", "ruleset"]).read();
     let text = text.map_err(|error| chain(&error))?;
     firewall::parse(&text).map_err(|error| chain(&error))

@@ -1,7 +1,7 @@
 //! What follows from what is there. Nothing here asks the host.
 
 use super::facts::{Bpffs, Cgroups, Facts, Mapper, Place};
-use super::{Diagnosis, Item, Need, State};
+use super::{Diagnosis, Item, Need, Rules, State};
 use crate::dataplane::HookKind;
 
 /// The oldest kernel, `(major, minor)`.
@@ -22,7 +22,7 @@ pub fn judge(facts: &Facts) -> Diagnosis {
         runtime(facts),
         programs(facts),
         init(facts),
-        firewall(facts),
+        firewall(&facts.rules, &facts.old_tables),
         reverse_path(facts),
         routers(facts),
         directory("state directory", Need::Job, &facts.state, facts.root),
@@ -214,9 +214,10 @@ fn init(facts: &Facts) -> Item {
     }
 }
 
-fn firewall(facts: &Facts) -> Item {
+/// What a firewall means for attachments.
+pub(super) fn firewall(rules: &Result<Rules, String>, old_tables: &[String]) -> Item {
     let item = |found: String| ok("firewall", Need::Nobody, found);
-    let rules = match &facts.rules {
+    let rules = match rules {
         Ok(rules) => rules,
         Err(why) => {
             let cost = "rules that drop invalid packets, or all that is forwarded, would not be seen";
@@ -228,8 +229,8 @@ fn firewall(facts: &Facts) -> Item {
             );
         }
     };
-    if !facts.old_tables.is_empty() {
-        let found = format!("tables of iptables-legacy: {}", facts.old_tables.join(", "));
+    if !old_tables.is_empty() {
+        let found = format!("tables of iptables-legacy: {}", old_tables.join(", "));
         let cost = "their rules are not read here; those that drop INVALID cut connections at a detach";
         return bad(item(found), State::Unknown, cost, "iptables-legacy-save; ip6tables-legacy-save");
     }

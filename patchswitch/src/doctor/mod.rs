@@ -20,6 +20,12 @@ use serde::Serialize;
 
 use crate::exit::ExitCode;
 
+/// What the firewall of this host means for an attachment; nothing if that is nothing.
+pub fn firewall() -> Option<Item> {
+    let item = judge::firewall(&facts::rules(), &facts::old_tables());
+    (item.state == State::Warn).then_some(item)
+}
+
 /// How one thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]

@@ -39,7 +39,7 @@ pub(crate) struct Attach {
     name: Name,
     /// The namespace that serves.
     first: NetnsRef,
-    /// The namespace that can take over; may be given later, to `switch`.
+    /// The namespace that can take over. Without one the service is steered, and there is nothing to switch to.
     second: Option<NetnsRef>,
     /// A service address; may be given several times, for both families.
     #[arg(long = "address", required = true, value_name = "ADDRESS")]

@@ -121,7 +121,11 @@ impl Apply {
         for patch in &self.patches {
             arguments.push(format!("--patch={patch}").into());
         }
-        let flags = [("--commit", self.commit), ("--discard-writes", self.discard_writes)];
+        let flags = [
+            ("--commit", self.commit),
+            ("--discard-writes", self.discard_writes),
+            ("--without-notice", self.without_notice),
+        ];
         arguments.extend(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag.into()));
         arguments.extend((0..verbose).map(|_| "-v".into()));
         arguments.push(self.service.as_str().into());

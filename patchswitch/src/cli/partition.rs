@@ -149,7 +149,13 @@ impl Define {
         for text in &self.disks {
             spec.disks.push(disk(text)?);
         }
-        Ok(Definition { spec, own: self.own.clone(), store: self.store, reserve: None })
+        Ok(Definition {
+            spec,
+            own: self.own.clone(),
+            is_store: self.standby,
+            store: self.store,
+            reserve: None,
+        })
     }
 }
 
@@ -184,6 +190,13 @@ impl Verb {
                 let machine = manager.machine(&one.name)?;
                 if manager.is_running(&machine)? {
                     return done(json, "running already", &one.name);
+                }
+                if let Some(service) = &machine.row.service {
+                    anyhow::bail!(
+                        "partition {} belongs to service {service}; `patchswitch up` starts what serves, `patchswitch \
+                         rollback {service}` the old partition",
+                        one.name
+                    );
                 }
                 let limit = manager.config.job.boot;
                 let mut running = manager.start(&machine, false)?;

@@ -130,11 +130,17 @@ pub(crate) fn open_job_lines(view: &JobView) -> String {
     let job = &view.job;
     let phase = view.steps.last().map_or("beginning", |step| step.phase.as_str());
     match view.progress {
-        Progress::Running => format!(
-            "job {} ({} of {}): {phase}, process {} since {:.0}\n  watch  patchswitch report {}\n  \
-             stop   kill {}, which undoes it in order",
-            job.id, job.kind, job.service, job.pid, job.started_at, job.id, job.pid
-        ),
+        Progress::Running => {
+            let stop = match job.kind.as_str() {
+                "apply" => format!("\n  stop   kill {}, which undoes it in order", job.pid),
+                // The others are at their end soon, and there is no way back from them.
+                _ => String::new(),
+            };
+            format!(
+                "job {} ({} of {}): {phase}, process {} since {:.0}\n  watch  patchswitch report {}{stop}",
+                job.id, job.kind, job.service, job.pid, job.started_at, job.id
+            )
+        }
         _ => format!(
             "job {} ({} of {}): {phase}, interrupted\n  next   patchswitch up",
             job.id, job.kind, job.service

@@ -24,6 +24,9 @@ pub struct Definition {
     pub spec: PartitionSpec,
     /// Its own addresses, at most one per family: by these it is known when it retires.
     pub own: Vec<IpAddr>,
+    /// Whether its disks hold nothing that anybody wants: only then a job may make them the stores of a clone.
+    #[serde(default)]
+    pub is_store: bool,
     /// Of a standby: the size of each store in bytes, if it is not to be one that can never fill up. A job that uses it
     /// watches it, and turns back before it is full.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,6 +99,7 @@ impl Manager {
                 spec.name
             )));
         }
+        let definition = &Definition { is_store: *origin == Origin::Store, ..definition.clone() };
         let disks = self.plan_disks(definition, origin);
         let result = self.make(definition, origin, &disks);
         if result.is_err() {

@@ -51,10 +51,16 @@ impl Manager {
     /// Stops a clone, discards it, and frees the standby that it was made of. Whatever of it is there.
     ///
     /// # Errors
-    /// [`ManagerError`]; calling again goes on.
+    /// [`ManagerError::Refused`] if it is no clone: its disks are all that there is. Others: calling again goes on.
     pub fn discard(&mut self, machine: &Machine) -> Result<(), ManagerError> {
-        self.stop(machine)?;
         let clones = machine.clones();
+        if clones.is_empty() {
+            return Err(ManagerError::refused(format!(
+                "partition {} is no clone: its disks are not discarded",
+                machine.name()
+            )));
+        }
+        self.stop(machine)?;
         let dm = Self::dm()?;
         snapshot::discard(&dm, &clones, CLOSE, WhenBusy::CutOff)?;
         let stores: Vec<Backing> = clones.into_iter().map(|clone| clone.cow).collect();
@@ -69,7 +75,7 @@ impl Manager {
         disks: &[Disk],
     ) -> Result<(), ManagerError> {
         let stores: Vec<Backing> = new.clones().into_iter().map(|clone| clone.cow).collect();
-        let definition = Definition { reserve: None, ..new.definition.clone() };
+        let definition = Definition { reserve: None, is_store: false, ..new.definition.clone() };
         let row = store::Partition { definition: serde_json::json!(definition), ..self.row(new.name())? };
         let disk = |disk: &MachineDisk| {
             let merged = disks.iter().find(|d| d.name == crate::names::dm_disk(new.name(), &disk.name));
@@ -113,7 +119,7 @@ impl Manager {
             })
         };
         let disks = spec.disks.iter().zip(stores).map(disk).collect::<Result<_, _>>()?;
-        let definition = Definition { spec, reserve: None, ..machine.definition.clone() };
+        let definition = Definition { spec, reserve: None, is_store: true, ..machine.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),
             role: Role::Standby,

@@ -317,6 +317,12 @@ impl Manager {
         Ok(matches!(lifecycle::state(machine.name())?, lifecycle::State::Running { .. }))
     }
 
+    /// Where a partition has its disks, and where the agent's mount namespace has them.
+    pub(crate) fn mount_points(machine: &Machine) -> Vec<(PathBuf, PathBuf)> {
+        let disks = machine.spec().disks.iter();
+        disks.map(|disk| (PathBuf::from(&disk.mount), mount_point(machine, &disk.mount))).collect()
+    }
+
     /// Gives a partition that was started quietly its share of the processor.
     pub(crate) fn full_speed(machine: &Machine) -> Result<(), ManagerError> {
         Ok(lifecycle::full_speed(machine.name())?)

@@ -89,7 +89,7 @@ impl JobLock {
     /// [`LockError::Busy`] or [`LockError::Io`].
     pub fn acquire(run_dir: &Path, service: &Name) -> Result<Self, LockError> {
         let dir = run_dir.join("lock");
-        let path = dir.join(service.as_str());
+        let path = dir.join(file_name(service));
         let failed = |source: io::Error| LockError::Io { path: path.clone(), source };
         make_dir(run_dir).and_then(|()| make_dir(&dir)).map_err(failed)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -122,7 +122,7 @@ impl JobLock {
     /// [`LockError::Io`] if `/proc/locks` cannot be read.
     pub fn holder(run_dir: &Path, service: &Name) -> Result<Option<Holder>, LockError> {
         const LOCKS: &str = "/proc/locks";
-        let path = run_dir.join("lock").join(service.as_str());
+        let path = run_dir.join("lock").join(file_name(service));
         let Ok(mut file) = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&path) else {
             return Ok(None);
         };
@@ -163,6 +163,11 @@ fn make_dir(path: &Path) -> io::Result<()> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Attachments have their locks in the same directory, under other names.
+fn file_name(service: &Name) -> String {
+    format!("job-{service}")
 }
 
 fn is_at(file: &File, path: &Path) -> bool {

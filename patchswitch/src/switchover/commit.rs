@@ -25,18 +25,22 @@ pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCo
     let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::Commit))? else {
         return refuse("there is nothing to commit".to_owned(), ExitCode::Nothing);
     };
-    if let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) {
-        let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
-        let reason = format!(
-            "the old partition wrote {} files after the clone that may_lose does not declare ({first} …); \
-             --discard-writes commits all the same",
-            loss.files
-        );
-        return refuse(reason, ExitCode::WritesLost);
-    }
+    agreed(job, lost)?;
     retire(job, &old).await?;
     merge(job)?;
     Ok(ExitCode::Done)
+}
+
+/// What the old side wrote after the clone is gone with the merge; outside what was declared it needs a word.
+pub(super) fn agreed(job: &Context<'_>, lost: Option<&Loss>) -> Result<(), Failure> {
+    let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) else { return Ok(()) };
+    let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
+    let reason = format!(
+        "the old partition wrote {} files after the clone that may_lose does not declare ({first} …); \
+         --discard-writes commits all the same",
+        loss.files
+    );
+    Err(Failure { phase: Phase::Commit, reason, code: ExitCode::WritesLost })
 }
 
 /// An old partition that still runs, because its job was interrupted or its flows were kept, retires now if it is
@@ -62,6 +66,8 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     (job.say)("commit …");
     let step =
         job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
+    // From here on there is only one way, and if it is not gone to the end now, `up` goes it.
+    job.unfinished = true;
     let start = std::time::Instant::now();
     let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
     let seconds = start.elapsed().as_secs_f64();
@@ -73,6 +79,7 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
         .store
         .conclude(step, crate::store::StepState::Done, &outcome)
         .map_err(at(Phase::Commit))?;
+    job.unfinished = false;
     (job.say)(&format!("commit done in {seconds:.2} s: cow_bytes {bytes}"));
     Ok(())
 }

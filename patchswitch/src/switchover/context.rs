@@ -125,6 +125,8 @@ pub struct Context<'a> {
     pub report: Report,
     /// Clones whose stores can fill up.
     pub watched: Vec<CloneOf>,
+    /// Whether it ends with something left to do that nobody but `up` can do: it stays open then.
+    pub unfinished: bool,
     /// Whether somebody wants the job to end.
     pub stop: &'a (dyn Fn() -> bool + Sync),
     /// Says what is going on, for people.
@@ -197,6 +199,19 @@ impl Context<'_> {
         if !matches!(phase, Phase::GiveBack | Phase::Retire | Phase::Commit) {
             self.go_on(phase)?;
         }
+        self.step_to_the_end(phase, intent, act).await
+    }
+
+    /// As [`Self::step`], for one that there is no way back from: nobody is asked whether it is wanted.
+    ///
+    /// # Errors
+    /// [`Failure`] of the act, or of the journal.
+    pub(super) async fn step_to_the_end<T>(
+        &mut self,
+        phase: Phase,
+        intent: Value,
+        act: impl AsyncFnOnce(&mut Self) -> Result<(T, Value), Failure>,
+    ) -> Result<T, Failure> {
         (self.say)(&format!("{phase} …"));
         let step = self.manager.store.intend(self.job, phase.name(), &intent, &[]).map_err(at(phase))?;
         let start = Instant::now();

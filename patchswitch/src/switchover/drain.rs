@@ -156,6 +156,8 @@ impl Drained {
 impl Retired {
     /// Makes the clone the disk.
     pub(super) fn commit(self, job: &mut Context<'_>) -> Result<(), Failure> {
+        // The old side may have written until its last flow ended.
+        commit::agreed(job, job.report.lost_by_switch.as_ref())?;
         commit::merge(job)
     }
 }

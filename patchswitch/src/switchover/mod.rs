@@ -26,6 +26,7 @@ mod report;
 mod rollback;
 mod stop;
 mod take_over;
+mod turn;
 pub(crate) mod undo;
 mod verbs;
 mod verify;

@@ -6,9 +6,10 @@ use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::take_over::{TakenOver, loss_of_new_side};
+use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
-use crate::attachment::{DrainOptions, OnDeadline};
+use crate::attachment::{DrainOptions, OnDeadline, SwitchOptions};
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
 use crate::manager::Machine;
@@ -76,7 +77,10 @@ impl TakenOver {
             Err(second) => {
                 job.report.outcome = "give_back_failed".to_owned();
                 let serving = undo::serving(job).unwrap_or(new);
-                let now = format!("{serving} serves; putting back failed: {}", second.reason);
+                // Once the old side serves again, all that is left is to take the clone away.
+                job.unfinished = serving == old;
+                let next = if job.unfinished { "; `patchswitch up` goes on with it" } else { "" };
+                let now = format!("{serving} serves; putting back failed: {}{next}", second.reason);
                 undo::error(failure, now, serving, second.code)
             }
         }
@@ -101,16 +105,12 @@ impl TakenOver {
         }
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
-            let service = job.service.name.clone();
-            let generation =
-                job.manager.next_generation(&service).map_err(at(Phase::GiveBack)).map_err(person)?;
-            let switched = job.attachment.switch(slot.other()).await;
-            let switched = switched.map_err(at(Phase::GiveBack)).map_err(person)?;
+            let (to, from, patched) = (&self.clone.active, &self.clone.standby, Some(job.job));
+            let options = SwitchOptions::default();
+            let back = Turn { phase: Phase::GiveBack, to, slot: slot.other(), from, patched, options };
+            let switched = turn(job, back).await.map_err(person)?;
             job.report.give_back = Some(switched);
             (job.say)(&format!("give_back: {} serves again", self.clone.active.name()));
-            let record = job.manager.store.record_switch(&service, self.clone.active.name(), generation);
-            let _ = record.map_err(at(Phase::GiveBack)).map_err(person)?;
-            let _ = job.manager.store.unset_applied(job.job).map_err(at(Phase::GiveBack)).map_err(person)?;
             let lost = if agreed { self.count_loss(job).map_err(person)? } else { 0 };
             drain_new_side(job, &self.clone.standby).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;

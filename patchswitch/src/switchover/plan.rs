@@ -87,7 +87,9 @@ fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<P
 fn standby(manager: &Manager, active: &Machine) -> Result<Machine, ManagerError> {
     let rows = manager.store.partitions()?;
     let free = rows.into_iter().filter(|row| row.role == Role::Standby && row.service.is_none());
-    let free = free.map(|row| manager.machine(&row.name)).collect::<Result<Vec<_>, _>>()?;
+    let mut free = free.map(|row| manager.machine(&row.name)).collect::<Result<Vec<_>, _>>()?;
+    // One with a root of its own is somebody's, whether a service has it or not.
+    free.retain(|machine| machine.definition.is_store);
     let resources: Vec<_> = free.iter().map(|machine| (machine.name(), machine.spec().resources())).collect();
     let candidates: Vec<_> = resources.iter().map(|(name, resources)| (*name, resources)).collect();
     let chosen = find_standby((active.name(), &active.spec().resources()), &candidates)?.clone();

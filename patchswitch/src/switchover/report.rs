@@ -1,5 +1,6 @@
 //! What a job did: its figures.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,21 +15,26 @@ use crate::names::Name;
 use crate::storage::meter::{Changes, Mark};
 use crate::store::JobId;
 
+/// How many files are named.
+const FIRST: usize = 20;
+
 /// Writes that a switch or a rollback leaves behind.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Loss {
     /// Sectors of 512 bytes.
     pub sectors: u64,
-    /// Files outside what the service declared it may lose.
+    /// Files outside what the service declared it may lose, and places that could not be looked into.
     pub files: u64,
     /// The first of them.
     pub first: Vec<PathBuf>,
 }
 
 impl Loss {
-    pub(super) fn new(sectors: u64, changes: &Changes) -> Self {
-        let first = changes.undeclared.iter().take(20).map(|file| file.path.clone()).collect();
-        Self { sectors, files: changes.undeclared_total, first }
+    /// Adds what was found on one disk. What could not be looked at counts as lost.
+    pub(super) fn add(&mut self, changes: &Changes) {
+        let room = FIRST.saturating_sub(self.first.len());
+        self.first.extend(changes.undeclared.iter().take(room).map(|file| file.path.clone()));
+        self.files += changes.undeclared_total + changes.skipped;
     }
 }
 
@@ -74,7 +80,7 @@ pub struct Report {
     pub give_back: Option<Switched>,
     /// From before the store to after it, in microseconds.
     pub flip_us: Option<f64>,
-    /// Flows of the old partition when it retired.
+    /// Flows of the old partition at the switch.
     pub old_flows_at_flip: Option<usize>,
     /// The drain.
     pub drain: Option<DrainReport>,
@@ -150,7 +156,12 @@ impl Report {
         let text = serde_json::to_vec_pretty(self).map_err(std::io::Error::from);
         let text = text.map_err(ManagerError::io("write", &path))?;
         let new = path.with_extension("new");
-        std::fs::write(&new, text).map_err(ManagerError::io("write", &new))?;
-        std::fs::rename(&new, &path).map_err(ManagerError::io("write", &path))
+        // A rollback counts from what is in it, also after a power cut.
+        let written = std::fs::File::create(&new)
+            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        written.map_err(ManagerError::io("write", &new))?;
+        std::fs::rename(&new, &path).map_err(ManagerError::io("write", &path))?;
+        let synced = std::fs::File::open(&directory).and_then(|directory| directory.sync_all());
+        synced.map_err(ManagerError::io("write", &directory))
     }
 }

@@ -3,23 +3,30 @@
 use std::path::Path;
 
 use patchswitch_common::Slot;
+use patchswitch_common::word::Phase as WordPhase;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::report::{AtSwitch, Report};
+use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
-use crate::attachment::{DrainOptions, OnDeadline};
+use crate::attachment::{DrainOptions, OnDeadline, SwitchOptions};
 use crate::exit::ExitCode;
-use crate::manager::{Machine, Manager, ManagerError, attachable, slot_of};
+use crate::manager::{Machine, Manager, ManagerError, attachable, chain, slot_of};
+use crate::store::JobId;
 use crate::verify::{Reach, Target, gate};
 
 /// Gives the service back to the old partition and discards the patched one.
 ///
 /// # Errors
 /// [`SwitchError`]; before the switch nothing has changed for clients.
-pub async fn rollback(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<ExitCode, SwitchError> {
-    let result = reverse(job, last).await;
+pub async fn rollback(
+    job: &mut Context<'_>,
+    last: Option<&AtSwitch>,
+    patched: Option<JobId>,
+) -> Result<ExitCode, SwitchError> {
+    let result = reverse(job, last, patched).await;
     let serving = undo::serving(job).unwrap_or_else(|| job.service.partition.clone());
     match result {
         Ok(lossy) => {
@@ -29,55 +36,89 @@ pub async fn rollback(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<
         Err(failure) => {
             job.report.outcome = "failed".to_owned();
             let code = failure.code;
-            Err(undo::error(failure, format!("{serving} serves"), serving, code))
+            let next =
+                if job.unfinished { " again; `patchswitch up` takes the patched one away" } else { "" };
+            Err(undo::error(failure, format!("{serving} serves{next}"), serving, code))
         }
     }
 }
 
-async fn reverse(job: &mut Context<'_>, last: Option<&AtSwitch>) -> Result<bool, Failure> {
+async fn reverse(
+    job: &mut Context<'_>,
+    last: Option<&AtSwitch>,
+    patched: Option<JobId>,
+) -> Result<bool, Failure> {
     let refuse = |reason: String, code| Err(Failure { phase: Phase::GiveBack, reason, code });
-    let service = job.service.name.clone();
-    let Some(old) = job.manager.other(&service).map_err(at(Phase::GiveBack))? else {
+    let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::GiveBack))? else {
         return refuse(
             "there is no old partition: it was committed, or there was no job".to_owned(),
             ExitCode::Nothing,
         );
     };
     let new = job.manager.active(&job.service).map_err(at(Phase::GiveBack))?;
+    if !old.clones().is_empty() {
+        // Given back already, and not to the end: the other one is the clone, which only has to go.
+        (job.report.from, job.report.to) = (Some(old.name().clone()), Some(new.name().clone()));
+        finish(job, &old, &new).await?;
+        return Ok(false);
+    }
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
     let lossy = agreed(job, &new, last)?;
-    let slot = back(job, &old).await?;
+    let slot = match slot_of(&job.attachment, &old) {
+        // It still has flows, and has served all the time.
+        Some(slot) if serves_flows(job) => slot,
+        _ => back(job, &old).await?,
+    };
     job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
-        let generation = job.manager.next_generation(&service).map_err(at(Phase::GiveBack))?;
-        let switched = job.attachment.switch(slot).await.map_err(at(Phase::GiveBack))?;
+        let options = SwitchOptions::default();
+        let back = Turn { phase: Phase::GiveBack, to: &old, slot, from: &new, patched, options };
+        let switched = turn(job, back).await?;
         job.report.flip_us = Some(switched.flip_us);
         job.report.switch = Some(switched);
-        let _ =
-            job.manager.store.record_switch(&service, old.name(), generation).map_err(at(Phase::GiveBack))?;
         Ok(((), json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0})))
     })
     .await?;
-    job.step(Phase::Drain, json!({}), async |job| {
+    finish(job, &new, &old).await?;
+    Ok(lossy)
+}
+
+/// Whether a partition retires and has not ended yet.
+fn serves_flows(job: &Context<'_>) -> bool {
+    job.attachment.plane().word().phase() == WordPhase::Draining
+}
+
+/// Drains the patched partition and takes it away. From the switch on there is no other way.
+async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(), Failure> {
+    job.unfinished = true;
+    job.step_to_the_end(Phase::Drain, json!({}), async |job| {
         let settings = job.service.drain.clone();
         let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: OnDeadline::Reset };
-        // From here on there is no other way than to the end.
-        let report = drain::wait_for(job, &new, settings.command_after, options, &|| false).await?;
+        let report = drain::wait_for(job, new, settings.command_after, options, &|| false).await?;
         job.report.drain = Some(report);
         undo::discard(job).await.map_err(at(Phase::Drain))?;
-        undo::unmask(job, &old);
+        undo::unmask(job, old);
         Ok(((), json!({})))
     })
     .await?;
-    Ok(lossy)
+    job.unfinished = false;
+    Ok(())
 }
 
 /// What the new side wrote since the switch is lost; outside what was declared it needs a word.
 fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Result<bool, Failure> {
     let Some(last) = last else { return Ok(false) };
     // Marks are of one boot; after another the sectors are not known, the files still are.
-    let loss = undo::meter(job, new, &last.marks, last.at)
-        .or_else(|_| undo::meter(job, new, &[], last.at))
-        .map_err(at(Phase::GiveBack))?;
+    let metered =
+        undo::meter(job, new, &last.marks, last.at).or_else(|_| undo::meter(job, new, &[], last.at));
+    let loss = match metered {
+        Ok(loss) => loss,
+        // A clone that has run out of room cannot be read any more, and is given up on purpose.
+        Err(error) if job.options.discard_writes => {
+            tracing::warn!("what is lost cannot be counted: {}", chain(&error));
+            return Ok(true);
+        }
+        Err(error) => return Err(at(Phase::GiveBack)(error)),
+    };
     let Loss { files, first, .. } = loss.clone();
     job.report.lost_by_give_back = Some(loss);
     if files > 0 && !job.options.discard_writes {
@@ -92,14 +133,28 @@ fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Resu
     Ok(files > 0)
 }
 
-/// Makes the old partition run and checks it; it may have been stopped since.
+/// Makes the old partition run and checks it: it was stopped since. If it does not come up it is stopped again.
 async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
-    if let Some(slot) = slot_of(&job.attachment, old) {
-        return Ok(slot);
-    }
     let slot = job.attachment.plane().word().active().other();
+    match come_up(job, old, slot).await {
+        Ok(()) => Ok(slot),
+        Err(failure) => {
+            let down = undo::put_down(job, old, slot).await;
+            if let Err(second) = down {
+                tracing::warn!(partition = %old.name(), "failed to stop it again: {}", chain(&second));
+            }
+            Err(failure)
+        }
+    }
+}
+
+async fn come_up(job: &mut Context<'_>, old: &Machine, slot: Slot) -> Result<(), Failure> {
     let limit = job.manager.config.job.boot;
     job.step(Phase::Boot, json!({"partition": old.name()}), async |job| {
+        if slot_of(&job.attachment, old).is_some() {
+            // Left over from a rollback that did not get further.
+            undo::put_down(job, old, slot).await.map_err(at(Phase::Boot))?;
+        }
         let mut running = job.manager.start(old, true).map_err(at(Phase::Boot))?;
         job.attachment.join(slot, &attachable(old)).await.map_err(at(Phase::Boot))?;
         job.attachment.learn().map_err(at(Phase::Boot))?;
@@ -117,8 +172,7 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
         let passed = passed.map_err(|error| super::context::with(Phase::Verify, error.exit_code())(error))?;
         Ok(((), json!({"rounds": passed.rounds})))
     })
-    .await?;
-    Ok(slot)
+    .await
 }
 
 /// The part of a report that later jobs need.

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::clone::Clone;
 use super::context::at;
 use super::report::AtSwitch;
+use super::turn::{Turn, turn};
 use super::undo::meter;
 use super::verify::Verified;
 use super::{Context, Failure, Loss, Phase};
@@ -26,9 +27,6 @@ pub(super) struct TakenOver {
 
 impl Verified {
     /// Gives new flows to the new partition.
-    ///
-    /// The durable record comes before the store: the new side writes to a disk of its own, and after a power cut the
-    /// disk that has acknowledged writes must be the one that boots. While the host is up only the phase word counts.
     pub(super) async fn take_over(self, job: &mut Context<'_>) -> Result<TakenOver, Failure> {
         let clone = self.0;
         arm(job).await?;
@@ -37,23 +35,13 @@ impl Verified {
             let marks = marks(&clone).map_err(at(Phase::TakeOver))?;
             let flows = job.attachment.flows(clone.slot.other()).map_err(at(Phase::TakeOver))?;
             job.report.old_flows_at_flip = Some(flows.accepted.len());
-            let service = job.service.name.clone();
-            let generation = job.manager.next_generation(&service).map_err(at(Phase::TakeOver))?;
-            let record = job.manager.store.record_switch(&service, clone.standby.name(), generation);
-            let _ = record.map_err(at(Phase::TakeOver))?;
             let now = std::time::SystemTime::now();
             job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
             job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
             let options = SwitchOptions { notice: !job.options.without_notice, ..SwitchOptions::default() };
-            let switched = job.attachment.switch_with(clone.slot, options).await;
-            if switched.is_err() && job.attachment.plane().word().active() != clone.slot {
-                // Nothing was switched, so the record must not say so: undo goes by it.
-                let old = job.manager.store.record_switch(&service, clone.active.name(), generation + 1);
-                let _ = old.map_err(at(Phase::TakeOver))?;
-                let _ = job.manager.store.assign_standby(clone.standby.name(), Some(&service));
-            }
-            let switched = switched.map_err(at(Phase::TakeOver))?;
-            let _ = job.manager.store.set_applied(job.job).map_err(at(Phase::TakeOver))?;
+            let (phase, patched) = (Phase::TakeOver, Some(job.job));
+            let (to, from) = (&clone.standby, &clone.active);
+            let switched = turn(job, Turn { phase, to, slot: clone.slot, from, patched, options }).await?;
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
             let outcome = json!({

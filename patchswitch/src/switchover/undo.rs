@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use patchswitch_common::Slot;
 use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
@@ -26,6 +27,20 @@ pub(crate) async fn discard(job: &mut Context<'_>) -> Result<(), ManagerError> {
     job.manager.discard(&standby)
 }
 
+/// Stops a partition that was started to serve and does not; its disks stay.
+pub(super) async fn put_down(
+    job: &mut Context<'_>,
+    machine: &Machine,
+    slot: Slot,
+) -> Result<(), ManagerError> {
+    let word = job.attachment.plane().word();
+    if word.phase() == WordPhase::Steady && (word.learns() || word.notice()) {
+        job.attachment.settle()?;
+    }
+    job.attachment.leave(slot).await?;
+    job.manager.stop(machine)
+}
+
 /// After a failure before the switch: undone, and told.
 pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchError {
     let patched = job.report.to.clone();
@@ -47,6 +62,7 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
             )
         }
         Err(second) => {
+            job.unfinished = true;
             let now = format!(
                 "{serving} serves, it was not touched; the clone could not be discarded: {}; `patchswitch up` tries \
                  again",
@@ -63,10 +79,14 @@ pub(super) fn serving_anyway(job: &mut Context<'_>, failure: Failure) -> SwitchE
     let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
     job.report.outcome = "switched".to_owned();
     let service = &job.service.name;
-    let now = format!(
-        "{serving} serves; the old partition is still there: `patchswitch status {service}`, then `patchswitch commit \
-         {service}` or `patchswitch rollback {service}`"
-    );
+    let now = if job.unfinished {
+        format!("{serving} serves; the merge is not done: `patchswitch up` goes on with it")
+    } else {
+        format!(
+            "{serving} serves; the old partition is still there: `patchswitch status {service}`, then `patchswitch \
+             commit {service}` or `patchswitch rollback {service}`"
+        )
+    };
     let code = if failure.code == ExitCode::Done { ExitCode::Failed } else { failure.code };
     error(failure, now, serving, code)
 }
@@ -96,10 +116,12 @@ pub(super) fn meter(
     }
     let patterns = job.service.may_lose.iter().map(String::as_str);
     let may_lose = MayLose::parse(patterns).map_err(|error| ManagerError::refused(error.to_string()))?;
-    let root = Manager::root(machine.name());
     let mounts = Manager::mounts()?;
-    let changes = mounts.run(|_| changed_since(&root, since, &may_lose, Limits::default()))??;
-    Ok(Loss::new(sectors, &changes))
+    let mut loss = Loss { sectors, ..Loss::default() };
+    for (at, root) in Manager::mount_points(machine) {
+        loss.add(&mounts.run(|_| changed_since(&root, &at, since, &may_lose, Limits::default()))??);
+    }
+    Ok(loss)
 }
 
 /// Starts what must not run twice, now that the other partition has stopped. A failure is told, not fatal.

@@ -10,7 +10,7 @@ use super::stop::stop_job;
 use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
 use crate::attachment::Attachment;
 use crate::exit::ExitCode;
-use crate::manager::{Manager, ManagerError};
+use crate::manager::{Manager, ManagerError, chain};
 use crate::names::{Name, RUN_ROOT};
 use crate::store::{Job, JobId, JobLock, NewJob, boot_id};
 
@@ -89,11 +89,9 @@ pub async fn roll_back(
         return end(job, Ok(ExitCode::Done), lock);
     }
     let last = last_switch(manager, service)?;
+    let patched = last_apply(manager, service)?;
     let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
-    let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref())).await;
-    if let (Ok(_), Some(patched)) = (&result, last_apply(job.manager, service)?) {
-        let _ = job.manager.store.unset_applied(patched)?;
-    }
+    let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref()), patched).await;
     end(job, result, lock)
 }
 
@@ -114,7 +112,9 @@ pub async fn make_permanent(
     let serving = super::undo::serving(&job).unwrap_or_else(|| job.service.partition.clone());
     let result = result.map_err(|failure| {
         let code = failure.code;
-        super::undo::error(failure, format!("{serving} serves"), serving, code)
+        let next =
+            if job.unfinished { "; the merge is not done: `patchswitch up` goes on with it" } else { "" };
+        super::undo::error(failure, format!("{serving} serves{next}"), serving, code)
     });
     if result.is_ok() {
         job.report.outcome = "committed".to_owned();
@@ -146,6 +146,7 @@ fn begin<'a>(
         job,
         options: options.clone(),
         watched: Vec::new(),
+        unfinished: false,
         stop: watcher.stop,
         say: watcher.say,
     })
@@ -162,9 +163,17 @@ fn end(
     };
     job.report.exit_code = code.number();
     job.report.error = error.as_ref().map(ToString::to_string);
-    job.report.save(job.manager.state())?;
+    let saved = job.report.save(job.manager.state());
     let message = job.report.error.clone().unwrap_or_else(|| job.report.outcome.clone());
-    let _ = job.manager.store.end_job(job.job, code, &message)?;
+    if !job.unfinished {
+        let _ = job.manager.store.end_job(job.job, code, &message)?;
+    }
+    match (saved, &error) {
+        (Err(lost), None) => return Err(lost),
+        // What the job came to is worth more than its figures.
+        (Err(lost), Some(_)) => tracing::warn!("{}", chain(&lost)),
+        (Ok(()), _) => {}
+    }
     Ok(Ended { report: job.report, code, error })
 }
 

@@ -93,12 +93,14 @@ struct Walk<'a> {
 }
 
 /// Lists what has changed in a mounted root since a moment, by the inodes' change time, which no program in the
-/// partition can set back (short of setting the host's clock).
+/// partition can set back (short of setting the host's clock). `at` is where the partition has that root: the paths in
+/// the list, and those that may be lost, are the partition's.
 ///
 /// # Errors
 /// [`StorageError::Io`] if the root itself cannot be read.
 pub fn changed_since(
     root: &Path,
+    at: &Path,
     since: SystemTime,
     may_lose: &MayLose,
     limits: Limits,
@@ -109,7 +111,7 @@ pub fn changed_since(
     let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().saturating_sub(TICK);
     let device = stat.st_dev;
     let mut walk = Walk { since, may_lose, limits, device, visited: 0, changes: Changes::default() };
-    let path = PathBuf::from("/");
+    let path = at.to_owned();
     if walk.is_changed(&stat) {
         walk.note(&path, &stat);
     }
@@ -259,7 +261,7 @@ mod tests {
         old.set_modified(SystemTime::UNIX_EPOCH).unwrap();
 
         let may_lose = MayLose::parse(["/var/log"]).unwrap();
-        let changes = changed_since(dir.path(), since, &may_lose, Limits::default()).unwrap();
+        let changes = changed_since(dir.path(), Path::new("/"), since, &may_lose, Limits::default()).unwrap();
         assert_eq!(paths(&changes.undeclared), ["/etc/passwd", "/srv", "/srv/old"]);
         assert_eq!(
             paths(&changes.declared),
@@ -273,7 +275,8 @@ mod tests {
     #[test]
     fn an_untouched_root_has_no_changes() {
         let (dir, since) = root();
-        let changes = changed_since(dir.path(), since, &MayLose::default(), Limits::default()).unwrap();
+        let changes =
+            changed_since(dir.path(), Path::new("/"), since, &MayLose::default(), Limits::default()).unwrap();
         assert_eq!(changes, Changes::default());
     }
 
@@ -284,12 +287,14 @@ mod tests {
         fs::write(outside.path().join("secret"), "x").unwrap();
         std::os::unix::fs::symlink(outside.path(), dir.path().join("srv/out")).unwrap();
         std::os::unix::fs::symlink("/", dir.path().join("srv/loop")).unwrap();
-        let changes = changed_since(dir.path(), since, &MayLose::default(), Limits::default()).unwrap();
+        let changes =
+            changed_since(dir.path(), Path::new("/"), since, &MayLose::default(), Limits::default()).unwrap();
         assert_eq!(paths(&changes.undeclared), ["/srv", "/srv/loop", "/srv/out"]);
         assert!(changes.undeclared.iter().any(|file| file.kind == Kind::Symlink));
         let link = outside.path().join("root");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        let error = changed_since(&link, since, &MayLose::default(), Limits::default()).unwrap_err();
+        let error =
+            changed_since(&link, Path::new("/"), since, &MayLose::default(), Limits::default()).unwrap_err();
         assert!(matches!(error, StorageError::Io { .. }), "{error}");
     }
 
@@ -306,13 +311,13 @@ mod tests {
         }
         let none = MayLose::default();
         let limits = |listed, visited, depth| Limits { listed, visited, depth };
-        let short = changed_since(dir.path(), since, &none, limits(5, 1000, 100)).unwrap();
+        let short = changed_since(dir.path(), Path::new("/"), since, &none, limits(5, 1000, 100)).unwrap();
         assert_eq!((short.undeclared.len(), short.undeclared_total), (5, 20 + 1 + 1 + 10));
         assert_eq!(short.skipped, 0);
-        let shallow = changed_since(dir.path(), since, &none, limits(100, 1000, 4)).unwrap();
+        let shallow = changed_since(dir.path(), Path::new("/"), since, &none, limits(100, 1000, 4)).unwrap();
         assert_eq!(shallow.skipped, 1);
         assert_eq!(shallow.undeclared_total, 20 + 1 + 1 + 3);
-        let few = changed_since(dir.path(), since, &none, limits(100, 3, 100)).unwrap();
+        let few = changed_since(dir.path(), Path::new("/"), since, &none, limits(100, 3, 100)).unwrap();
         assert_eq!(few.skipped, 1);
         assert!(few.undeclared_total <= 3);
     }

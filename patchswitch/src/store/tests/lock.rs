@@ -48,7 +48,7 @@ fn waiting_for_a_lock_ends() {
 fn a_holder_that_has_not_written_yet_is_no_trouble() {
     let dir = tempfile::tempdir().unwrap();
     let lock = JobLock::acquire(dir.path(), &name("web")).unwrap();
-    let mut file = std::fs::File::create(dir.path().join("lock/web")).unwrap();
+    let mut file = std::fs::File::create(dir.path().join("lock/job-web")).unwrap();
     file.write_all(b"{").unwrap();
     let error = JobLock::acquire(dir.path(), &name("web")).unwrap_err();
     assert!(error.to_string().contains("another process"), "{error}");
@@ -60,7 +60,7 @@ fn a_link_in_place_of_the_lock_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("lock")).unwrap();
     std::fs::write(dir.path().join("dear"), "content").unwrap();
-    std::os::unix::fs::symlink("../dear", dir.path().join("lock/web")).unwrap();
+    std::os::unix::fs::symlink("../dear", dir.path().join("lock/job-web")).unwrap();
     assert!(matches!(JobLock::acquire(dir.path(), &name("web")), Err(LockError::Io { .. })));
     assert_eq!(std::fs::read(dir.path().join("dear")).unwrap(), b"content");
 }

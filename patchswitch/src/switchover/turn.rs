@@ -1,0 +1,65 @@
+//! The switch with its record, used in both directions.
+//!
+//! ```text
+//!  record (durable) ─► store of the word ─► patches follow who serves
+//!                           └ refused: the record is put back
+//! ```
+//!
+//! The record comes first: the side that gets the flows writes to a disk of its own, and after a power cut the disk
+//! that has acknowledged writes must be the one that boots. While the host is up only the phase word counts.
+
+use patchswitch_common::Slot;
+
+use super::Context;
+use super::context::{Failure, Phase, at};
+use crate::attachment::{SwitchOptions, Switched};
+use crate::manager::{Machine, Manager};
+use crate::store::JobId;
+
+/// Who gets the new flows, and from whom.
+pub(super) struct Turn<'a> {
+    /// The phase in which it happens.
+    pub(super) phase: Phase,
+    /// The partition that gets them.
+    pub(super) to: &'a Machine,
+    /// Its slot.
+    pub(super) slot: Slot,
+    /// The partition that had them.
+    pub(super) from: &'a Machine,
+    /// The job that patched the clone of the two.
+    pub(super) patched: Option<JobId>,
+    /// What the switch does beside.
+    pub(super) options: SwitchOptions,
+}
+
+/// Makes the switch.
+///
+/// # Errors
+/// [`Failure`]. Whether it was made all the same is in the phase word; the record says the same.
+pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switched, Failure> {
+    let Turn { phase, to, slot, from, patched, options } = turn;
+    let service = job.service.name.clone();
+    let generation = job.manager.next_generation(&service).map_err(at(phase))?;
+    let _ = job.manager.store.record_switch(&service, to.name(), generation).map_err(at(phase))?;
+    let switched = job.attachment.switch_with(slot, options).await;
+    if job.attachment.plane().word().active() != slot {
+        // Nothing was switched, so the record must not say so: undo goes by it.
+        let back = job.manager.store.record_switch(&service, from.name(), generation + 1);
+        let _ = back.map_err(at(phase))?;
+        if !to.clones().is_empty() {
+            let _ = job.manager.store.assign_standby(to.name(), Some(&service)).map_err(at(phase))?;
+        }
+    } else if let Some(patched) = patched {
+        applied(job.manager, patched, !to.clones().is_empty()).map_err(at(phase))?;
+    }
+    switched.map_err(at(phase))
+}
+
+/// The patches that the service runs with are those of whoever serves.
+fn applied(manager: &mut Manager, patched: JobId, by_clone: bool) -> Result<(), crate::store::StoreError> {
+    let _ = match by_clone {
+        true => manager.store.set_applied(patched)?,
+        false => manager.store.unset_applied(patched)?,
+    };
+    Ok(())
+}

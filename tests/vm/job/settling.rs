@@ -1,6 +1,8 @@
 //! `down` and `up`: everything out of the kernel, and back.
 
-use super::stage::{SERVICE, Settings, Stage};
+use std::fs;
+
+use super::stage::{SERVICE, Settings, Stage, path};
 
 #[test]
 fn down_leaves_nothing_and_up_brings_the_same_service_back() {
@@ -13,8 +15,14 @@ fn down_leaves_nothing_and_up_brings_the_same_service_back() {
         assert!(said.contains("`patchswitch up` brings them back"), "{said}");
         stage.nothing_left();
         assert!(stage.ok(&["down"]).contains("nothing to do"));
+        let copy = path("state/patches/.new-1-0");
+        if !change {
+            // Left by a `patch add` that was killed.
+            fs::write(&copy, "#!/bin").unwrap();
+        }
         let said = stage.ok(&["up"]);
         assert!(said.contains("service web was started"), "{said}");
+        assert_eq!((said.contains("half copied"), copy.exists()), (!change, false), "{said}");
         assert_eq!(stage.who(), who);
         assert!(stage.ok(&["up"]).contains("nothing to do"));
         if change {

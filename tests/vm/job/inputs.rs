@@ -14,10 +14,11 @@ use super::stage::{SERVICE, Settings, Stage, path, script};
 /// One after the other on the same ground: nothing is made, nothing is stored, and what is right goes through afterwards.
 #[test]
 fn what_makes_no_sense_is_refused_with_its_place() {
+    let small = &["--size", "30M", "--memory", "200M", "--cpu", "90"];
     let mut settings = Settings { more: "udp_idel = \"1s\"", ..Settings::default() };
     let stage = Stage::bare(&settings);
     unknown_key(&stage);
-    settings = Settings { uplink: "nowhere0", ..Settings::default() };
+    settings = Settings { uplink: "nowhere0", standby: small, ..Settings::default() };
     stage.configure(&settings);
     names_of_patches(&stage);
 
@@ -34,6 +35,7 @@ fn what_makes_no_sense_is_refused_with_its_place() {
     stage.ok(&["service", "add", SERVICE]);
     let said = stage.ends_with(1, &["apply", SERVICE, "--patch", "../../../etc/passwd"]);
     assert!(said.contains("../../../etc/passwd"), "{said}");
+    before_the_clone(&stage);
     assert_eq!(stage.who(), "v1");
     stage.finish();
 }
@@ -59,10 +61,8 @@ fn names_of_patches(stage: &Stage) {
     assert_eq!(stage.json(&["patch", "list"])["patches"].as_array().map(Vec::len), Some(0));
 }
 
-#[test]
-fn what_is_not_right_is_found_before_the_clone_is_made() {
-    let small = &["--size", "30M", "--memory", "200M", "--cpu", "90"];
-    let stage = Stage::new(&Settings { standby: small, ..Settings::default() });
+/// What is not right is found before the clone is made.
+fn before_the_clone(stage: &Stage) {
     let id = stage.says("v2");
     let before = Snapshot::take().unwrap();
     for verb in ["plan", "apply"] {
@@ -84,7 +84,6 @@ fn what_is_not_right_is_found_before_the_clone_is_made() {
 
     fs::write(path(&stored), content).unwrap();
     stage.ok(&["plan", SERVICE]);
-    stage.finish();
 }
 
 #[test]
@@ -95,8 +94,7 @@ fn one_job_at_a_time_and_it_can_be_called_off() {
     // While the clone patches itself, which would take long.
     let hangs = stage.patch("hangs", "sleep 1000");
     let job = stage.start_until(&["apply", SERVICE], "patch");
-    for command in
-        [&["apply", SERVICE][..], &["rollback", SERVICE], &["service", "remove", SERVICE], &["down"]]
+    for command in [&["apply", SERVICE][..], &["commit", SERVICE], &["service", "remove", SERVICE], &["down"]]
     {
         let said = stage.ends_with(75, command);
         assert!(said.contains(&format!("process {} since", job.pid())), "{said}");

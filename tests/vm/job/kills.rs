@@ -65,12 +65,9 @@ fn a_job_that_is_killed_before_the_switch_is_undone() {
     let before = Snapshot::take().unwrap();
     let client = Client::start(&stage.client);
     killed_while_suspended(&stage);
-    let usual = {
-        stage.ok(&["apply", SERVICE]);
-        let usual = durations(&stage);
-        stage.ok(&["rollback", SERVICE]);
-        usual
-    };
+    stage.ok(&["apply", SERVICE]);
+    let usual = durations(&stage);
+    stage.ok(&["rollback", SERVICE]);
     for (phase, part) in BEFORE {
         println!("killed in {phase} at {part}");
         // It begins: the patch is not applied, and nothing of the last clone is in the way.

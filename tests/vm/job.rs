@@ -10,5 +10,4 @@ mod good;
 mod inputs;
 mod kills;
 mod power;
-mod settling;
 mod stage;

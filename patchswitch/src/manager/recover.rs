@@ -15,8 +15,9 @@ use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
 use crate::partition::console::Console;
 use crate::partition::lifecycle;
+use crate::patch::table;
 use crate::storage::snapshot;
-use crate::store::{Job, JobLock, LockError, StepState};
+use crate::store::{Change, Job, JobLock, LockError, StepState};
 
 /// How long a program of a killed command may take to end.
 const ORPHAN: std::time::Duration = std::time::Duration::from_secs(60);
@@ -32,12 +33,17 @@ pub struct Recovered {
 
 impl Manager {
     /// Puts everything right: jobs that nobody works on any more, devices that a broken cut left suspended, merges
-    /// that were interrupted, services that should be there. Right also if all is well.
+    /// that were interrupted, half copied patches, services that should be there. Right also if all is well.
     ///
     /// # Errors
     /// [`ManagerError::Store`]; what fails for one service is in [`Recovered::failures`].
     pub async fn up(&mut self) -> Result<Recovered, ManagerError> {
         let mut done = Recovered::default();
+        match table::sweep(self.state()) {
+            Ok(Change::AlreadySo) => {}
+            Ok(Change::Changed) => done.actions.push("half copied patches were removed".to_owned()),
+            Err(error) => done.failures.push(chain(&error)),
+        }
         for job in self.store.open_jobs()? {
             // Somebody is at it: leave it alone.
             let _lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {

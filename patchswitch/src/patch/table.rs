@@ -9,7 +9,7 @@ use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::deb;
@@ -260,7 +260,7 @@ pub fn copy_stored(state_dir: &Path, patch: &Patch, to: &mut impl io::Write) -> 
     Err(TableError::changed(patch, detail))
 }
 
-/// Removes what a killed process left half copied. Only while nobody adds patches; `up` calls it.
+/// Removes what a killed process left half copied, and leaves alone what a living one copies now; `up` calls it.
 ///
 /// # Errors
 /// [`TableError::Io`].
@@ -274,12 +274,25 @@ pub fn sweep(state_dir: &Path) -> Result<Change, TableError> {
     let mut change = Change::AlreadySo;
     for entry in entries {
         let entry = entry.map_err(failed)?;
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) && is_abandoned(&entry.path())? {
             std::fs::remove_file(entry.path()).map_err(failed)?;
             change = Change::Changed;
         }
     }
     Ok(change)
+}
+
+/// Whether nobody works on an unfinished copy: whoever does has it locked, and the kernel unlocks it when he dies.
+fn is_abandoned(path: &Path) -> Result<bool, TableError> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let locked = rustix::fs::open(path, flags, Mode::empty())
+        .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive));
+    match locked {
+        Ok(()) => Ok(true),
+        // Finished or given up just now.
+        Err(Errno::WOULDBLOCK | Errno::NOENT) => Ok(false),
+        Err(errno) => Err(TableError::io("clean", path, errno)),
+    }
 }
 
 fn stored_name(sha256: &str, file: &FileName) -> String {
@@ -354,11 +367,26 @@ impl Unfinished {
         loop {
             let path = folder.join(format!("{UNFINISHED}{}-{number}", std::process::id()));
             match rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR) {
-                Ok(fd) => return Ok(Self { file: File::from(fd), path, finished: false }),
+                Ok(fd) => {
+                    let new = Self { file: File::from(fd), path, finished: false };
+                    if new.is_ours()? {
+                        return Ok(new);
+                    }
+                }
                 // Another thread's, or left by a killed process of the same number.
                 Err(Errno::EXIST) if number < 1000 => number += 1,
                 Err(errno) => return Err(TableError::io("create", &path, errno)),
             }
+        }
+    }
+
+    /// Locks the copy against [`sweep`], which may have come by since it was made.
+    fn is_ours(&self) -> Result<bool, TableError> {
+        let failed = |errno: Errno| TableError::io("lock", &self.path, errno);
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(rustix::fs::fstat(&self.file).map_err(failed)?.st_nlink == 1),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(errno) => Err(failed(errno)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a job did: its figures.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -145,7 +146,7 @@ impl Report {
         state.join("reports").join(format!("{job}.json"))
     }
 
-    /// Keeps the report.
+    /// Keeps the report, durably: after a power cut a rollback and a commit go by it.
     ///
     /// # Errors
     /// [`ManagerError::Io`].
@@ -156,12 +157,13 @@ impl Report {
         let text = serde_json::to_vec_pretty(self).map_err(std::io::Error::from);
         let text = text.map_err(ManagerError::io("write", &path))?;
         let new = path.with_extension("new");
-        // A rollback counts from what is in it, also after a power cut.
-        let written = std::fs::File::create(&new)
-            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
-        written.map_err(ManagerError::io("write", &new))?;
+        let write = |text: &[u8]| {
+            let mut file = File::create(&new)?;
+            file.write_all(text)?;
+            file.sync_all()
+        };
+        write(&text).map_err(ManagerError::io("write", &new))?;
         std::fs::rename(&new, &path).map_err(ManagerError::io("write", &path))?;
-        let synced = std::fs::File::open(&directory).and_then(|directory| directory.sync_all());
-        synced.map_err(ManagerError::io("write", &directory))
+        File::open(&directory).and_then(|file| file.sync_all()).map_err(ManagerError::io("write", &directory))
     }
 }

@@ -1,6 +1,7 @@
 //! Jobs in the background: they go on without their terminal, are told of while they run, and a rollback stops them.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,30 +11,37 @@ use super::stage::{SERVICE, Settings, Stage, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Starts a job in the background; its number.
+/// A job in the background: its process and its number.
+struct Job {
+    pid: String,
+    id: String,
+}
+
+/// Starts a job in the background.
 #[track_caller]
-fn start(stage: &Stage) -> String {
+fn start(stage: &Stage) -> Job {
     let started = stage.json(&["apply", SERVICE, "--detach"]);
-    let stat = fs::read_to_string(format!("/proc/{}/stat", started["pid"])).unwrap_or_default();
+    let pid = started["pid"].to_string();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Field 6 is the session, field 3 the state (proc_pid_stat(5)).
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    assert_eq!(fields[3], started["pid"].to_string(), "not the leader of a session: {stat}");
-    started["job"].to_string()
+    assert_eq!(fields[3], pid, "not the leader of a session: {stat}");
+    Job { pid, id: started["job"].to_string() }
 }
 
-/// Waits until a job is in a phase.
+/// Waits until a job is in a phase: by its log, as the processor is needed for the job.
 #[track_caller]
-fn reaches(stage: &Stage, job: &str, phase: &str) {
-    wait_until(phase, LIMIT, || {
-        let report = stage.json(&["report", job]);
-        assert_eq!(report["progress"], "running", "{report}");
-        report["steps"].as_array().unwrap().iter().any(|step| step["phase"] == phase)
-    });
+fn reaches(stage: &Stage, job: &Job, phase: &str) {
+    let report = stage.json(&["report", &job.id]);
+    assert_eq!(report["progress"], "running", "{report}");
+    let begins = format!("{phase} …");
+    let log = report["log"].as_str().unwrap();
+    wait_until(&begins, LIMIT, || fs::read_to_string(log).unwrap().lines().any(|line| line.trim() == begins));
 }
 
 #[track_caller]
-fn ended(stage: &Stage, job: &str) -> (Value, String) {
-    let report = stage.json(&["report", job]);
+fn ended(stage: &Stage, job: &Job) -> (Value, String) {
+    let report = stage.json(&["report", &job.id]);
     assert_eq!(report["progress"], "over", "{report}");
     assert_eq!(stage.json(&["status"])["jobs"], Value::Array(Vec::new()));
     let said = fs::read_to_string(report["log"].as_str().unwrap()).unwrap();
@@ -46,7 +54,10 @@ fn a_job_in_the_background_goes_on_by_itself_and_is_undone_by_a_rollback() {
     let client = Client::start(&stage.client);
     stage.says("v2");
     let job = start(&stage);
-    wait_until("the job is over", LIMIT, || stage.json(&["report", &job])["progress"] == "over");
+    reaches(&stage, &job, "verify");
+    let report = stage.json(&["report", &job.id]);
+    assert!(report["steps"].as_array().unwrap().iter().any(|step| step["phase"] == "boot"), "{report}");
+    wait_until("the job is over", LIMIT, || !Path::new("/proc").join(&job.pid).exists());
     let (code, said) = ended(&stage, &job);
     assert_eq!((&code, stage.who().as_str()), (&0.into(), "v2"), "{said}");
     assert!(said.contains("take_over done"), "{said}");
@@ -71,7 +82,7 @@ fn a_job_in_the_background_goes_on_by_itself_and_is_undone_by_a_rollback() {
     let job = start(&stage);
     reaches(&stage, &job, "boot");
     let said = stage.ok(&["rollback", SERVICE]);
-    assert!(said.contains(&format!("job {job} was stopped and undone")), "{said}");
+    assert!(said.contains(&format!("job {} was stopped and undone", job.id)), "{said}");
     let (code, said) = ended(&stage, &job);
     assert_eq!((&code, stage.who().as_str()), (&130.into(), "v1"), "{said}");
     assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2", "v1"]);

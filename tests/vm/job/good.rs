@@ -1,11 +1,14 @@
-//! Jobs that go well.
+//! Jobs that go well, and `down` and `up` between them.
+
+use std::fs;
 
 use super::client::Client;
-use super::stage::{SERVICE, Settings, Stage};
+use super::stage::{SERVICE, Settings, Stage, path};
 
-/// Clone, patch, take over, drain, retire, commit; then again, with the roles exchanged.
+/// Clone, patch, take over, drain, retire, commit; then again, with the roles exchanged. Without `--commit` the old
+/// partition is kept: rolled back to, and after the next job committed away.
 #[test]
-fn a_job_commits_and_the_next_one_goes_the_other_way() {
+fn jobs_go_there_and_back() {
     let stage = Stage::new(&Settings { scan: true, ..Settings::default() });
     let client = Client::start(&stage.client);
     let id = stage.says("v2");
@@ -15,34 +18,51 @@ fn a_job_commits_and_the_next_one_goes_the_other_way() {
     assert!(stage.ends_with(10, &["apply", SERVICE]).contains("no patch is approved"));
 
     stage.says("v3");
-    stage.ok(&["apply", SERVICE, "--commit"]);
+    stage.ok(&["apply", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-a"));
-    assert_eq!(client.all_answered(), ["v1", "v2", "v3"]);
+    let refused = stage.ends_with(1, &["apply", SERVICE]);
+    assert!(refused.contains("still has web-b of the last job"), "{refused}");
+    stage.ok(&["rollback", SERVICE]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+
+    // The patch is not applied any more.
+    stage.ok(&["apply", SERVICE]);
+    stage.ok(&["commit", SERVICE]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-a"));
+    assert!(stage.ends_with(10, &["rollback", SERVICE]).contains("there is no old partition"));
+    assert!(stage.ends_with(10, &["commit", SERVICE]).contains("nothing to commit"));
+    assert_eq!(client.all_answered(), ["v1", "v2", "v3", "v2", "v3"]);
     stage.finish();
 }
 
-/// Without `--commit` the old partition is kept: rolled back to, and after the next job committed away.
+/// Everything out of the kernel, and back: first a partition alone, then a clone that serves and an old side to go back
+/// to.
 #[test]
-fn a_job_is_rolled_back_and_another_is_committed_later() {
+fn down_leaves_nothing_and_up_brings_the_same_service_back() {
     let stage = Stage::new(&Settings::default());
-    let client = Client::start(&stage.client);
+    down_and_up(&stage, "v1");
     stage.says("v2");
     stage.ok(&["apply", SERVICE]);
-    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
-    let refused = stage.ends_with(1, &["apply", SERVICE]);
-    assert!(refused.contains("still has web-a of the last job"), "{refused}");
-
+    // Left by a `patch add` that was killed.
+    let copy = path("state/patches/.new-1-0");
+    fs::write(&copy, "#!/bin").unwrap();
+    let said = down_and_up(&stage, "v2");
+    assert!(said.contains("half copied") && !copy.exists(), "{said}");
     stage.ok(&["rollback", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
-    stage.ok(&["plan", SERVICE]); // it is not applied any more
-
-    stage.ok(&["apply", SERVICE]);
-    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
-    stage.ok(&["commit", SERVICE]);
-    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
-    stage.ends_with(10, &["plan", SERVICE]);
-    assert!(stage.ends_with(10, &["rollback", SERVICE]).contains("there is no old partition"));
-    assert!(stage.ends_with(10, &["commit", SERVICE]).contains("nothing to commit"));
-    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2"]);
     stage.finish();
+}
+
+/// What `up` said.
+#[track_caller]
+fn down_and_up(stage: &Stage, who: &str) -> String {
+    let said = stage.ok(&["down"]);
+    assert!(said.contains("`patchswitch up` brings them back"), "{said}");
+    stage.nothing_left();
+    assert!(stage.ok(&["down"]).contains("nothing to do"));
+    let said = stage.ok(&["up"]);
+    assert!(said.contains("service web was started"), "{said}");
+    assert_eq!(stage.who(), who);
+    assert!(stage.ok(&["up"]).contains("nothing to do"));
+    said
 }

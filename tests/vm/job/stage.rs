@@ -142,7 +142,7 @@ may_lose = ["/srv", "/srv/**"]
 need = 1
 every = "200ms"
 timeout = "1s"
-deadline = "5s"
+deadline = "4s"
 [service.observe]
 length = "{observe}"
 every = "100ms"

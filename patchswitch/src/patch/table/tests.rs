@@ -227,10 +227,14 @@ fn a_half_copied_file_is_swept() {
     assert_eq!(sweep(&host.state()).unwrap(), Change::AlreadySo);
     let path = host.file("fix.sh", "#!/bin/sh\n");
     let patch = host.add(&path, "bugfix", true).unwrap().patch;
-    let left = Unfinished::create(&host.state().join(FOLDER)).unwrap();
-    std::mem::forget(left);
-    assert_eq!(host.stored().len(), 2);
+    let copying = Unfinished::create(&host.state().join(FOLDER)).unwrap();
+    assert_eq!(sweep(&host.state()).unwrap(), Change::AlreadySo, "somebody is at it");
+    // What a killed process leaves: the file, and no lock.
+    fs::write(host.state().join(FOLDER).join(format!("{UNFINISHED}1-0")), "#!/bin").unwrap();
+    assert_eq!(host.stored().len(), 3);
     assert_eq!(sweep(&host.state()).unwrap(), Change::Changed);
     assert_eq!(sweep(&host.state()).unwrap(), Change::AlreadySo);
+    assert_eq!(host.stored().len(), 2);
+    copying.finish(&host.state().join(FOLDER), "done").unwrap();
     verify(&host.state(), &patch).unwrap();
 }

@@ -116,10 +116,13 @@ pub fn remember_fragment(key: &FragmentKey, record: &FragmentRecord) {
     let _ = FRAGMENTS.insert(key, record, 0);
 }
 
+/// Counts, and says how often that was now on this processor.
 #[inline(always)]
-pub fn count(index: u32) {
-    if let Some(pointer) = COUNTERS.get_ptr_mut(index) {
-        // SAFETY: the entry is this processor's own, and programs on one hook do not interrupt each other.
-        unsafe { *pointer += 1 }
+pub fn count(index: u32) -> u64 {
+    let Some(pointer) = COUNTERS.get_ptr_mut(index) else { return 0 };
+    // SAFETY: the entry is this processor's own, and programs on one hook do not interrupt each other.
+    unsafe {
+        *pointer += 1;
+        *pointer
     }
 }

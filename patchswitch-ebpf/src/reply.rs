@@ -15,7 +15,7 @@ use patchswitch_common::word::Phase;
 use crate::maps;
 use crate::owner::{flow_key, is_bound_here};
 use crate::packet::{self, Frame, is_ip};
-use crate::report::{DROP, NEXT, event, exit};
+use crate::report::{DROP, NEXT, event, exit, exit_told, trouble};
 use crate::rewrite;
 
 const AF_INET: u8 = 2;
@@ -53,7 +53,9 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     }
     let origin = origin(slot, &network);
     match origin {
-        Origin::Forged => return exit(Hook::FromPartition, Verdict::Spoofed, DROP),
+        Origin::Forged => {
+            return exit_told(Hook::FromPartition, Verdict::Spoofed, DROP, &network.source);
+        }
         Origin::Link => return exit(Hook::FromPartition, Verdict::OutByStack, NEXT),
         Origin::Service | Origin::Own => {}
     }
@@ -157,8 +159,11 @@ pub fn remember(slot: Slot, packet: &Packet, local: &Address) {
     // SAFETY: a helper without arguments.
     let seen_ns = unsafe { bpf_ktime_get_boot_ns() };
     let record = FlowRecord { seen_ns, local: *local, slot: slot.index(), pad: 0 };
-    let kept = maps::learn(&flow_key(&packet.flow), &record);
-    event(if kept { Event::Learned } else { Event::LearnFull });
+    if maps::learn(&flow_key(&packet.flow), &record) {
+        event(Event::Learned);
+    } else {
+        trouble(Event::LearnFull, &packet.flow.remote);
+    }
 }
 
 /// `struct bpf_fib_lookup` of `linux/bpf.h`, as far as it is used.

@@ -12,7 +12,7 @@ use patchswitch_common::verdict::Event;
 use crate::maps;
 use crate::owner::flow_key;
 use crate::reply::remember;
-use crate::report::event;
+use crate::report::{event, trouble};
 
 /// `BPF_F_IPV6`: keeps a CHECKSUM_COMPLETE sum right when an IPv6 address changes.
 const BPF_F_IPV6: u64 = 1 << 7;
@@ -28,7 +28,7 @@ pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, so
     let Some(local) = service_of(slot, network, packet) else { return false };
     let done = if network.v6 { rewrite6(ctx, network, &local) } else { rewrite4(ctx, network, &local) };
     if done.is_none() {
-        event(Event::RewriteFailed);
+        trouble(Event::RewriteFailed, &network.destination);
         return false;
     }
     event(if network.v6 { Event::RewrittenV6 } else { Event::RewrittenV4 });

@@ -87,6 +87,28 @@ fn doing_it_twice_is_no_harm() {
 }
 
 #[test]
+fn a_filter_of_somebody_else_stays() {
+    let mut rig = Rig::new("foreign").unwrap();
+    rig.lab.host.run(&["tc", "qdisc", "add", "dev", UPLINK, "clsact"]).unwrap();
+    // Classic BPF that passes everything on: `ret 0`, no match.
+    let filter = ["tc", "filter", "add", "dev", UPLINK, "ingress", "pref", "7", "protocol", "all", "bpf"];
+    rig.lab.host.run(&[filter.as_slice(), &["bytecode", "1,6 0 0 0"]].concat()).unwrap();
+    let show = ["tc", "filter", "show", "dev", UPLINK, "ingress"];
+    let before = rig.lab.host.run(&show).unwrap();
+    assert!(before.contains("pref 7 bpf"), "{before}");
+    rig.furnished().unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    for end in ends() {
+        assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
+    }
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
+    assert_eq!(rig.lab.host.run(&show).unwrap(), before);
+    // Nor is any other discipline or filter gone or come.
+    rig.nothing_left().unwrap();
+}
+
+#[test]
 fn flows_are_not_cut_by_a_detach_that_was_not_forced() {
     let rig = Rig::new("cut").unwrap();
     let _server = Server::start(&rig.lab.a, "a").unwrap();

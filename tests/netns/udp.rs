@@ -257,6 +257,64 @@ fn a_table_that_is_full_refuses_the_switch() {
 }
 
 #[test]
+fn the_programs_say_what_they_could_not_remember() {
+    let mut rig = Rig::new("log").unwrap();
+    rig.lab.client.ip("addr add fd77::3/64 dev eth0 nodad").unwrap();
+    rig.furnished().unwrap();
+    rig.attach().unwrap();
+    let a = rig.lab.a.clone();
+    let flood = std::thread::spawn(move || {
+        // While the command below learns.
+        std::thread::sleep(Duration::from_millis(500));
+        a.enter(|| {
+            let socket = UdpSocket::bind((SERVICE[1], 7300))?;
+            for port in 1..=u16::MAX {
+                drop(socket.send_to(b"x", (CLIENT[1], port)));
+                drop(socket.send_to(b"x", ("fd77::3", port)));
+            }
+            Ok(())
+        })
+    });
+    let ended = rig.run(&["switch", "web", "--learn", "6"]).unwrap();
+    flood.join().unwrap().unwrap();
+    assert_eq!(ended.code, Some(21), "{ended:?}");
+    assert!(ended.stderr.contains("WARN"), "{}", ended.stderr);
+    let line = "the table of learned flows is full: fd77::";
+    let lines = ended.stderr.lines().filter(|text| text.contains(line)).count();
+    assert!((1..=40).contains(&lines), "{lines} lines: {}", ended.stderr);
+    assert!(event(&rig, "learn_full") > 1000);
+    // Said once: the next reader hears only what is new.
+    let again = rig.run(&["switch", "web"]).unwrap();
+    assert!(!again.stderr.contains(line), "{again:?}");
+    rig.finish().unwrap();
+}
+
+#[test]
+fn a_partition_that_forges_its_source_is_named_in_a_few_lines() {
+    const FORGED: &str = "10.99.0.9";
+    let rig = Rig::new("forged").unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    rig.lab.a.ip("addr add 10.99.0.9/32 dev eth0").unwrap();
+    let sent = rig.lab.a.enter(|| {
+        let socket = UdpSocket::bind((FORGED, 0))?;
+        (0..1000).try_for_each(|_| socket.send_to(b"x", (CLIENT[0], 7300)).map(drop))?;
+        Ok(())
+    });
+    sent.unwrap();
+    let said = rig.run(&["switch", "web"]).unwrap();
+    assert_eq!(said.code, Some(0), "{said:?}");
+    let lines: Vec<&str> = said.stderr.lines().filter(|text| text.contains("WARN")).collect();
+    // The 1st, 2nd, 4th … of each processor.
+    let most = 10 * std::thread::available_parallelism().unwrap().get();
+    assert!((1..=most).contains(&lines.len()), "{lines:#?}");
+    let wanted = "a partition sent a packet from 10.99.0.9, which is not its address: dropped";
+    assert!(lines.iter().all(|text| text.ends_with(wanted)), "{lines:#?}");
+    assert_eq!(rig.counter(&["packets", "from_partition", "spoofed"]).unwrap(), 1000);
+    rig.lab.a.ip("addr del 10.99.0.9/32 dev eth0").unwrap();
+    rig.finish_owned().unwrap();
+}
+
+#[test]
 fn a_connected_socket_keeps_its_flow_and_is_waited_for() {
     const CONNECTED: u16 = 7400;
     let rig = Rig::new("connected").unwrap();

@@ -88,6 +88,7 @@ impl Attachment {
         let retiring = word.active().other();
         let (mut at_start, mut last) = (None, usize::MAX);
         loop {
+            self.report_events();
             let flows = self.flows(retiring)?;
             let left = flows.accepted.len();
             let first = *at_start.get_or_insert(left);

@@ -266,6 +266,7 @@ impl Attachment {
     /// was switched.
     pub async fn switch_with(&mut self, to: Slot, options: SwitchOptions) -> Result<Switched, AttachError> {
         let (from, target) = (to.other(), self.slot(to)?.clone());
+        self.report_events();
         self.all_learned(options)?;
         self.record.service_ports = self.service_ports(from)?;
         self.record.save()?;
@@ -295,6 +296,13 @@ impl Attachment {
     async fn retire(&self, slot: Slot) -> Result<(), AttachError> {
         let Some(entry) = &self.record.slots[slot as usize] else { return Ok(()) };
         wiring::prefer_source(&self.record, entry, &self.netns(slot)?, false).await
+    }
+
+    /// Passes on what the programs have to say. That they cannot be heard is no reason to stop.
+    pub(crate) fn report_events(&mut self) {
+        if let Err(error) = self.plane.report_events() {
+            tracing::debug!("{}", remove::text(&AttachError::Dataplane(error)));
+        }
     }
 
     fn all_learned(&self, options: SwitchOptions) -> Result<(), AttachError> {

@@ -89,10 +89,12 @@ fn load(flows: Option<u32>) -> Result<Ebpf, DataplaneError> {
         &csum_ipv6,
         true,
     );
-    for map in maps::OF_FLOWS {
-        if let Some(flows) = flows {
+    if let Some(flows) = flows {
+        for map in maps::OF_FLOWS {
             loader.map_max_entries(map, flows);
         }
+        // The least that a ring can have.
+        loader.map_max_entries(maps::LOG, 4096);
     }
     loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }

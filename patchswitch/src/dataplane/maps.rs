@@ -18,6 +18,8 @@ const ADDRESSES: &str = "ADDRESSES";
 const UPLINKS: &str = "UPLINKS";
 const LEARNED: &str = "LEARNED";
 const FRAGMENTS: &str = "FRAGMENTS";
+/// The ring of `aya-log`. It has no pin: the programs hold it, and a reader finds it by one of them.
+pub(super) const LOG: &str = "AYA_LOGS";
 /// Maps with an entry for each flow.
 pub(super) const OF_FLOWS: [&str; 2] = [LEARNED, FRAGMENTS];
 const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];

@@ -13,6 +13,7 @@ mod attach;
 mod counters;
 mod fence;
 mod load;
+mod log;
 mod maps;
 mod self_test;
 mod word;
@@ -105,6 +106,7 @@ pub enum DataplaneError {
 pub struct Dataplane {
     directory: PathBuf,
     word: word::MappedWord,
+    log: Option<log::EventLog>,
 }
 
 impl Dataplane {
@@ -117,7 +119,7 @@ impl Dataplane {
     pub fn create(name: &Name, addresses: &[IpAddr], settings: &Settings) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
         load::load_and_pin(&directory)?;
-        let plane = Self { word: word::MappedWord::open(&maps::path(&directory, maps::WORD))?, directory };
+        let plane = Self::of(directory)?;
         maps::write_settings(&plane.directory, settings)?;
         for address in addresses {
             maps::add_address(&plane.directory, &to_wire(*address))?;
@@ -132,11 +134,28 @@ impl Dataplane {
     /// [`DataplaneError::NotAttached`] if nothing is.
     pub fn open(name: &Name) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
-        let word = maps::path(&directory, maps::WORD);
-        if !word.exists() {
+        if !maps::path(&directory, maps::WORD).exists() {
             return Err(DataplaneError::NotAttached(name.clone()));
         }
-        Ok(Self { word: word::MappedWord::open(&word)?, directory })
+        Self::of(directory)
+    }
+
+    fn of(directory: PathBuf) -> Result<Self, DataplaneError> {
+        let word = word::MappedWord::open(&maps::path(&directory, maps::WORD))?;
+        Ok(Self { directory, word, log: None })
+    }
+
+    /// Writes what the programs had to say since the last time into this process's log (`tracing`).
+    ///
+    /// # Errors
+    /// [`DataplaneError::Program`] if the programs' ring cannot be opened.
+    pub fn report_events(&mut self) -> Result<(), DataplaneError> {
+        let log = match &mut self.log {
+            Some(log) => log,
+            none => none.insert(log::EventLog::open(&self.directory)?),
+        };
+        log.flush();
+        Ok(())
     }
 
     /// Removes every pin of a name. Nothing there: nothing to do.

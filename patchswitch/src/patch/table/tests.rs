@@ -1,5 +1,6 @@
 //! Adding patches: what is refused, what collapses, what is noticed afterwards.
 
+use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;

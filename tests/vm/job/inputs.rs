@@ -9,7 +9,7 @@ use patchswitch_tests::netlab::HOST;
 use rustix::process::Signal;
 
 use super::client::Client;
-use super::stage::{SERVICE, Settings, Stage, path, script};
+use super::stage::{SERVICE, Settings, Stage, job_root, path, script};
 
 /// One after the other on the same ground: nothing is made, nothing is stored, and what is right goes through afterwards.
 #[test]
@@ -72,6 +72,12 @@ fn before_the_clone(stage: &Stage) {
         }
     }
     stage.ok(&["partition", "remove", "web-b"]);
+    // One with a root of its own is somebody's, although no service has it: a clone would overwrite it.
+    let root = job_root();
+    stage.ok(&["partition", "define", "archive", "--from", root.to_str().unwrap(), "--size", "40M"]);
+    let said = stage.ends_with(69, &["plan", SERVICE]);
+    assert!(!said.contains("archive"), "{said}");
+    stage.ok(&["partition", "remove", "archive"]);
     stage.ok(&["partition", "define", "web-b", "--standby", "--size", "40M"]);
 
     let row = stage.patch_row(&id);

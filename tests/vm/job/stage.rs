@@ -356,7 +356,7 @@ pub(super) fn script(name: &str, body: &str) -> PathBuf {
 }
 
 /// The small root with a web server that says what a file says.
-fn job_root() -> PathBuf {
+pub(super) fn job_root() -> PathBuf {
     let root = small_root();
     let serve = root.join("usr/bin/serve");
     if !serve.exists() {

@@ -8,5 +8,6 @@ mod life;
 mod limits;
 mod mounts;
 mod patches;
+mod systemd;
 
 pub(crate) use lab::small_root;

@@ -109,8 +109,18 @@ pub(crate) struct Options {
 /// What is run by one call of nextest.
 enum Step {
     Native(Vec<Tier>),
-    Machine(Series, Vec<Tier>),
+    /// In the test machine; of the tiers' tests only some if there is a filter.
+    Machine(Series, Vec<Tier>, Option<String>),
     NotRun(Tier, String),
+}
+
+/// A line of `tests/KERNELS`.
+#[derive(Debug, PartialEq, Eq)]
+struct Selection {
+    series: Series,
+    tiers: Vec<Tier>,
+    /// A filter of nextest.
+    only: Option<String>,
 }
 
 /// Runs `cargo xtask test`.
@@ -133,9 +143,9 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
                 continue;
             }
             Step::Native(tiers) => (names(&tiers), native(&tiers, &options.rest)),
-            Step::Machine(series, tiers) => (
+            Step::Machine(series, tiers, only) => (
                 format!("{} on Linux {series}", names(&tiers)),
-                machine::run(&series, &targets(&tiers)?, &options.rest),
+                in_machine(&series, &tiers, only, &options.rest),
             ),
         };
         match result {
@@ -179,7 +189,7 @@ fn plan(options: &Options) -> Result<Vec<Step>> {
         if matches!(tier, Tier::Unit | Tier::All) {
             bail!("--in-vm goes with one of the tiers packet, netns and vm");
         }
-        return Ok(vec![Step::Machine(series.clone(), vec![tier])]);
+        return Ok(vec![Step::Machine(series.clone(), vec![tier], None)]);
     }
     let wanted: Vec<Tier> = match tier {
         Tier::All => vec![Tier::Unit, Tier::Packet, Tier::Netns, Tier::Vm],
@@ -197,11 +207,15 @@ fn plan(options: &Options) -> Result<Vec<Step>> {
         steps.push(Step::Native(native));
     }
     let text = fs::read_to_string(paths::root().join("tests/KERNELS")).context("tests/KERNELS")?;
-    for (series, tiers) in kernels(&text)? {
-        let tiers: Vec<Tier> =
-            tiers.into_iter().filter(|t| tier == Tier::All || *t == tier && tier == Tier::Vm).collect();
-        if !tiers.is_empty() {
-            steps.push(Step::Machine(series, tiers));
+    for Selection { series, tiers, only } in kernels(&text)? {
+        // One machine for all that a line names: with a filter the tiers cannot be told apart.
+        if tier == Tier::All || tier == Tier::Vm && tiers.contains(&tier) {
+            let tiers = if only.is_some() {
+                tiers
+            } else {
+                tiers.into_iter().filter(|t| tier == Tier::All || *t == tier).collect()
+            };
+            steps.push(Step::Machine(series, tiers, only));
         }
     }
     Ok(steps)
@@ -219,21 +233,49 @@ fn hindrance(tier: Tier) -> Result<Option<String>> {
     Ok((!root).then(|| "needs root".to_owned()))
 }
 
-/// Reads `tests/KERNELS`: a series and its tiers per line.
-fn kernels(text: &str) -> Result<Vec<(Series, Vec<Tier>)>> {
-    let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
-    let parse = |line: &str| {
-        let mut words = line.split_whitespace();
-        let series = words.next().context("an empty line")?.parse()?;
-        let tiers: Result<Vec<Tier>> = words
-            .map(|word| match Tier::from_str(word, false) {
-                Ok(tier @ (Tier::Packet | Tier::Netns | Tier::Vm)) => Ok(tier),
-                _ => bail!("no tier {word:?} can run in the test machine"),
-            })
-            .collect();
-        Ok((series, tiers?))
-    };
-    lines.filter(|line| !line.is_empty()).map(parse).collect()
+/// Runs tiers in the test machine. What a line's filter leaves out is not wanted there, and so it is not "skipped".
+fn in_machine(series: &Series, tiers: &[Tier], only: Option<String>, rest: &[String]) -> Result<Count> {
+    let chosen = only.is_some();
+    let filter = only.map(|only| ["-E".to_owned(), only]);
+    let rest: Vec<String> = filter.into_iter().flatten().chain(rest.iter().cloned()).collect();
+    let mut count = machine::run(series, &targets(tiers)?, &rest)?;
+    if chosen && count.run == count.passed {
+        count.skipped = 0;
+    }
+    Ok(count)
+}
+
+/// Reads `tests/KERNELS`: a series and its tiers per line, and after a colon a filter if not all of their tests are
+/// to run. An indented line continues the one before.
+fn kernels(text: &str) -> Result<Vec<Selection>> {
+    let mut lines: Vec<String> = Vec::new();
+    for line in text.lines().map(|line| line.split('#').next().unwrap_or_default()) {
+        match lines.last_mut() {
+            Some(last) if line.starts_with(' ') => {
+                last.push(' ');
+                last.push_str(line.trim());
+            }
+            _ if line.trim().is_empty() => {}
+            _ => lines.push(line.trim().to_owned()),
+        }
+    }
+    lines.iter().map(|line| selection(line)).collect()
+}
+
+fn selection(line: &str) -> Result<Selection> {
+    let (head, only) = line.split_once(':').map_or((line, None), |(head, only)| (head, Some(only.trim())));
+    let mut words = head.split_whitespace();
+    let series = words.next().context("a line without a series")?.parse()?;
+    let tiers: Result<Vec<Tier>> = words
+        .map(|word| match Tier::from_str(word, false) {
+            Ok(tier @ (Tier::Packet | Tier::Netns | Tier::Vm)) => Ok(tier),
+            _ => bail!("no tier {word:?} can run in the test machine"),
+        })
+        .collect();
+    if only == Some("") {
+        bail!("there is no filter behind the colon");
+    }
+    Ok(Selection { series, tiers: tiers?, only: only.map(str::to_owned) })
 }
 
 fn native(tiers: &[Tier], rest: &[String]) -> Result<Count> {
@@ -267,10 +309,19 @@ mod tests {
 
     #[test]
     fn the_list_of_kernels_is_read_and_checked() {
-        let list = kernels("# comment\n6.12 vm netns # TCX\n\n6.1 vm\n").unwrap();
-        assert_eq!(list.len(), 2);
-        assert_eq!(list[0], ("6.12".parse().unwrap(), vec![Tier::Vm, Tier::Netns]));
-        for bad in ["six vm", "6.1 unit", "6.1 all", "6.1 nonsense"] {
+        let list = kernels("# comment\n6.12 vm netns # TCX\n\n6.1 vm: test(=a::b) +\n  test(=c::d) # more\n")
+            .unwrap();
+        let line = |series: &str, tiers: &[Tier], only: Option<&str>| Selection {
+            series: series.parse().unwrap(),
+            tiers: tiers.to_vec(),
+            only: only.map(str::to_owned),
+        };
+        let wanted = [
+            line("6.12", &[Tier::Vm, Tier::Netns], None),
+            line("6.1", &[Tier::Vm], Some("test(=a::b) + test(=c::d)")),
+        ];
+        assert_eq!(list, wanted);
+        for bad in ["six vm", "6.1 unit", "6.1 all", "6.1 nonsense", "6.1 vm:", ": all()"] {
             assert!(kernels(bad).is_err(), "{bad}");
         }
     }
@@ -278,6 +329,23 @@ mod tests {
     #[test]
     fn the_repositorys_list_of_kernels_is_good() {
         let text = fs::read_to_string(paths::root().join("tests/KERNELS")).unwrap();
-        assert!(kernels(&text).unwrap().iter().all(|(_, tiers)| tiers.contains(&Tier::Vm)));
+        assert!(kernels(&text).unwrap().iter().all(|line| line.tiers.contains(&Tier::Vm)));
+    }
+
+    /// A filter says nothing about a test that is not there any more.
+    #[test]
+    fn every_test_that_the_list_of_kernels_names_is_there() {
+        let text = fs::read_to_string(paths::root().join("tests/KERNELS")).unwrap();
+        let filters: Vec<String> = kernels(&text).unwrap().into_iter().filter_map(|line| line.only).collect();
+        let names = filters.iter().flat_map(|filter| filter.split("test(=").skip(1));
+        for name in names.map(|rest| rest.split(')').next().unwrap()) {
+            let (module, test) = name.rsplit_once("::").unwrap();
+            let file = format!("{}.rs", module.replace("::", "/"));
+            let is_there = ["packet", "netns", "vm"].iter().any(|tier| {
+                let source = fs::read_to_string(paths::root().join("tests").join(tier).join(&file));
+                source.is_ok_and(|source| source.contains(&format!("fn {test}()")))
+            });
+            assert!(is_there, "tests/KERNELS names {name}, which is no test");
+        }
     }
 }

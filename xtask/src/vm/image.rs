@@ -16,6 +16,8 @@ const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,ipr
                              netbase,nftables,procps,runc,socat,tcpdump";
 /// The partition of the demo.
 const PARTITION_PACKAGES: &str = "nginx-light,iproute2";
+/// A partition whose own init is PID 1, and a singleton.
+const SYSTEMD_PACKAGES: &str = "cron,nginx-light,systemd-sysv";
 /// The packages of the demo's patch: they require each other's version, and go in together.
 const PATCH_PACKAGES: [&str; 3] = ["nginx", "nginx-common", "nginx-light"];
 const SLIM: [&str; 4] = [
@@ -49,6 +51,16 @@ pub(crate) fn partition_root(cache: &Cache) -> Result<PathBuf> {
             format!("--customize-hook=download /var/lib/dpkg/status {}", out.join("status").display());
         let tar = out.join("root.tar");
         debootstrap("minbase", PARTITION_PACKAGES, &[main_archive()], &tar, &[&status])
+    })?;
+    Ok(dir.join("root.tar"))
+}
+
+/// The root of a partition that boots systemd, as a tar file; of the same archive as [`partition_root`], so that the
+/// same patch goes into it.
+pub(crate) fn systemd_root(cache: &Cache) -> Result<PathBuf> {
+    let recipe = format!("1 {SUITE} {SYSTEMD_PACKAGES} {SLIM:?}");
+    let dir = cache.artifact("systemd-root", &recipe, |out| {
+        debootstrap("minbase", SYSTEMD_PACKAGES, &[main_archive()], &out.join("root.tar"), &SLIM)
     })?;
     Ok(dir.join("root.tar"))
 }

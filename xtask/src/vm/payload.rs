@@ -72,6 +72,11 @@ impl Payload {
         }
         Ok(())
     }
+
+    /// Adds `artifacts/root-systemd.tar`, the root of a partition that boots systemd.
+    pub(crate) fn add_systemd_root(&self, cache: &Cache) -> Result<()> {
+        self.add_as(&image::systemd_root(cache)?, "artifacts/root-systemd.tar")
+    }
 }
 
 impl Drop for Payload {

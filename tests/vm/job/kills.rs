@@ -20,14 +20,15 @@ fn durations(stage: &Stage) -> BTreeMap<String, f64> {
     phases.iter().map(pair).collect()
 }
 
-/// Kills a command so long after a phase has begun.
+/// Kills a command so long after a phase has begun; what it had said.
 #[track_caller]
-fn kill(stage: &Stage, arguments: &[&str], phase: &str, after: Duration) {
+fn kill(stage: &Stage, arguments: &[&str], phase: &str, after: Duration) -> String {
     let running = stage.start_until(arguments, phase);
     std::thread::sleep(after);
     running.signal(Signal::KILL).unwrap();
     let said = running.output();
     assert_eq!(running.wait(Duration::from_secs(10)).unwrap().code(), None, "not killed, but ended: {said}");
+    said
 }
 
 /// `up` says what became of the job, leaves whoever serves, and has nothing to do the second time.
@@ -52,7 +53,7 @@ const BEFORE: [(&str, f64); 7] = [
     ("boot", 0.5),
     ("patch", 0.5),
     ("restart", 0.5),
-    ("verify", 0.5),
+    ("verify", 0.2),
     ("arm", 0.0),
     // Before it or after it: the phase word says.
     ("take_over", 0.7),
@@ -71,10 +72,14 @@ fn a_job_that_is_killed_before_the_switch_is_undone() {
     for (phase, part) in BEFORE {
         println!("killed in {phase} at {part}");
         // It begins: the patch is not applied, and nothing of the last clone is in the way.
-        kill(&stage, &["apply", SERVICE], phase, Duration::from_secs_f64(usual[phase] * part));
+        let job = kill(&stage, &["apply", SERVICE], phase, Duration::from_secs_f64(usual[phase] * part));
         let said = recover(&stage);
         if stage.who() == "v2" {
-            assert!(phase == "take_over" && said.contains("web-b serves; web-a"), "{phase}: {said}");
+            // The machine may have been slower when the times were taken.
+            assert!(
+                job.contains("take_over …") && said.contains("web-b serves; web-a"),
+                "{phase}: {job}{said}"
+            );
             stage.ok(&["rollback", SERVICE]);
         } else {
             assert!(said.contains("web-a serves, it was not touched"), "{said}");

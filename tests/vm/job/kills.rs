@@ -48,7 +48,8 @@ fn quick() -> Settings {
 }
 
 /// A phase before the switch, and what part of its usual time passes before the kill.
-const BEFORE: [(&str, f64); 7] = [
+const BEFORE: [(&str, f64); 8] = [
+    ("scan", 0.0),
     ("inject", 0.5),
     ("boot", 0.5),
     ("patch", 0.5),

@@ -22,8 +22,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 const DOWNLOAD_AFTER_FLIP: Duration = Duration::from_secs(3);
 /// Phases after which new flows go to the patched side.
 const AFTER_FLIP: [&str; 2] = ["observe", "drain"];
-/// The phases of which the story tells nothing but their time.
-const PHASES: [&str; 15] = [
+/// The phases of a job, in their order.
+pub(crate) const PHASES: [&str; 15] = [
     "plan",
     "clone",
     "scan",

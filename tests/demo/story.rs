@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use crate::jobs::PHASES;
 use crate::report::{Check, JobReport, Negative, Quiet, RunReport, seen};
 
 /// Tells.
@@ -131,25 +132,8 @@ fn rows(
     phases: &BTreeMap<String, f64>,
     gaps: &BTreeMap<String, f64>,
 ) -> Vec<(String, Option<f64>, Option<f64>)> {
-    const ORDER: [&str; 15] = [
-        "plan",
-        "clone",
-        "scan",
-        "inject",
-        "boot",
-        "patch",
-        "restart",
-        "verify",
-        "arm",
-        "take_over",
-        "observe",
-        "drain",
-        "retire",
-        "commit",
-        "give_back",
-    ];
     let mut names: Vec<&String> = phases.keys().chain(gaps.keys()).collect();
-    names.sort_by_key(|name| (ORDER.iter().position(|known| known == name).unwrap_or(ORDER.len()), *name));
+    names.sort_by_key(|name| (PHASES.iter().position(|known| known == name).unwrap_or(PHASES.len()), *name));
     names.dedup();
     names.into_iter().map(|name| (name.clone(), phases.get(name).copied(), gaps.get(name).copied())).collect()
 }

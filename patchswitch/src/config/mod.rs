@@ -21,6 +21,7 @@
 //!
 //! [service.drain]
 //! command = "nginx -s quit"
+//! command_after = "10s"                # flows may end by themselves until then
 //! deadline = "10m"
 //! on_deadline = "keep"                # keep | abort | reset
 //!

@@ -66,7 +66,7 @@ async fn reverse(
     let lossy = agreed(job, &new, last)?;
     let slot = match slot_of(&job.attachment, &old) {
         // It still has flows, and has served all the time.
-        Some(slot) if serves_flows(job) => slot,
+        Some(slot) if is_draining(job) => slot,
         _ => back(job, &old).await?,
     };
     job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
@@ -82,8 +82,8 @@ async fn reverse(
     Ok(lossy)
 }
 
-/// Whether a partition retires and has not ended yet.
-fn serves_flows(job: &Context<'_>) -> bool {
+/// Whether a partition retires and still has flows.
+fn is_draining(job: &Context<'_>) -> bool {
     job.attachment.plane().word().phase() == WordPhase::Draining
 }
 

@@ -3,6 +3,7 @@
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::maps::Address;
@@ -67,27 +68,64 @@ impl Frame<'_> {
     }
 }
 
-// Subprograms of their own: inlined into one, the buffers of all steps together exceed the 512 bytes of a BPF stack.
+// The steps of reading are global functions to the verifier, as their C signature makes them: it reads each once, and
+// not again on every path that calls it, and knows nothing of what it wrote. Within the paths there would be five times
+// as much to read. They are also too large for one stack: inlined, the buffers of all steps exceed its 512 bytes.
 
-#[inline(never)]
+/// Reads the network header and what lies between it and the payload; whether that was possible.
+#[inline(always)]
 pub fn network(ctx: &TcContext, ethertype: u16, network: &mut Network) -> bool {
-    let frame = Frame(ctx);
-    let read = if ethertype == ETH_IPV4 {
+    ps_network(ctx.skb.skb, u32::from(ethertype), network) != 0
+}
+
+/// Reads a packet that goes to the service; whether that was possible.
+#[inline(always)]
+pub fn inbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
+    ps_inbound(ctx.skb.skb, network, packet) != 0
+}
+
+/// Reads a packet that comes from the service; whether that was possible.
+#[inline(always)]
+pub fn outbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
+    ps_outbound(ctx.skb.skb, network, packet) != 0
+}
+
+/// As [`network`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn ps_network(skb: *mut __sk_buff, ethertype: u32, network: *mut Network) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value that nobody else has.
+    let Some(network) = (unsafe { network.as_mut() }) else { return 0 };
+    let ctx = TcContext::new(skb);
+    let frame = Frame(&ctx);
+    let read = if ethertype == u32::from(ETH_IPV4) {
         ipv4(&frame, LINK_HEADER, network)
     } else {
         ipv6(&frame, LINK_HEADER, network)
     };
-    read.is_ok()
+    i32::from(read.is_ok())
 }
 
+/// As [`inbound`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn inbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
-    parse::inbound(&Frame(ctx), network, packet).is_ok()
+pub extern "C" fn ps_inbound(skb: *mut __sk_buff, network: *const Network, packet: *mut Packet) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(network) = (unsafe { network.as_ref() }) else { return 0 };
+    // SAFETY: as above, and nobody else has it.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
+    i32::from(parse::inbound(&Frame(&TcContext::new(skb)), network, packet).is_ok())
 }
 
+/// As [`outbound`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn outbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
-    parse::outbound(&Frame(ctx), network, packet).is_ok()
+pub extern "C" fn ps_outbound(skb: *mut __sk_buff, network: *const Network, packet: *mut Packet) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(network) = (unsafe { network.as_ref() }) else { return 0 };
+    // SAFETY: as above, and nobody else has it.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
+    i32::from(parse::outbound(&Frame(&TcContext::new(skb)), network, packet).is_ok())
 }
 
 #[inline(always)]

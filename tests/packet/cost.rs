@@ -1,0 +1,21 @@
+//! What a program costs to load: the kernel reads every path through it, and whoever adds a service waits for that.
+
+use patchswitch_common::verdict::HOOKS;
+
+use crate::bench::Bench;
+
+/// Instructions that the kernel may read for a program. At 100,000 of them adding a service on an emulated processor
+/// took seconds.
+const BUDGET: u32 = 30_000;
+
+#[test]
+fn the_kernel_reads_the_programs_in_time() {
+    let mut bench = Bench::new("cost").unwrap();
+    for hook in HOOKS {
+        let info = bench.program(hook).unwrap().info().unwrap();
+        let read = info.verified_instruction_count().unwrap();
+        println!("{hook:?}: {read} instructions read, {} loaded", info.size_translated().unwrap_or(0) / 8);
+        assert!(read <= BUDGET, "{hook:?}: {read} instructions");
+    }
+    bench.finish().unwrap();
+}

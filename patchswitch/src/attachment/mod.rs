@@ -355,6 +355,10 @@ impl Attachment {
             Err(RecordError::Unknown(_)) if names::pin_dir(name).exists() => {
                 remove::remains(name, &Netlink::open(&Netns::own()?)?).await?
             }
+            Err(error @ RecordError::Unknown(_)) => {
+                record::sweep();
+                return Err(error.into());
+            }
             other => other?,
         };
         let host = Netlink::open(&here(&record)?)?;

@@ -197,13 +197,19 @@ impl Record {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &path)(error)),
             _ => {
-                // Only if this was the last one.
-                let _ = fs::remove_dir(directory());
-                let _ = fs::remove_dir(RUN_ROOT);
+                sweep();
                 Ok(())
             }
         }
     }
+}
+
+/// Removes the directories of records if they are empty: the last attachment is gone, or was when somebody was killed
+/// here.
+pub(super) fn sweep() {
+    // Not empty, or not there: nothing to do.
+    let _ = fs::remove_dir(directory());
+    let _ = fs::remove_dir(RUN_ROOT);
 }
 
 /// Device and inode of a network namespace.

@@ -64,15 +64,32 @@ pub trait Kernel {
     fn fragment(&mut self, source: &Address, id: u32, protocol: u8) -> Option<Slot>;
 }
 
+/// Who gets a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The partition that gets it.
+    pub slot: Slot,
+    /// Whether the other one gets a copy: a fragment whose first one was not seen yet, and an error about one, do not
+    /// tell whose they are. Only the side that has the rest can make something of it.
+    pub both: bool,
+}
+
 /// Who gets a packet that is addressed to the service.
 ///
 /// `kernel` is asked nothing in [`Phase::Steady`].
 #[inline(always)]
-pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
+pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Owner {
     let active = word.active();
-    match word.phase() {
-        Phase::Steady => active,
-        Phase::Draining => draining(active, packet, kernel),
+    match (word.phase(), packet.kind) {
+        (Phase::Steady, _) => Owner { slot: active, both: false },
+        (Phase::Draining, Kind::ErrorOfFragment) => Owner { slot: active, both: true },
+        (Phase::Draining, Kind::LaterFragment) => {
+            match kernel.fragment(&packet.flow.remote, packet.fragment_id, packet.flow.protocol) {
+                Some(slot) => Owner { slot, both: false },
+                None => Owner { slot: active, both: true },
+            }
+        }
+        (Phase::Draining, _) => Owner { slot: draining(active, packet, kernel), both: false },
     }
 }
 
@@ -81,11 +98,8 @@ fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
     let retiring = active.other();
     let flow = &packet.flow;
     let kept = match (packet.kind, packet.transport) {
-        (Kind::LaterFragment, _) => {
-            kernel.fragment(&flow.remote, packet.fragment_id, flow.protocol) == Some(retiring)
-        }
         (Kind::Direct, Transport::Tcp) => tcp(active, flow, packet.flags, kernel),
-        (Kind::Error, Transport::Tcp) => tcp_error(active, flow, kernel),
+        (_, Transport::Tcp) => tcp_error(active, flow, kernel),
         (_, Transport::Udp) => kernel.udp_connected(retiring, flow) || kernel.learned(flow) == Some(retiring),
         (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
     };
@@ -194,11 +208,15 @@ mod tests {
     const CONN: Socket = Socket::Connection;
     const TW: Socket = Socket::TimeWait;
 
+    const fn alone(slot: Slot) -> Owner {
+        Owner { slot, both: false }
+    }
+
     #[test]
     fn steady_asks_nothing() {
         let mut kernel = Given { retiring: Some(CONN), ..Given::default() };
         let tcp = packet(Kind::Direct, Transport::Tcp, ACK);
-        assert_eq!(owner(Word::steady(Slot::B, 0), &tcp, &mut kernel), Slot::B);
+        assert_eq!(owner(Word::steady(Slot::B, 0), &tcp, &mut kernel), alone(Slot::B));
         assert_eq!(kernel.asked, 0);
     }
 
@@ -228,7 +246,7 @@ mod tests {
         for (rule, flags, retiring, active, expected, asked) in table {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
             let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
-            assert_eq!((got, kernel.asked), (expected, asked), "{rule}");
+            assert_eq!((got, kernel.asked), (alone(expected), asked), "{rule}");
         }
     }
 
@@ -240,7 +258,7 @@ mod tests {
         {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
             let error = packet(Kind::Error, Transport::Tcp, 0);
-            assert_eq!(owner(DRAINING, &error, &mut kernel), expected, "{retiring:?} {active:?}");
+            assert_eq!(owner(DRAINING, &error, &mut kernel), alone(expected), "{retiring:?} {active:?}");
         }
     }
 
@@ -250,17 +268,25 @@ mod tests {
         let case = |udp_socket, learned| {
             owner(DRAINING, &udp, &mut Given { udp: udp_socket, learned, ..Given::default() })
         };
-        assert_eq!(case(true, None), Slot::A);
-        assert_eq!(case(false, Some(Slot::A)), Slot::A);
-        assert_eq!(case(false, Some(Slot::B)), Slot::B);
-        assert_eq!(case(false, None), Slot::B);
+        assert_eq!(case(true, None), alone(Slot::A));
+        assert_eq!(case(false, Some(Slot::A)), alone(Slot::A));
+        assert_eq!(case(false, Some(Slot::B)), alone(Slot::B));
+        assert_eq!(case(false, None), alone(Slot::B));
     }
 
     #[test]
     fn later_fragments_follow_the_first() {
         let later = packet(Kind::LaterFragment, Transport::Other, 0);
         let case = |fragment| owner(DRAINING, &later, &mut Given { fragment, ..Given::default() });
-        assert_eq!(case(Some(Slot::A)), Slot::A);
-        assert_eq!(case(None), Slot::B);
+        assert_eq!(case(Some(Slot::A)), alone(Slot::A));
+        assert_eq!(case(Some(Slot::B)), alone(Slot::B));
+        assert_eq!(case(None), Owner { slot: Slot::B, both: true });
+    }
+
+    #[test]
+    fn an_error_about_a_later_fragment_is_for_both() {
+        let error = packet(Kind::ErrorOfFragment, Transport::Other, 0);
+        assert_eq!(owner(DRAINING, &error, &mut Given::default()), Owner { slot: Slot::B, both: true });
+        assert_eq!(owner(Word::steady(Slot::A, 1), &error, &mut Given::default()), alone(Slot::A));
     }
 }

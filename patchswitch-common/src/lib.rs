@@ -13,6 +13,7 @@
 //! * [`word`]: the one 8-byte word that says who serves.
 //! * [`maps`]: every key and value of the BPF maps, with size and padding proved.
 //! * [`parse`](mod@parse): from bytes to [`parse::Packet`].
+//! * [`refuse`](mod@refuse): what is dropped, or left to the host, by its headers alone.
 //! * [`decide`](mod@decide): the five rules.
 //! * [`verdict`]: the exits of the programs and their counters.
 
@@ -24,6 +25,7 @@ extern crate std;
 pub mod decide;
 pub mod maps;
 pub mod parse;
+pub mod refuse;
 pub mod verdict;
 pub mod word;
 

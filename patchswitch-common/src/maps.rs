@@ -41,8 +41,10 @@ pub struct Settings {
     /// The mark of the agent's own probes of slot A, an even number; slot B's is one more. Probes go to the veth they
     /// were sent on, whoever serves. 0: no such mark.
     pub probe_mark: u32,
+    /// The link address of both partitions.
+    pub inner_mac: [u8; 6],
     /// Padding, 0.
-    pub pad: u32,
+    pub pad: [u8; 6],
 }
 
 /// Key of the learned flows: one that has no socket of its own, seen from the service.
@@ -105,7 +107,7 @@ pub struct FragmentRecord {
 
 const _: () = {
     assert!(size_of::<SlotEntry>() == 40);
-    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<Settings>() == 24);
     assert!(size_of::<FlowKey>() == 24);
     assert!(size_of::<FlowRecord>() == 32);
     assert!(size_of::<FragmentKey>() == 40);

@@ -36,16 +36,24 @@ pub mod protocol {
     pub(super) const ROUTING: u8 = 43;
     pub(super) const FRAGMENT: u8 = 44;
     pub(super) const AUTHENTICATION: u8 = 51;
+    pub(super) const NONE: u8 = 59;
     pub(super) const DESTINATION: u8 = 60;
 }
 
 /// The bytes of a frame. In BPF: a helper call; in tests: a slice.
 pub trait Octets {
+    /// Length of the frame.
+    fn length(&self) -> u32;
+
     /// `N` bytes from `offset` on, or nothing if the frame is shorter.
     fn at<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 }
 
 impl Octets for [u8] {
+    fn length(&self) -> u32 {
+        u32::try_from(self.len()).unwrap_or(u32::MAX)
+    }
+
     fn at<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         let start = offset as usize;
         self.get(start..start.checked_add(N)?)?.try_into().ok()
@@ -81,6 +89,8 @@ pub struct Network {
     pub protocol: u8,
     /// Offset of the payload in the frame.
     pub payload: u32,
+    /// Offset of the packet's end: a short frame is padded, and the padding is none of the packet.
+    pub end: u32,
     /// Whether it is a fragment.
     pub fragment: Fragment,
     /// Identification of a fragmented packet, network byte order; else 0.
@@ -122,6 +132,8 @@ pub enum Kind {
     Direct,
     /// An ICMP error about a packet of the flow that the service sent.
     Error,
+    /// An ICMP error about a fragment that has no ports.
+    ErrorOfFragment,
     /// A fragment without a transport header.
     LaterFragment,
 }
@@ -148,6 +160,7 @@ impl Network {
         destination: [0; 16],
         protocol: 0,
         payload: 0,
+        end: 0,
         fragment: Fragment::Whole,
         fragment_id: 0,
         v6: false,
@@ -171,12 +184,34 @@ impl Packet {
 /// Reads the IPv4 header at `offset` (RFC 791 3.1).
 ///
 /// # Errors
-/// [`Malformed`] if it is short, of another version, or has an impossible header length.
+/// [`Malformed`] if it is short, of another version, has an impossible header length, or says that the packet is longer
+/// than its frame.
 #[inline(always)]
 pub fn ipv4<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
+    let total = fixed_ipv4(octets, offset, network)?;
+    // Packets that the kernel has joined may be longer than the field can say; it says 0 then.
+    network.end = end(octets, offset, total)?;
+    if network.payload > network.end { Err(Malformed) } else { Ok(()) }
+}
+
+/// The end of a packet that says how long it is.
+#[inline(always)]
+fn end<O: Octets + ?Sized>(octets: &O, offset: u32, length: u32) -> Result<u32, Malformed> {
+    let all = octets.length();
+    match length {
+        0 if all > 0xffff => Ok(all),
+        0 => Err(Malformed),
+        _ if offset + length > all => Err(Malformed),
+        _ => Ok(offset + length),
+    }
+}
+
+/// Reads the header itself; gives the total length that it states.
+#[inline(always)]
+fn fixed_ipv4<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<u32, Malformed> {
     let h: [u8; 20] = octets.at(offset).ok_or(Malformed)?;
     let length = u32::from(h[0] & 0xf) * 4;
-    if h[0] >> 4 != 4 || length < 20 || u32::from(u16::from_be_bytes([h[2], h[3]])) < length {
+    if h[0] >> 4 != 4 || length < 20 {
         return Err(Malformed);
     }
     let place = u16::from_be_bytes([h[6], h[7]]);
@@ -188,16 +223,28 @@ pub fn ipv4<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) 
     network.destination = mapped([h[16], h[17], h[18], h[19]]);
     network.protocol = h[9];
     network.payload = offset + length;
-    Ok(())
+    network.end = octets.length();
+    Ok(u32::from(u16::from_be_bytes([h[2], h[3]])))
 }
 
 /// Reads the IPv6 header at `offset` and skips its extension headers (RFC 8200 4).
 ///
 /// # Errors
-/// [`Malformed`] if it is short, of another version, or has more than [`EXTENSION_HEADERS`].
+/// [`Malformed`] if it is short, of another version, has more than [`EXTENSION_HEADERS`], or says that the packet is
+/// longer than its frame.
 #[inline(always)]
 pub fn ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
-    fixed_ipv6(octets, offset, network)?;
+    let payload = fixed_ipv6(octets, offset, network)?;
+    // A header without payload is a packet; without a length it is one that the kernel has joined, or a jumbogram
+    // (RFC 2675), which no link here carries.
+    if payload != 0 || network.protocol != protocol::NONE {
+        network.end = end(octets, network.payload, payload)?;
+    }
+    skip_extensions(octets, network)
+}
+
+#[inline(always)]
+fn skip_extensions<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Result<(), Malformed> {
     for _ in 0..EXTENSION_HEADERS {
         match skip_extension(octets, network) {
             Step::Skipped => {}
@@ -209,18 +256,18 @@ pub fn ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) 
 }
 
 #[inline(always)]
-fn fixed_ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<(), Malformed> {
-    let [version] = octets.at(offset).ok_or(Malformed)?;
-    if version >> 4 != 6 {
+fn fixed_ipv6<O: Octets + ?Sized>(octets: &O, offset: u32, network: &mut Network) -> Result<u32, Malformed> {
+    let h: [u8; 8] = octets.at(offset).ok_or(Malformed)?;
+    if h[0] >> 4 != 6 {
         return Err(Malformed);
     }
-    let [next] = octets.at(offset + 6).ok_or(Malformed)?;
     network.source = octets.at(offset + 8).ok_or(Malformed)?;
     network.destination = octets.at(offset + 24).ok_or(Malformed)?;
-    network.protocol = next;
+    network.protocol = h[6];
     network.payload = offset + 40;
+    network.end = octets.length();
     network.v6 = true;
-    Ok(())
+    Ok(u32::from(u16::from_be_bytes([h[4], h[5]])))
 }
 
 #[inline(always)]
@@ -252,6 +299,9 @@ fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Step
     if !is_extension(network.protocol) || matches!(network.fragment, Fragment::Later) {
         return Step::None;
     }
+    if network.payload + 8 > network.end {
+        return Step::Short;
+    }
     let Some(h) = octets.at::<8>(network.payload) else { return Step::Short };
     let length = match network.protocol {
         protocol::FRAGMENT => {
@@ -269,15 +319,6 @@ fn skip_extension<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Step
     network.protocol = h[0];
     network.payload += length;
     Step::Skipped
-}
-
-/// Whether a packet to a service address is neighbour discovery, which the host answers (RFC 4861: types 133 to 137).
-#[inline(always)]
-pub fn is_neighbour_discovery<O: Octets + ?Sized>(octets: &O, network: &Network) -> bool {
-    network.v6
-        && network.protocol == protocol::ICMPV6
-        && !matches!(network.fragment, Fragment::Later)
-        && matches!(octets.at::<1>(network.payload), Some([133..=137]))
 }
 
 /// A packet that goes to the service.
@@ -325,7 +366,7 @@ fn transport<O: Octets + ?Sized>(
     } else if matches!(network.protocol, protocol::ICMP | protocol::ICMPV6) {
         icmp(octets, network, packet, out)
     } else {
-        ports(octets, network.payload, packet, out)
+        ports(octets, network, packet, out)
     }
 }
 
@@ -333,13 +374,18 @@ fn transport<O: Octets + ?Sized>(
 #[inline(always)]
 fn ports<O: Octets + ?Sized>(
     octets: &O,
-    offset: u32,
+    network: &Network,
     packet: &mut Packet,
     from_service: bool,
 ) -> Result<(), Malformed> {
-    let number = packet.flow.protocol;
+    let (number, offset) = (packet.flow.protocol, network.payload);
     if !matches!(number, protocol::TCP | protocol::UDP) {
         return Ok(());
+    }
+    // Of what an error quotes, the ports are sure to be there and are enough.
+    let least = if matches!(packet.kind, Kind::Direct) { 8 } else { 4 };
+    if offset + least > network.end {
+        return Err(Malformed);
     }
     let p: [u8; 4] = octets.at(offset).ok_or(Malformed)?;
     let (source, destination) = (u16::from_ne_bytes([p[0], p[1]]), u16::from_ne_bytes([p[2], p[3]]));
@@ -355,7 +401,12 @@ fn ports<O: Octets + ?Sized>(
     packet.transport = Transport::Tcp;
     // Of a segment that an error quotes only eight bytes are sure to be there (RFC 792), and its flags say nothing.
     if matches!(packet.kind, Kind::Direct) {
-        let [flags] = octets.at(offset + 13).ok_or(Malformed)?;
+        let [length, flags] = octets.at(offset + 12).ok_or(Malformed)?;
+        let header = u32::from(length >> 4) * 4;
+        // Also the fragment of RFC 1858 and 3128 that is too small for the header it hides.
+        if source == 0 || destination == 0 || header < 20 || offset + header > network.end {
+            return Err(Malformed);
+        }
         packet.flags = flags;
     }
     Ok(())
@@ -368,9 +419,11 @@ fn icmp<O: Octets + ?Sized>(
     packet: &mut Packet,
     out: bool,
 ) -> Result<(), Malformed> {
+    if network.payload + 8 > network.end {
+        return Err(Malformed);
+    }
     let h: [u8; 8] = octets.at(network.payload).ok_or(Malformed)?;
-    let error = if network.v6 { h[0] < 128 } else { matches!(h[0], 3 | 11 | 12) };
-    if !error {
+    if !is_error(h[0], network.v6) {
         // The identifier of an echo stands where a client's port would: it tells two pings of one client apart.
         packet.flow.remote_port = u16::from_ne_bytes([h[4], h[5]]);
         return Ok(());
@@ -379,11 +432,12 @@ fn icmp<O: Octets + ?Sized>(
     let offset = network.payload + 8;
     let mut inner = Network::EMPTY;
     if network.v6 {
-        // Only the fixed header is read: a second loop over extension headers is not worth its instructions, and such
-        // an error goes to the active partition.
         fixed_ipv6(octets, offset, &mut inner)?;
+        inner.end = network.end;
+        skip_extensions(octets, &mut inner)?;
     } else {
-        ipv4(octets, offset, &mut inner)?;
+        fixed_ipv4(octets, offset, &mut inner)?;
+        inner.end = network.end;
     }
     // An inbound error quotes what the service sent; an outbound one quotes what the client sent.
     if out {
@@ -393,15 +447,24 @@ fn icmp<O: Octets + ?Sized>(
     }
     packet.flow.protocol = inner.protocol;
     if matches!(inner.fragment, Fragment::Later) {
-        // It quotes no ports, so nobody can tell whose it is.
+        packet.kind = Kind::ErrorOfFragment;
         return Ok(());
     }
     if matches!(inner.protocol, protocol::ICMP | protocol::ICMPV6) {
+        if inner.payload + 8 > inner.end {
+            return Err(Malformed);
+        }
         let e: [u8; 8] = octets.at(inner.payload).ok_or(Malformed)?;
         packet.flow.remote_port = u16::from_ne_bytes([e[4], e[5]]);
         return Ok(());
     }
-    ports(octets, inner.payload, packet, !out)
+    ports(octets, &inner, packet, !out)
+}
+
+/// Whether a type of ICMP is that of an error, which quotes what it is about (RFC 792, RFC 4443 2.1).
+#[inline(always)]
+pub(crate) const fn is_error(kind: u8, v6: bool) -> bool {
+    if v6 { kind < 128 } else { matches!(kind, 3 | 11 | 12) }
 }
 
 #[cfg(test)]

@@ -26,8 +26,9 @@ pub enum Verdict {
     NotOurs = 0,
     /// Too short or inconsistent; left to the kernel, which drops and counts it as it would without us.
     Malformed = 1,
-    /// Neighbour discovery for a service address; the host answers.
-    Neighbour = 2,
+    /// Neighbour and router discovery, group membership, and other messages of the link to a service address: left to
+    /// the host, which answers for it.
+    ForHost = 2,
     /// To slot A.
     ToA = 3,
     /// To slot B.
@@ -45,8 +46,28 @@ pub enum Verdict {
     /// From a partition with a source address that is not its own: dropped.
     Spoofed = 10,
     /// A packet of a partition that this hook has judged already and that the kernel now takes as if it came from the
-    /// link to which its routes point (see [`AGAIN_MARK`]).
+    /// link to which its routes point, or a copy for the other partition (see [`AGAIN_MARK`]).
     Again = 11,
+    /// To both: it does not tell whose it is. The slot that serves gets the packet, the other one a copy.
+    ToBoth = 12,
+    /// To the service from an address that nobody can have: dropped.
+    Martian = 13,
+    /// To the service, with the way it is to take: dropped.
+    SourceRoute = 14,
+    /// To the service, with a better way for it: dropped.
+    Redirect = 15,
+    /// To the service, an ICMP error about an ICMP error: dropped.
+    NestedError = 16,
+    /// To the service, neighbour discovery in fragments: dropped (RFC 6980).
+    SplitDiscovery = 17,
+    /// From a partition under another link address than its own: dropped.
+    SpoofedMac = 18,
+    /// From a partition: what only a router, a server of addresses or the host may say. Dropped.
+    ForgedControl = 19,
+    /// From one partition to the other one's own address: dropped.
+    Lateral = 20,
+    /// From the retiring partition, a new connection under a pair of ends that the serving one has in use: dropped.
+    TupleInUse = 21,
 }
 
 /// The mark of a packet on its way from one of our hooks to another one, which takes it off again. A partition cannot set
@@ -54,10 +75,10 @@ pub enum Verdict {
 pub const AGAIN_MARK: u32 = 0x7073_6167;
 
 /// All verdicts, in the order of their counters.
-pub const VERDICTS: [Verdict; 12] = [
+pub const VERDICTS: [Verdict; 22] = [
     Verdict::NotOurs,
     Verdict::Malformed,
-    Verdict::Neighbour,
+    Verdict::ForHost,
     Verdict::ToA,
     Verdict::ToB,
     Verdict::Probe,
@@ -67,6 +88,16 @@ pub const VERDICTS: [Verdict; 12] = [
     Verdict::Quarantined,
     Verdict::Spoofed,
     Verdict::Again,
+    Verdict::ToBoth,
+    Verdict::Martian,
+    Verdict::SourceRoute,
+    Verdict::Redirect,
+    Verdict::NestedError,
+    Verdict::SplitDiscovery,
+    Verdict::SpoofedMac,
+    Verdict::ForgedControl,
+    Verdict::Lateral,
+    Verdict::TupleInUse,
 ];
 
 impl Verdict {
@@ -75,7 +106,7 @@ impl Verdict {
         match self {
             Self::NotOurs => "not_ours",
             Self::Malformed => "malformed",
-            Self::Neighbour => "neighbour",
+            Self::ForHost => "for_host",
             Self::ToA => "to_a",
             Self::ToB => "to_b",
             Self::Probe => "probe",
@@ -85,7 +116,55 @@ impl Verdict {
             Self::Quarantined => "quarantined",
             Self::Spoofed => "spoofed",
             Self::Again => "again",
+            Self::ToBoth => "to_both",
+            Self::Martian => "martian",
+            Self::SourceRoute => "source_route",
+            Self::Redirect => "redirect",
+            Self::NestedError => "nested_error",
+            Self::SplitDiscovery => "split_discovery",
+            Self::SpoofedMac => "spoofed_mac",
+            Self::ForgedControl => "forged_control",
+            Self::Lateral => "lateral",
+            Self::TupleInUse => "tuple_in_use",
         }
+    }
+
+    /// The verdict with a number that [`refuse`](crate::refuse) gave; nothing if it gave none.
+    #[inline(always)]
+    pub const fn of_refusal(number: i32) -> Option<Self> {
+        const fn is(number: i32, verdict: Verdict) -> bool {
+            number == verdict as i32
+        }
+        match number {
+            n if n < 0 => None,
+            n if is(n, Self::ForHost) => Some(Self::ForHost),
+            n if is(n, Self::Martian) => Some(Self::Martian),
+            n if is(n, Self::SourceRoute) => Some(Self::SourceRoute),
+            n if is(n, Self::Redirect) => Some(Self::Redirect),
+            n if is(n, Self::NestedError) => Some(Self::NestedError),
+            n if is(n, Self::SplitDiscovery) => Some(Self::SplitDiscovery),
+            n if is(n, Self::ForgedControl) => Some(Self::ForgedControl),
+            _ => Some(Self::Malformed),
+        }
+    }
+
+    /// Whether a packet with this verdict is dropped.
+    #[inline(always)]
+    pub const fn drops(self) -> bool {
+        matches!(
+            self,
+            Self::Quarantined
+                | Self::Spoofed
+                | Self::Martian
+                | Self::SourceRoute
+                | Self::Redirect
+                | Self::NestedError
+                | Self::SplitDiscovery
+                | Self::SpoofedMac
+                | Self::ForgedControl
+                | Self::Lateral
+                | Self::TupleInUse
+        )
     }
 }
 

@@ -92,15 +92,15 @@ pub fn flow_key(flow: &Flow) -> FlowKey {
 }
 
 #[derive(Clone, Copy)]
-struct Ask {
-    v6: bool,
-    cookie: bool,
+pub struct Ask {
+    pub v6: bool,
+    pub cookie: bool,
 }
 
 /// A subprogram of its own: it is called from several places, and inlined twice it makes LLVM compute the address of
 /// a context field, which the verifier refuses.
 #[inline(never)]
-fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
+pub fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
     let Some(entry) = maps::slot(slot) else { return Socket::None };
     lookup_tcp(ctx, entry.nsid as u64, flow, ask)
 }

@@ -8,6 +8,10 @@ use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::maps::Address;
 use patchswitch_common::parse::{self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Network, Octets, Packet, ipv4, ipv6};
+use patchswitch_common::refuse;
+use patchswitch_common::verdict::Verdict;
+
+use crate::maps;
 
 /// `PACKET_HOST` of `linux/if_packet.h`.
 const PACKET_HOST: u32 = 0;
@@ -16,6 +20,12 @@ const PACKET_HOST: u32 = 0;
 pub struct Frame<'a>(pub &'a TcContext);
 
 impl Octets for Frame<'_> {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: a field of the context, which is valid while the program runs.
+        unsafe { (*self.0.skb.skb).len }
+    }
+
     #[inline(always)]
     fn at<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         // An initialised buffer would cost a loop of byte stores.
@@ -88,6 +98,39 @@ pub fn inbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool 
 #[inline(always)]
 pub fn outbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
     ps_outbound(ctx.skb.skb, network, packet) != 0
+}
+
+/// Why a packet to the service goes to no partition, by its headers alone; nothing if it may.
+#[inline(always)]
+pub fn refused(ctx: &TcContext, network: &Network) -> Option<Verdict> {
+    if refuse::is_plain(network) {
+        return None;
+    }
+    Verdict::of_refusal(ps_refused(ctx.skb.skb, network))
+}
+
+/// Why what a partition sent may not leave it, by its headers alone; nothing if it may.
+#[inline(always)]
+pub fn refused_of_partition(ctx: &TcContext, network: &Network) -> Option<Verdict> {
+    Verdict::of_refusal(ps_refused_out(ctx.skb.skb, network))
+}
+
+/// As [`refused_of_partition`]; a negative number is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn ps_refused_out(skb: *mut __sk_buff, network: *const Network) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(network) = (unsafe { network.as_ref() }) else { return -1 };
+    refuse::outbound(&Frame(&TcContext::new(skb)), network, maps::is_service).map_or(-1, |verdict| verdict as i32)
+}
+
+/// As [`refused`]; a negative number is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn ps_refused(skb: *mut __sk_buff, network: *const Network) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(network) = (unsafe { network.as_ref() }) else { return -1 };
+    refuse::inbound(&Frame(&TcContext::new(skb)), network).map_or(-1, |verdict| verdict as i32)
 }
 
 /// As [`network`].

@@ -8,14 +8,16 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_re
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
-use patchswitch_common::parse::{Kind, Network, Packet, Transport};
+use patchswitch_common::decide::{ACK, SYN, Socket};
+use patchswitch_common::parse::{Kind, Network, Octets as _, Packet, Transport, protocol};
+use patchswitch_common::refuse;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::Phase;
 
 use crate::maps;
-use crate::owner::{flow_key, is_bound_here};
+use crate::owner::{Ask, flow_key, is_bound_here, tcp};
 use crate::packet::{self, Frame, is_ip};
-use crate::report::{DROP, NEXT, event, exit, exit_told, trouble};
+use crate::report::{DROP, NEXT, event, exit, exit_told, trouble, turned_away};
 use crate::rewrite;
 
 const AF_INET: u8 = 2;
@@ -36,12 +38,15 @@ static HAS_SKIP_NEIGH: u32 = 0;
 pub fn from_partition(ctx: &TcContext) -> i32 {
     let frame = Frame(ctx);
     let ethertype = frame.ethertype();
-    let (true, Some(slot)) = (is_ip(ethertype), maps::slot_of(frame.ifindex())) else {
+    let Some(slot) = maps::slot_of(frame.ifindex()) else {
         return exit(Hook::FromPartition, Verdict::NotOurs, NEXT);
     };
     if frame.mark() == AGAIN_MARK {
         ctx.set_mark(0);
         return exit(Hook::FromPartition, Verdict::Again, NEXT);
+    }
+    if let Some(verdict) = link_refused(&frame, slot, ethertype) {
+        return turned_away(Hook::FromPartition, verdict);
     }
     let mut network = Network::EMPTY;
     if !packet::network(ctx, ethertype, &mut network) {
@@ -51,6 +56,9 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if slot != word.active() && word.phase() == Phase::Steady {
         return quarantine(ctx, slot, &network);
     }
+    if let Some(verdict) = packet::refused_of_partition(ctx, &network) {
+        return turned_away(Hook::FromPartition, verdict);
+    }
     let origin = origin(slot, &network);
     match origin {
         Origin::Forged => {
@@ -59,13 +67,20 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         Origin::Link => return exit(Hook::FromPartition, Verdict::OutByStack, NEXT),
         Origin::Service | Origin::Own => {}
     }
+    if is_lateral(slot, &network) {
+        return exit(Hook::FromPartition, Verdict::Lateral, DROP);
+    }
+    let retires = word.phase() == Phase::Draining && slot != word.active();
+    if retires && origin == Origin::Service && takes_a_tuple(ctx, word.active(), &network) {
+        return exit(Hook::FromPartition, Verdict::TupleInUse, DROP);
+    }
     let mut source = network.source;
     let mut from_service = origin == Origin::Service;
     let mut packet = Packet::EMPTY;
     if (word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
         if word.learns() && slot == word.active() {
             learn(slot, &packet);
-        } else if word.notice() && word.phase() == Phase::Draining && slot != word.active() {
+        } else if word.notice() && retires {
             from_service |= rewrite::reply(ctx, slot, &network, &packet, &mut source);
         }
     }
@@ -82,6 +97,59 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
             exit(Hook::FromPartition, Verdict::OutByStack, action)
         }
     }
+}
+
+/// Why a frame of a partition may not leave it, by what belongs to the link: it has another source than the partition's
+/// link address, is none of IP and goes to bridges and the like, or is a claim of addresses. Nothing if it may.
+#[inline(always)]
+fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict> {
+    let ends: [u8; 12] = frame.at(0)?;
+    if ends[6..] != maps::settings().inner_mac {
+        return Some(Verdict::SpoofedMac);
+    }
+    if is_ip(ethertype) {
+        None
+    } else if ethertype == ETH_ARP {
+        Some(arp(frame, slot))
+    } else if ends[..3] == LINK_CONTROL {
+        Some(Verdict::ForgedControl)
+    } else {
+        Some(Verdict::NotOurs)
+    }
+}
+
+/// `ETH_P_ARP` of `linux/if_ether.h`.
+const ETH_ARP: u16 = 0x0806;
+/// Where bridges, ports and link neighbours are spoken to (IEEE 802.1D 7.12.6).
+const LINK_CONTROL: [u8; 3] = [0x01, 0x80, 0xc2];
+
+#[inline(never)]
+fn arp(frame: &Frame<'_>, slot: Slot) -> Verdict {
+    let is_its_own = |address: &Address| {
+        maps::is_service(address) || maps::slot(slot).is_some_and(|entry| entry.own4 == *address)
+    };
+    refuse::arp(frame, is_its_own).unwrap_or(Verdict::NotOurs)
+}
+
+/// Whether a packet goes to the other partition's own address: each of the two is on its own.
+#[inline(never)]
+fn is_lateral(slot: Slot, network: &Network) -> bool {
+    let Some(other) = maps::slot(slot.other()) else { return false };
+    network.destination == if network.v6 { other.own6 } else { other.own4 }
+}
+
+/// Whether a segment of the retiring partition opens a connection under the service address whose two ends the serving
+/// one has in use. Other connections it may open: what it still works on may need them.
+#[inline(never)]
+fn takes_a_tuple(ctx: &TcContext, active: Slot, network: &Network) -> bool {
+    if network.protocol != protocol::TCP {
+        return false;
+    }
+    let mut packet = Packet::EMPTY;
+    packet::outbound(ctx, network, &mut packet)
+        && packet.kind == Kind::Direct
+        && packet.flags & (SYN | ACK) == SYN
+        && tcp(ctx, active, &packet.flow, Ask { v6: network.v6, cookie: false }) == Socket::Connection
 }
 
 /// Whose address a packet of a partition has as its source.

@@ -19,6 +19,12 @@ pub fn exit(hook: Hook, verdict: Verdict, action: i32) -> i32 {
     action
 }
 
+/// The exit of a packet that goes to nobody here: it is dropped, or left to others.
+#[inline(always)]
+pub fn turned_away(hook: Hook, verdict: Verdict) -> i32 {
+    exit(hook, verdict, if verdict.drops() { DROP } else { NEXT })
+}
+
 /// Something that happened on the way.
 #[inline(always)]
 pub fn event(event: Event) {

@@ -3,16 +3,16 @@
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::owner;
+use patchswitch_common::decide::{Owner, owner};
 use patchswitch_common::maps::{FragmentKey, FragmentRecord};
-use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Packet, is_neighbour_discovery};
-use patchswitch_common::verdict::{Event, Hook, Verdict};
+use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Octets as _, Packet};
+use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
 use crate::maps;
 use crate::owner::Sockets;
 use crate::packet::{self, Frame, is_ip};
-use crate::report::{DROP, NEXT, event, exit};
+use crate::report::{DROP, NEXT, event, exit, turned_away};
 
 /// A client's packet: into the namespace of its owner, byte for byte as it came. The frame is addressed to the host
 /// already, and IP does not look at the MAC, so nothing has to be stored.
@@ -22,16 +22,16 @@ pub fn from_uplink(ctx: &TcContext) -> i32 {
     if !frame.is_for_host() {
         return exit(Hook::Uplink, Verdict::NotOurs, NEXT);
     }
-    match choose(&frame) {
-        Err(verdict) => exit(Hook::Uplink, verdict, NEXT),
-        Ok(slot) => match maps::slot(slot) {
-            None => exit(Hook::Uplink, Verdict::Unsteered, NEXT),
-            // SAFETY: a helper on plain numbers.
-            Some(entry) => {
-                exit(Hook::Uplink, to(slot), unsafe { bpf_redirect_peer(entry.ifindex, 0) as i32 })
-            }
-        },
-    }
+    let owner = match choose(&frame) {
+        Err(verdict) => return turned_away(Hook::Uplink, verdict),
+        Ok(owner) => owner,
+    };
+    let Some(entry) = maps::slot(owner.slot) else {
+        return exit(Hook::Uplink, Verdict::Unsteered, NEXT);
+    };
+    let copied = owner.both && copy_to(ctx, owner.slot.other());
+    // SAFETY: a helper on plain numbers.
+    exit(Hook::Uplink, to(owner.slot, copied), unsafe { bpf_redirect_peer(entry.ifindex, 0) as i32 })
 }
 
 /// A packet of the host or of another partition, on its way out of one partition's veth: the kernel's route knows one
@@ -39,25 +39,50 @@ pub fn from_uplink(ctx: &TcContext) -> i32 {
 #[inline(always)]
 pub fn from_host(ctx: &TcContext) -> i32 {
     let frame = Frame(ctx);
-    let probe = maps::settings().probe_mark;
-    if probe != 0 && frame.mark() & !1 == probe {
+    let (mark, probe) = (frame.mark(), maps::settings().probe_mark);
+    if mark == AGAIN_MARK {
+        ctx.set_mark(0);
+        return exit(Hook::ToPartition, Verdict::Again, NEXT);
+    }
+    if probe != 0 && mark & !1 == probe {
         // A dead standby must not look healthy because the active one answered.
         return exit(Hook::ToPartition, Verdict::Probe, NEXT);
     }
-    match choose(&frame) {
+    let owner = match choose(&frame) {
         Err(Verdict::NotOurs) if is_ip(frame.ethertype()) && is_quarantined(frame.ifindex()) => {
-            exit(Hook::ToPartition, Verdict::Quarantined, DROP)
+            return exit(Hook::ToPartition, Verdict::Quarantined, DROP);
         }
-        Err(verdict) => exit(Hook::ToPartition, verdict, NEXT),
-        Ok(slot) => match maps::slot(slot) {
-            Some(entry) if entry.ifindex != frame.ifindex() => {
-                // SAFETY: a helper on plain numbers.
-                exit(Hook::ToPartition, to(slot), unsafe { bpf_redirect(entry.ifindex, 0) as i32 })
-            }
-            Some(_) => exit(Hook::ToPartition, to(slot), NEXT),
-            None => exit(Hook::ToPartition, Verdict::Unsteered, NEXT),
-        },
+        Err(verdict) => return turned_away(Hook::ToPartition, verdict),
+        Ok(owner) => owner,
+    };
+    let Some(entry) = maps::slot(owner.slot) else {
+        return exit(Hook::ToPartition, Verdict::Unsteered, NEXT);
+    };
+    let verdict = to(owner.slot, owner.both && copy_to(ctx, owner.slot.other()));
+    if entry.ifindex == frame.ifindex() {
+        exit(Hook::ToPartition, verdict, NEXT)
+    } else {
+        // SAFETY: a helper on plain numbers.
+        exit(Hook::ToPartition, verdict, unsafe { bpf_redirect(entry.ifindex, 0) as i32 })
     }
+}
+
+/// Sends a copy through a partition's veth; whether that was possible.
+///
+/// It goes the way of the host's own packets: past the hook of that veth, which knows it by its mark, and to the link
+/// address of the partition. The packet itself gets back what it had.
+#[inline(never)]
+fn copy_to(ctx: &TcContext, slot: Slot) -> bool {
+    let (Some(entry), Some(before)) = (maps::slot(slot), Frame(ctx).at::<6>(0)) else { return false };
+    let mark = Frame(ctx).mark();
+    if ctx.store(0, &maps::settings().inner_mac, 0).is_err() {
+        return false;
+    }
+    ctx.set_mark(AGAIN_MARK);
+    let copied = ctx.clone_redirect(entry.ifindex, 0).is_ok();
+    ctx.set_mark(mark);
+    let _ = ctx.store(0, &before, 0);
+    copied
 }
 
 /// Whether a link leads to a partition that does not serve.
@@ -68,16 +93,17 @@ fn is_quarantined(ifindex: u32) -> bool {
 }
 
 #[inline(always)]
-fn to(slot: Slot) -> Verdict {
-    match slot {
-        Slot::A => Verdict::ToA,
-        Slot::B => Verdict::ToB,
+fn to(slot: Slot, copied: bool) -> Verdict {
+    match (slot, copied) {
+        (_, true) => Verdict::ToBoth,
+        (Slot::A, false) => Verdict::ToA,
+        (Slot::B, false) => Verdict::ToB,
     }
 }
 
-/// The partition that owns the packet, or why it is left to others.
+/// The partition that owns the packet, or why it is dropped or left to others.
 #[inline(always)]
-fn choose(frame: &Frame<'_>) -> Result<Slot, Verdict> {
+fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
     let ethertype = frame.ethertype();
     if !is_ip(ethertype) {
         return Err(Verdict::NotOurs);
@@ -91,29 +117,36 @@ fn choose(frame: &Frame<'_>) -> Result<Slot, Verdict> {
     if !packet::network(frame.0, ethertype, &mut network) {
         return Err(Verdict::Malformed);
     }
-    if is_neighbour_discovery(frame, &network) {
-        return Err(Verdict::Neighbour);
+    if let Some(verdict) = packet::refused(frame.0, &network) {
+        return Err(verdict);
     }
     if word.phase() == Phase::Steady && network.fragment == Fragment::Whole {
-        return Ok(word.active());
+        return Ok(Owner { slot: word.active(), both: false });
     }
     let mut packet = Packet::EMPTY;
     if !packet::inbound(frame.0, &network, &mut packet) {
         return Err(Verdict::Malformed);
     }
-    let slot = ask(frame.0, word, &packet, Plain::of(&network));
-    note(word.active(), slot, &network);
-    Ok(slot)
+    let answer = ask(frame.0, word, &packet, Plain::of(&network));
+    let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
+    note(word.active(), owner, &network);
+    Ok(owner)
 }
 
+/// In the answer of [`ask`], beside the slot.
+const BOTH: u32 = 2;
+
+/// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
 #[inline(never)]
-fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> Slot {
-    owner(word, packet, &mut Sockets { ctx, v6: plain.v6, plain: plain.plain })
+fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
+    let owner = owner(word, packet, &mut Sockets { ctx, v6: plain.v6, plain: plain.plain });
+    owner.slot.index() | if owner.both { BOTH } else { 0 }
 }
 
 /// Remembers where a first fragment went, and counts what is worth knowing.
 #[inline(never)]
-fn note(active: Slot, slot: Slot, network: &Network) {
+fn note(active: Slot, owner: Owner, network: &Network) {
+    let slot = owner.slot;
     if slot != active {
         event(Event::KeptByRetiring);
     }
@@ -126,7 +159,7 @@ fn note(active: Slot, slot: Slot, network: &Network) {
             pad: [0; 3],
         };
         maps::remember_fragment(&key, &FragmentRecord { slot: slot.index(), rewritten: 0, local: [0; 16] });
-    } else if network.fragment == Fragment::Later && slot == active {
+    } else if owner.both && network.fragment == Fragment::Later {
         event(Event::FragmentUnknown);
     }
 }

@@ -4,13 +4,16 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use patchswitch::attachment::{AttachError, DrainOptions, OnDeadline, SwitchOptions};
 use patchswitch_common::Slot;
 use patchswitch_load::client::Settings;
 use patchswitch_load::echo;
 use patchswitch_load::record::ErrorKind;
 use patchswitch_load::report::Window;
-use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, SERVICE};
+use patchswitch_tests::frame::{self, Ip, Place};
+use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, Ns, OWN_A, SERVICE, UPLINK};
+use pnet::datalink::{self, Channel, Config, MacAddr};
 
 use crate::rig::{ECHO, Load, Rig, echo_in, load, service};
 use crate::shared::bound;
@@ -213,6 +216,59 @@ fn fragments_follow_the_first_one_both_ways() {
     }
     // Three fragments each, of which only the first has ports.
     assert!(event(&rig, "rewritten_v4") >= 30 && event(&rig, "rewritten_v6") >= 30);
+    rig.finish_owned().unwrap();
+}
+
+/// Sends frames on the client's link, addressed to the host.
+fn send_frames(rig: &Rig, packets: &[Ip]) -> anyhow::Result<()> {
+    let shown = rig.lab.host.ip(&format!("-j link show dev {UPLINK}"))?;
+    let shown: serde_json::Value = serde_json::from_str(&shown)?;
+    let mac: MacAddr = shown[0]["address"].as_str().unwrap_or_default().parse()?;
+    rig.lab.client.enter(|| {
+        let links = datalink::interfaces();
+        let link = links.iter().find(|link| link.name == CLIENT_LINK).context("no link")?;
+        let Channel::Ethernet(mut sender, _) = datalink::channel(link, Config::default())? else {
+            anyhow::bail!("no Ethernet")
+        };
+        for packet in packets {
+            sender.send_to(&packet.frame(mac.octets()), None).context("no room")??;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_fragment_before_its_first_one_finds_its_side() {
+    let rig = Rig::new("disorder").unwrap();
+    big_echo(&rig.lab.a, 7200, b'a').unwrap();
+    big_echo(&rig.lab.b, 7200, b'b').unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    let old = clients(&rig, 7200).unwrap();
+    learn(&rig).unwrap();
+    for socket in &old {
+        socket.send(b"?").unwrap();
+        socket.recv(&mut [0; 8]).unwrap();
+    }
+    switch(&rig, Slot::B).unwrap();
+    let new = clients(&rig, 7200).unwrap();
+    let mut id = 0x7000;
+    for (sockets, owner) in [(&old, b'a'), (&new, b'b')] {
+        for (socket, service) in sockets.iter().zip(service()) {
+            let client = socket.local_addr().unwrap();
+            let whole = frame::udp((client.ip(), client.port()), (service, 7200), &[b'?'; 1200]);
+            id += 1;
+            let part = |offset: u16, more, bytes: &[u8]| {
+                let place = Some(Place { offset, more, id });
+                Ip { place, payload: bytes.to_vec(), ..whole.clone() }
+            };
+            let (first, later) = whole.payload.split_at(800);
+            // Nobody can tell whose this is until the other one has come.
+            send_frames(&rig, &[part(100, false, later), part(0, true, first)]).unwrap();
+            let mut answer = [0; 2000];
+            assert_eq!((socket.recv(&mut answer).unwrap(), answer[0]), (1200, owner), "{service}");
+        }
+    }
+    assert!(event(&rig, "fragment_unknown") >= 4);
     rig.finish_owned().unwrap();
 }
 

@@ -116,7 +116,12 @@ impl Bench {
     }
 
     fn furnish(&mut self, nsids: [i32; 2]) -> anyhow::Result<()> {
-        let settings = Settings { learned_idle_ns: IDLE_NS, probe_mark: dataplane::PROBE_MARK, pad: 0 };
+        let settings = Settings {
+            learned_idle_ns: IDLE_NS,
+            probe_mark: dataplane::PROBE_MARK,
+            inner_mac: crate::frame::SENDER,
+            pad: [0; 6],
+        };
         self.array("SETTINGS")?.set(0, settings, 0)?;
         for (slot, own) in [(Slot::A, OWN_A), (Slot::B, OWN_B)] {
             let entry = SlotEntry {

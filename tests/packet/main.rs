@@ -2,9 +2,11 @@
 
 mod bench;
 mod cost;
-mod frame;
 mod host;
+mod refuse;
 mod reply;
 mod steer;
 mod sums;
 mod truncated;
+
+use patchswitch_tests::frame;

@@ -57,8 +57,8 @@ fn a_partition_sends_under_its_own_addresses_only() {
         check(&bench.partition(Slot::A, &packet).unwrap(), DROP, &["spoofed"], from);
     }
     let mac = bench.links[0].mac;
-    let arp = bench.run(Hook::FromPartition, bench.links[0], 0, &ethernet(mac, 0x0806, &[0; 46])).unwrap();
-    check(&arp, NEXT, &["not_ours"], "no IP");
+    let other = bench.run(Hook::FromPartition, bench.links[0], 0, &ethernet(mac, 0x88b5, &[0; 46])).unwrap();
+    check(&other, NEXT, &["not_ours"], "no IP");
     let elsewhere = reply(v6.service, v6).frame(bench.uplink.mac);
     let seen = bench.run(Hook::FromPartition, bench.uplink, 0, &elsewhere).unwrap();
     check(&seen, NEXT, &["not_ours"], "a link of nobody's");

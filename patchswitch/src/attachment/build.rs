@@ -22,7 +22,8 @@ pub(super) async fn build(
     let values = MapSettings {
         learned_idle_ns: u64::try_from(spec.udp_idle.as_nanos()).unwrap_or(u64::MAX),
         probe_mark: dataplane::PROBE_MARK,
-        pad: 0,
+        inner_mac: wiring::inner_mac(&record.name),
+        pad: [0; 6],
     };
     dataplane::ensure_bpffs()?;
     let plane = Dataplane::create(&spec.name, &spec.addresses, &values)?;

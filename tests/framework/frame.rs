@@ -3,42 +3,42 @@
 use std::net::IpAddr;
 
 /// Length of an Ethernet header.
-pub(crate) const ETHERNET: usize = 14;
-pub(crate) const TCP: u8 = 6;
-pub(crate) const UDP: u8 = 17;
-pub(crate) const ICMP: u8 = 1;
-pub(crate) const ICMPV6: u8 = 58;
+pub const ETHERNET: usize = 14;
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
 
 /// Where a fragment is in its datagram.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Place {
+pub struct Place {
     /// In units of eight bytes.
-    pub(crate) offset: u16,
-    pub(crate) more: bool,
-    pub(crate) id: u32,
+    pub offset: u16,
+    pub more: bool,
+    pub id: u32,
 }
 
 /// An IP packet.
 #[derive(Clone, Debug)]
-pub(crate) struct Ip {
-    pub(crate) from: IpAddr,
-    pub(crate) to: IpAddr,
-    pub(crate) protocol: u8,
-    pub(crate) place: Option<Place>,
+pub struct Ip {
+    pub from: IpAddr,
+    pub to: IpAddr,
+    pub protocol: u8,
+    pub place: Option<Place>,
     /// IPv4 options, a multiple of four bytes.
-    pub(crate) options: Vec<u8>,
+    pub options: Vec<u8>,
     /// IPv6 extension headers before the payload, by number; each has eight bytes.
-    pub(crate) extensions: Vec<u8>,
-    pub(crate) payload: Vec<u8>,
+    pub extensions: Vec<u8>,
+    pub payload: Vec<u8>,
 }
 
 impl Ip {
-    pub(crate) fn new(from: IpAddr, to: IpAddr, protocol: u8, payload: Vec<u8>) -> Self {
+    pub fn new(from: IpAddr, to: IpAddr, protocol: u8, payload: Vec<u8>) -> Self {
         Self { from, to, protocol, place: None, options: Vec::new(), extensions: Vec::new(), payload }
     }
 
     /// The packet's bytes.
-    pub(crate) fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         match (self.from, self.to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => self.v4(from.octets(), to.octets()),
             (IpAddr::V6(from), IpAddr::V6(to)) => self.v6(from.octets(), to.octets()),
@@ -91,19 +91,22 @@ impl Ip {
     }
 
     /// A frame for a link.
-    pub(crate) fn frame(&self, mac: [u8; 6]) -> Vec<u8> {
+    pub fn frame(&self, mac: [u8; 6]) -> Vec<u8> {
         let kind: u16 = if self.from.is_ipv4() { 0x0800 } else { 0x86dd };
         ethernet(mac, kind, &self.bytes())
     }
 }
 
+/// Who sends all frames: the partitions' link address.
+pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
 /// A frame of any kind.
-pub(crate) fn ethernet(mac: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
-    [&mac[..], &[2, 0, 0, 0, 0, 9], &kind.to_be_bytes(), payload].concat()
+pub fn ethernet(mac: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
+    [&mac[..], &SENDER, &kind.to_be_bytes(), payload].concat()
 }
 
 /// A TCP segment, with its checksum.
-pub(crate) fn tcp(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8, payload: &[u8]) -> Ip {
+pub fn tcp(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8, payload: &[u8]) -> Ip {
     let mut bytes = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
     bytes.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     bytes.extend(payload);
@@ -113,7 +116,7 @@ pub(crate) fn tcp(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8, payload: &[
 }
 
 /// A datagram, with its checksum.
-pub(crate) fn udp(from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) -> Ip {
+pub fn udp(from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) -> Ip {
     let mut bytes = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
     bytes.extend(((8 + payload.len()) as u16).to_be_bytes());
     bytes.extend([0, 0]);
@@ -124,7 +127,7 @@ pub(crate) fn udp(from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) -> Ip 
 }
 
 /// An ICMP message of the family of the addresses, with its checksum.
-pub(crate) fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: [u8; 4], payload: &[u8]) -> Ip {
+pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: [u8; 4], payload: &[u8]) -> Ip {
     let bytes = [&[kind, 0, 0, 0], &rest[..], payload].concat();
     let mut ip = Ip::new(from, to, if from.is_ipv4() { ICMP } else { ICMPV6 }, bytes);
     seal(&mut ip, 2);
@@ -132,7 +135,7 @@ pub(crate) fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: [u8; 4], payload: &
 }
 
 /// Sets the checksum at an offset of the payload.
-pub(crate) fn seal(ip: &mut Ip, at: usize) {
+pub fn seal(ip: &mut Ip, at: usize) {
     ip.payload[at..at + 2].fill(0);
     let mut value = finish(payload_sum(ip));
     if ip.protocol == UDP && value == 0 {
@@ -142,7 +145,7 @@ pub(crate) fn seal(ip: &mut Ip, at: usize) {
 }
 
 /// The sum that the checksum of the payload completes: with the pseudo header, but for ICMP of IPv4.
-pub(crate) fn payload_sum(ip: &Ip) -> u32 {
+pub fn payload_sum(ip: &Ip) -> u32 {
     let length = ip.payload.len() as u16;
     let mut bytes = match (ip.from, ip.to) {
         _ if ip.protocol == ICMP => Vec::new(),
@@ -159,7 +162,7 @@ pub(crate) fn payload_sum(ip: &Ip) -> u32 {
 }
 
 /// Sum of 16-bit words.
-pub(crate) fn sum(bytes: &[u8]) -> u32 {
+pub fn sum(bytes: &[u8]) -> u32 {
     let words = bytes.chunks(2).map(|pair| match pair {
         [high, low] => u32::from(u16::from_be_bytes([*high, *low])),
         [high] => u32::from(*high) << 8,
@@ -169,7 +172,7 @@ pub(crate) fn sum(bytes: &[u8]) -> u32 {
 }
 
 /// Folds a sum into a checksum.
-pub(crate) fn finish(mut sum: u32) -> u16 {
+pub fn finish(mut sum: u32) -> u16 {
     while sum >> 16 != 0 {
         sum = (sum & 0xffff) + (sum >> 16);
     }

@@ -1,0 +1,183 @@
+//! What is judged by its headers alone, before anybody asks whose it is.
+//!
+//! ```text
+//!  to the service    ─► [inbound]  ─► Martian, SourceRoute, Redirect, NestedError, SplitDiscovery: dropped
+//!                                 └─► ForHost: router and neighbour discovery, group membership: the host's own
+//!  from a partition  ─► [outbound] ─► ForgedControl: what only a router or a server of addresses may say
+//!                   └─► [arp]      ─► ForgedControl: a claim of addresses, or of somebody else's
+//! ```
+//!
+//! What is merely malformed is not judged here: the kernel drops and counts that as it would without us.
+
+use crate::maps::{Address, mapped, unmapped};
+use crate::parse::{Fragment, LINK_HEADER, Network, Octets, is_error, protocol};
+use crate::verdict::Verdict;
+
+/// Whether an address cannot be anybody's source beyond its link (RFC 1122 3.2.1.3, RFC 4291 2.5).
+///
+/// IPv4 addresses are given in mapped form; in a packet of IPv6 that form is a forgery of its own.
+#[inline(always)]
+pub fn is_martian(source: &Address, v6: bool) -> bool {
+    if v6 {
+        let number = u128::from_be_bytes(*source);
+        number <= 1 || number >> 32 == 0xffff || number >> 120 == 0xff
+    } else {
+        matches!(unmapped(source)[0], 0 | 127 | 224..)
+    }
+}
+
+/// Whether an IPv6 address is valid on its link only.
+#[inline(always)]
+pub const fn is_link_local(address: &Address) -> bool {
+    address[0] == 0xfe && address[1] & 0xc0 == 0x80
+}
+
+/// Whether [`inbound`] has nothing to say, as of nearly all packets: nothing of ICMP, no options, and a source that any
+/// client may have.
+#[inline(always)]
+pub fn is_plain(network: &Network) -> bool {
+    let first = network.source[0];
+    if network.v6 {
+        network.protocol != protocol::ICMPV6 && !matches!(first, 0 | 0xfe | 0xff)
+    } else {
+        network.protocol != protocol::ICMP
+            && network.payload == LINK_HEADER + 20
+            && !is_martian(&network.source, false)
+    }
+}
+
+/// Why a packet to the service goes to no partition; nothing if it may.
+#[inline(always)]
+pub fn inbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> {
+    let discovery = network.v6 && network.protocol == protocol::ICMPV6;
+    if discovery && let Some(verdict) = icmpv6(octets, network) {
+        return Some(verdict);
+    }
+    if network.v6 && is_link_local(&network.source) {
+        return Some(Verdict::ForHost);
+    }
+    if is_martian(&network.source, network.v6) {
+        return Some(Verdict::Martian);
+    }
+    if network.v6 {
+        return None;
+    }
+    if network.payload > LINK_HEADER + 20 && has_source_route(octets, network.payload) {
+        return Some(Verdict::SourceRoute);
+    }
+    if network.protocol == protocol::ICMP { icmpv4(octets, network) } else { None }
+}
+
+/// Options of IPv4 that say which way a packet takes (RFC 791 3.1, RFC 7126 4.3, 4.4).
+#[inline(never)]
+fn has_source_route<O: Octets + ?Sized>(octets: &O, end: u32) -> bool {
+    const END: u8 = 0;
+    const NOTHING: u8 = 1;
+    const LOOSE: u8 = 131;
+    const STRICT: u8 = 137;
+    let mut at = LINK_HEADER + 20;
+    for _ in 0..40 {
+        if at >= end {
+            return false;
+        }
+        let Some([kind]) = octets.at(at) else { return false };
+        match kind {
+            END => return false,
+            LOOSE | STRICT => return true,
+            NOTHING => at += 1,
+            _ => match octets.at(at + 1) {
+                Some([length]) if length >= 2 => at += u32::from(length),
+                _ => return false,
+            },
+        }
+    }
+    false
+}
+
+/// Messages of ICMP for IPv4 (IANA's list of types).
+#[inline(always)]
+fn icmpv4<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> {
+    if matches!(network.fragment, Fragment::Later) {
+        return None;
+    }
+    let [kind] = octets.at(network.payload)?;
+    match kind {
+        5 => Some(Verdict::Redirect),
+        // Routers' advertisements and what asks for them; time, information and masks.
+        9 | 10 | 13..=18 => Some(Verdict::ForHost),
+        _ if is_error(kind, false) => {
+            // The protocol and the length of the header that it quotes.
+            let inner = network.payload + 8;
+            let ([first], [number]) = (octets.at(inner)?, octets.at(inner + 9)?);
+            let [quoted] = octets.at(inner + u32::from(first & 0xf) * 4)?;
+            (number == protocol::ICMP && is_error(quoted, false)).then_some(Verdict::NestedError)
+        }
+        _ => None,
+    }
+}
+
+/// Messages of ICMP for IPv6.
+#[inline(always)]
+fn icmpv6<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> {
+    if matches!(network.fragment, Fragment::Later) {
+        return None;
+    }
+    let [kind] = octets.at(network.payload)?;
+    match kind {
+        // RFC 6980: nobody may take neighbour discovery out of fragments.
+        133..=137 if matches!(network.fragment, Fragment::First) => Some(Verdict::SplitDiscovery),
+        137 => Some(Verdict::Redirect),
+        // Neighbour and router discovery; membership in groups (RFC 2710, RFC 3810).
+        130..=136 | 143 => Some(Verdict::ForHost),
+        _ if is_error(kind, true) => {
+            let [number] = octets.at(network.payload + 8 + 6)?;
+            let [quoted] = octets.at(network.payload + 8 + 40)?;
+            (number == protocol::ICMPV6 && is_error(quoted, true)).then_some(Verdict::NestedError)
+        }
+        _ => None,
+    }
+}
+
+/// Whether a partition says what only a router, a server of addresses or the host may say: that it is a router, that
+/// there is a better way, who has which address, or that a service address is on a link of its own (RFC 6104, RFC 7610).
+#[inline(always)]
+pub fn outbound<O: Octets + ?Sized>(
+    octets: &O,
+    network: &Network,
+    is_service: impl Fn(&Address) -> bool,
+) -> Option<Verdict> {
+    if matches!(network.fragment, Fragment::Later) {
+        return None;
+    }
+    let forged = match (network.v6, network.protocol) {
+        (true, protocol::ICMPV6) => match octets.at(network.payload) {
+            Some([134 | 137]) => true,
+            Some([136]) => octets.at(network.payload + 8).is_some_and(|target| is_service(&target)),
+            _ => false,
+        },
+        (false, protocol::ICMP) => matches!(octets.at(network.payload), Some([5 | 9])),
+        (v6, protocol::UDP) => {
+            let [high, low, to_high, to_low] = octets.at(network.payload)?;
+            let ports = (u16::from_be_bytes([high, low]), u16::from_be_bytes([to_high, to_low]));
+            ports == if v6 { (547, 546) } else { (67, 68) }
+        }
+        _ => false,
+    };
+    forged.then_some(Verdict::ForgedControl)
+}
+
+/// Whether a partition's ARP packet (RFC 826) may pass: it asks for somebody with an address of its own, or with none
+/// (RFC 5227), and claims nothing.
+#[inline(always)]
+pub fn arp<O: Octets + ?Sized>(octets: &O, is_its_own: impl Fn(&Address) -> bool) -> Option<Verdict> {
+    const SENDER: u32 = LINK_HEADER + 14;
+    const TARGET: u32 = LINK_HEADER + 24;
+    let (Some(sender), Some(target)) = (octets.at::<4>(SENDER), octets.at::<4>(TARGET)) else {
+        return Some(Verdict::Malformed);
+    };
+    let its_own = sender == [0; 4] || is_its_own(&mapped(sender));
+    if its_own && sender != target { None } else { Some(Verdict::ForgedControl) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,13 @@ use std::net::IpAddr;
 
 /// Length of an Ethernet header.
 pub const ETHERNET: usize = 14;
+/// IP protocol number of TCP.
 pub const TCP: u8 = 6;
+/// Of UDP.
 pub const UDP: u8 = 17;
+/// Of ICMP for IPv4.
 pub const ICMP: u8 = 1;
+/// Of ICMP for IPv6.
 pub const ICMPV6: u8 = 58;
 
 /// Where a fragment is in its datagram.
@@ -14,25 +18,33 @@ pub const ICMPV6: u8 = 58;
 pub struct Place {
     /// In units of eight bytes.
     pub offset: u16,
+    /// Whether it is not the last one.
     pub more: bool,
+    /// Which datagram.
     pub id: u32,
 }
 
 /// An IP packet.
 #[derive(Clone, Debug)]
 pub struct Ip {
+    /// Source address.
     pub from: IpAddr,
+    /// Destination address, of the same family.
     pub to: IpAddr,
+    /// IP protocol number of the payload.
     pub protocol: u8,
+    /// Where it is in a datagram, if it is a fragment.
     pub place: Option<Place>,
     /// IPv4 options, a multiple of four bytes.
     pub options: Vec<u8>,
     /// IPv6 extension headers before the payload, by number; each has eight bytes.
     pub extensions: Vec<u8>,
+    /// What follows all headers of the network.
     pub payload: Vec<u8>,
 }
 
 impl Ip {
+    /// A whole packet without options.
     pub fn new(from: IpAddr, to: IpAddr, protocol: u8, payload: Vec<u8>) -> Self {
         Self { from, to, protocol, place: None, options: Vec::new(), extensions: Vec::new(), payload }
     }

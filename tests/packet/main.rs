@@ -3,6 +3,7 @@
 mod bench;
 mod cost;
 mod host;
+mod model;
 mod refuse;
 mod reply;
 mod steer;

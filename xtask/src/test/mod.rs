@@ -279,11 +279,9 @@ fn selection(line: &str) -> Result<Selection> {
 }
 
 fn native(tiers: &[Tier], rest: &[String]) -> Result<Count> {
-    let mut selection = Vec::new();
+    let mut selection = vec!["--workspace".to_owned()];
     if tiers.contains(&Tier::Unit) {
-        selection.extend(["--workspace", "--lib", "--bins"].map(str::to_owned));
-    } else {
-        selection.extend(["-p", "patchswitch-tests"].map(str::to_owned));
+        selection.extend(["--lib", "--bins"].map(str::to_owned));
     }
     for target in targets(tiers)? {
         selection.extend(["--test".to_owned(), target]);

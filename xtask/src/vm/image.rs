@@ -174,7 +174,8 @@ pub(crate) fn guest_init(cache: &Cache) -> Result<PathBuf> {
     }
     let dir = cache.artifact("guest-init", &recipe, |out| {
         let target = crate::paths::TARGET;
-        build::cargo()?.args(["build", "--quiet", "-p", "patchswitch-guest", "--target", target]).show()?;
+        let tool = build::cargo()?.args(["build", "--quiet", "--workspace", "--bin", "guest-init"]);
+        tool.args(["--target", target]).show()?;
         let built = crate::paths::target().join(target).join("debug/guest-init");
         fs::copy(&built, out.join("init")).map(drop).with_context(|| built.display().to_string())
     })?;

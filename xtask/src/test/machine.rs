@@ -79,10 +79,6 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         // Not as an option: the user may give that one.
         ("NEXTEST_TEST_THREADS", machines.to_string()),
     ];
-    let owner = {
-        let pool = Arc::clone(&pool);
-        thread::spawn(move || pool.serve(&listener))
-    };
     let runner =
         serde_json::to_string(&[std::env::current_exe()?.display().to_string(), "in-vm".to_owned()])?;
     let mut selection = vec![
@@ -93,6 +89,10 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
     for name in names {
         selection.extend(["--test".to_owned(), name.clone()]);
     }
+    let owner = {
+        let pool = Arc::clone(&pool);
+        thread::spawn(move || pool.serve(&listener))
+    };
     let count = nextest::run("vm", &selection, &environment, rest);
     pool.close();
     UnixStream::connect(&control).context("failed to end the test machines")?;

@@ -93,6 +93,8 @@ fn unit_targets() -> Result<Vec<String>> {
 ///
 /// Needs a Debian machine with Rust and does the rest of the set-up itself. Tests that cannot run here are said "not
 /// run"; where the variable CI is set, that is a failure.
+///
+/// Where there are two processors, two test machines run side by side, with 1.5 GiB of memory each.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Which tests

@@ -1,4 +1,7 @@
 //! What is built before it is run elsewhere: static programs and test binaries.
+//!
+//! Always of the whole workspace, and of that only the wanted targets: cargo unites the features of what it is asked to
+//! build, and with `-p` it would build most libraries, ours among them, once for each selection of packages.
 
 use std::path::PathBuf;
 
@@ -20,20 +23,19 @@ pub(crate) fn programs_dir() -> PathBuf {
 /// Builds the programs that tests start.
 pub(crate) fn programs() -> Result<()> {
     cargo()?
-        .args(["build", "--target", TARGET, "-p", "patchswitch", "-p", "patchswitch-load", "--bins"])
+        .args(["build", "--target", TARGET, "--workspace"])
+        .args(["--bin", "patchswitch", "--bin", "patchswitch-init", "--bin", "patchswitch-load"])
         .show()
 }
 
 /// Builds the program of the demo.
 pub(crate) fn demo() -> Result<()> {
-    cargo()?
-        .args(["build", "--target", TARGET, "-p", "patchswitch-tests", "--bin", "patchswitch-demo"])
-        .show()
+    cargo()?.args(["build", "--target", TARGET, "--workspace", "--bin", "patchswitch-demo"]).show()
 }
 
 /// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
 pub(crate) fn tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
-    let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "-p", "patchswitch-tests"]);
+    let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "--workspace"]);
     for name in names {
         tool = tool.arg("--test").arg(name);
     }

@@ -70,7 +70,8 @@ impl Cache {
         Ok(place)
     }
 
-    fn lock(&self, name: &str) -> Result<File> {
+    /// Waits until nobody else, thread or process, holds the lock of this name; given back when dropped.
+    pub(crate) fn lock(&self, name: &str) -> Result<File> {
         let path = self.work_dir("locks")?.join(name);
         let file = File::create(&path).with_context(|| format!("failed to open {}", path.display()))?;
         file.lock().with_context(|| format!("failed to lock {}", path.display()))?;

@@ -1,13 +1,17 @@
 //! Tests inside the test machine: nextest runs on the host, and its target runner (`xtask in-vm`) takes each test
 //! there.
+//!
+//! There are as many machines as the build machine has processors for. Each has its own disks and runs one test at a
+//! time; a test gets whichever is free.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -28,38 +32,35 @@ use crate::vm::payload::Payload;
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
 /// How often a test may have the machine reset before it is taken for a loop.
 const RESETS_MAX: usize = 20;
-const SOCKET: &str = "PATCHSWITCH_VM_SOCKET";
 const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
 const PHASE: &str = "PATCHSWITCH_VM_PHASE";
 const BPF_OBJECT: &str = "PATCHSWITCH_BPF_OBJECT";
 const OBJECT_FILE: &str = "patchswitch.bpf.o";
 
-/// What a test's runner says to the owner of the machine.
+/// What a test's runner says to the owner of the machines. That it connects means that a test begins, and that it
+/// hangs up means that the test has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Word {
-    /// A test begins. The machine is started anew if the last one failed or was killed: what that one left behind is
-    /// not this one's fault.
-    Begin,
-    /// The test passed.
+    /// The test passed: it left nothing behind that another one could stumble over.
     Passed,
     /// The machine ended before the test did, or does not answer.
     Dead,
-    /// There are no more tests.
-    End,
 }
 
 /// What the owner answers.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Answer {
+    /// At first: the socket of the machine that the test has for itself until it ends.
+    socket: PathBuf,
     /// After [`Word::Dead`]: what the test wrote before it had the machine reset; empty if it did not.
     note: String,
     /// After [`Word::Dead`]: the end of the kernel's log.
     console: String,
-    /// Why the machine did not start again.
+    /// Why the machine did not start.
     error: Option<String>,
 }
 
-/// Runs the test targets `names` in a machine with a kernel of this series.
+/// Runs the test targets `names` in machines with a kernel of this series.
 pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<Count> {
     if names.is_empty() {
         bail!("there are no such tests");
@@ -67,34 +68,43 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
     let cache = Cache::open()?;
     let payload = payload(&cache, names)?;
     let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
-    let vm = Vm::boot(&cache, &config)?;
-    say(&format!("the tests run on Linux {}", vm.release()));
+    let machines = machines_max();
+    let pool = Arc::new(Pool::new(cache, config, machines)?);
     // Beside the payload, not in it: it is removed with it.
     let control = payload.dir().with_extension("control");
     let listener = UnixListener::bind(&control).with_context(|| control.display().to_string())?;
     let environment = [
-        (SOCKET, vm.socket().display().to_string()),
         (CONTROL, control.display().to_string()),
         ("PATCHSWITCH_KERNEL", series.to_string()),
+        // Not as an option: the user may give that one.
+        ("NEXTEST_TEST_THREADS", machines.to_string()),
     ];
-    let owner = thread::spawn(move || Owner { vm, dirty: false }.serve(&listener));
     let runner =
         serde_json::to_string(&[std::env::current_exe()?.display().to_string(), "in-vm".to_owned()])?;
     let mut selection = vec![
         "--config".to_owned(),
         format!("target.{}.runner={runner}", crate::paths::TARGET),
-        "-p".to_owned(),
-        "patchswitch-tests".to_owned(),
+        "--workspace".to_owned(),
     ];
     for name in names {
         selection.extend(["--test".to_owned(), name.clone()]);
     }
+    let owner = {
+        let pool = Arc::clone(&pool);
+        thread::spawn(move || pool.serve(&listener))
+    };
     let count = nextest::run("vm", &selection, &environment, rest);
-    ask(&control, Word::End).context("failed to end the test machine")?;
+    pool.close();
+    UnixStream::connect(&control).context("failed to end the test machines")?;
     if owner.join().is_err() {
-        bail!("the owner of the test machine panicked");
+        bail!("the owner of the test machines panicked");
     }
     count
+}
+
+/// How many machines run side by side. Each keeps one processor busy; more than two were never tried.
+fn machines_max() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).min(2)
 }
 
 /// The test binaries, the programs that they start, and what these work on.
@@ -114,89 +124,215 @@ fn payload(cache: &Cache, names: &[String]) -> Result<Payload> {
     Ok(payload)
 }
 
-/// Owns the machine while the tests run.
-struct Owner {
-    vm: Vm,
-    /// A test has begun and not said that it passed.
+/// Owns the machines while the tests run. A test has one for itself, so no test knows that there are others.
+struct Pool {
+    cache: Cache,
+    config: Config,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    idle: Vec<Machine>,
+    /// The tests that have a machine, by its number.
+    lent: BTreeMap<usize, UnixStream>,
+    over: bool,
+}
+
+struct Machine {
+    number: usize,
+    /// None until a test needs it, and when it did not start.
+    vm: Option<Vm>,
+    /// A test has begun and not said that it passed. The machine is started anew before the next one: what this one
+    /// left behind is not that one's fault.
     dirty: bool,
 }
 
-impl Owner {
-    fn serve(mut self, listener: &UnixListener) {
-        for client in listener.incoming() {
-            match client.map_err(Into::into).and_then(|client| self.attend(client)) {
-                Ok(Word::End) => break,
-                Ok(_) => {}
-                Err(error) => say(&format!("failed to answer a test: {error:#}")),
+impl Pool {
+    /// Starts the first machine; the others start when there is something for them to do.
+    fn new(cache: Cache, config: Config, machines_max: usize) -> Result<Self> {
+        let vm = Vm::boot(&cache, &config)?;
+        say(&format!("the tests run on Linux {}, in up to {machines_max} machines at a time", vm.release()));
+        let mut idle: Vec<Machine> =
+            (1..machines_max).rev().map(|number| Machine { number, vm: None, dirty: false }).collect();
+        idle.push(Machine { number: 0, vm: Some(vm), dirty: false });
+        let state = Mutex::new(State { idle, ..State::default() });
+        Ok(Self { cache, config, state, changed: Condvar::new() })
+    }
+
+    /// Attends to tests until [`Pool::close`], then ends the machines.
+    fn serve(&self, listener: &UnixListener) {
+        thread::scope(|scope| {
+            for client in listener.incoming() {
+                if self.state().over {
+                    break;
+                }
+                scope.spawn(move || {
+                    if let Err(error) = client.map_err(Into::into).and_then(|client| self.attend(&client)) {
+                        say(&format!("failed to answer a test: {error:#}"));
+                    }
+                });
             }
-        }
-        if let Err(error) = self.vm.power_off() {
-            say(&format!("{error:#}"));
+        });
+        for machine in std::mem::take(&mut self.state().idle) {
+            if let Err(error) = machine.vm.map_or(Ok(()), Vm::power_off) {
+                say(&format!("{error:#}"));
+            }
         }
     }
 
-    fn attend(&mut self, mut client: UnixStream) -> Result<Word> {
-        let word = serde_json::from_reader(&mut client)?;
-        let answer = match word {
-            Word::Begin => {
-                let again = if self.dirty { self.vm.boot_again(Disks::Empty) } else { Ok(()) };
-                self.dirty = true;
-                Answer { error: again.err().map(|error| format!("{error:#}")), ..Answer::default() }
+    /// No more tests: those that are still there, because nextest was killed, lose their machines.
+    fn close(&self) {
+        let mut state = self.state();
+        state.over = true;
+        for client in state.lent.values() {
+            // It may have hung up itself.
+            let _gone = client.shutdown(Shutdown::Both);
+        }
+        self.changed.notify_all();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attend(&self, client: &UnixStream) -> Result<()> {
+        let Some(mut machine) = self.lend(client)? else { return Ok(()) };
+        let outcome = self.converse(&mut machine, client);
+        let mut state = self.state();
+        state.lent.remove(&machine.number);
+        state.idle.push(machine);
+        self.changed.notify_one();
+        outcome
+    }
+
+    /// Waits for a machine; none if the run is over.
+    fn lend(&self, client: &UnixStream) -> Result<Option<Machine>> {
+        let client = client.try_clone()?;
+        let mut state = self.state();
+        loop {
+            if state.over {
+                return Ok(None);
             }
-            Word::Passed => {
-                self.dirty = false;
-                Answer::default()
+            if let Some(machine) = state.idle.pop() {
+                state.lent.insert(machine.number, client);
+                return Ok(Some(machine));
             }
-            Word::Dead => {
-                let console = last_lines(&self.vm.console(), 40);
-                let note = self.vm.take_reset_note()?;
-                self.dirty = !note.is_empty();
-                let disks = if note.is_empty() { Disks::Empty } else { Disks::Kept };
-                let error = self.vm.boot_again(disks).err().map(|error| format!("{error:#}"));
-                Answer { note, console, error }
-            }
-            Word::End => Answer::default(),
-        };
-        client.write_all(&serde_json::to_vec(&answer)?)?;
-        Ok(word)
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn converse(&self, machine: &mut Machine, client: &UnixStream) -> Result<()> {
+        let ready = machine.make_ready(&self.cache, &self.config);
+        let socket = machine.vm.as_ref().map(Vm::socket).unwrap_or_default();
+        write_line(client, &Answer { socket, error: said(ready), ..Answer::default() })?;
+        let mut lines = BufReader::new(client.try_clone()?).lines();
+        while let Some(line) = lines.next().transpose()? {
+            let answer = match serde_json::from_str(&line)? {
+                Word::Passed => {
+                    machine.dirty = false;
+                    Answer::default()
+                }
+                Word::Dead => machine.died()?,
+            };
+            write_line(client, &answer)?;
+        }
+        Ok(())
     }
 }
 
-fn ask(control: &Path, word: Word) -> Result<Answer> {
-    let mut connection = UnixStream::connect(control).context("nobody owns the test machine")?;
-    connection.write_all(&serde_json::to_vec(&word)?)?;
-    connection.shutdown(Shutdown::Write)?;
-    Ok(serde_json::from_reader(&mut connection)?)
+impl Machine {
+    /// Makes it fit for a test.
+    fn make_ready(&mut self, cache: &Cache, config: &Config) -> Result<()> {
+        match &mut self.vm {
+            None => self.vm = Some(Vm::boot(cache, config)?),
+            Some(vm) if self.dirty => vm.boot_again(Disks::Empty)?,
+            Some(_) => {}
+        }
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// Finds out whether its end was wanted, and if so starts it again.
+    fn died(&mut self) -> Result<Answer> {
+        let vm = self.vm.as_mut().context("the test has no machine")?;
+        let console = last_lines(&vm.console(), 40);
+        let note = vm.take_reset_note()?;
+        // Without a note the test is over, and the next one finds a machine that has to be started.
+        let error = if note.is_empty() { None } else { said(vm.boot_again(Disks::Kept)) };
+        Ok(Answer { note, console, error, ..Answer::default() })
+    }
 }
 
-/// `xtask in-vm BINARY ARGUMENT…`: runs a test binary in the machine that `SOCKET` names, where it lies in `/payload`.
+fn said(result: Result<()>) -> Option<String> {
+    result.err().map(|error| format!("{error:#}"))
+}
+
+/// A test's end of its connection to the owner of the machines.
+struct Lease {
+    connection: BufReader<UnixStream>,
+}
+
+impl Lease {
+    /// Waits for a machine.
+    fn begin(control: &Path) -> Result<(Self, Answer)> {
+        let connection = UnixStream::connect(control).context("nobody owns the test machines")?;
+        let mut lease = Self { connection: BufReader::new(connection) };
+        let answer = lease.answer()?;
+        Ok((lease, answer))
+    }
+
+    fn ask(&mut self, word: Word) -> Result<Answer> {
+        write_line(self.connection.get_ref(), &word)?;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Answer> {
+        let mut line = String::new();
+        if self.connection.read_line(&mut line)? == 0 {
+            bail!("the owner of the test machines hung up");
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+fn write_line(mut to: &UnixStream, value: &impl Serialize) -> Result<()> {
+    // In JSON a line's end inside a text is written as two other characters.
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(to.write_all(&line)?)
+}
+
+/// `xtask in-vm BINARY ARGUMENT…`: runs a test binary in a machine of the owner that `CONTROL` names; there it lies in
+/// `/payload`.
 pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
     let (binary, rest) = arguments.split_first().context("no test binary")?;
     if rest.iter().any(|argument| argument == "--list") {
         // The list does not depend on the kernel; the binary is static.
         return Err(Tool::new(binary).args(rest).into_inner().exec().into());
     }
-    let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
-    let (socket, control) = (PathBuf::from(variable(SOCKET)?), PathBuf::from(variable(CONTROL)?));
+    let control = PathBuf::from(std::env::var(CONTROL).with_context(|| format!("{CONTROL} is not set"))?);
     let file = Path::new(binary).file_name().context("no file name")?.to_string_lossy();
     let mut argv = vec![format!("/payload/{file}")];
     argv.extend_from_slice(rest);
     let limit_ms = u64::try_from(TEST_LIMIT.as_millis())?;
     let mut request = Request { argv, env: environment(), dir: "/tmp".to_owned(), limit_ms, stdin: false };
-    if let Some(error) = ask(&control, Word::Begin)?.error {
-        bail!("the last test left a machine that does not start again: {error}");
+    let (mut lease, Answer { socket, error, .. }) = Lease::begin(&control)?;
+    if let Some(error) = error {
+        bail!("the machine for this test does not start: {error}");
     }
     for _ in 0..RESETS_MAX {
         let error = match agent::run(&socket, &request, agent::to_terminal) {
             Ok(end) => {
                 if end == End::Code(0) {
-                    ask(&control, Word::Passed)?;
+                    lease.ask(Word::Passed)?;
                 }
                 return Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX)));
             }
             Err(error) => error,
         };
-        let answer = ask(&control, Word::Dead)?;
+        let answer = lease.ask(Word::Dead)?;
         if answer.error.is_some() || answer.note.is_empty() {
             let again = answer.error.unwrap_or_default();
             bail!("{error:#}; the end of the kernel's log:\n{}\n{again}", answer.console);
@@ -214,7 +350,7 @@ fn environment() -> BTreeMap<String, String> {
             || name.starts_with("RUST_") && name != "RUST_TEST_THREADS"
     };
     let mut all: BTreeMap<String, String> = std::env::vars().filter(|(name, _)| wanted(name)).collect();
-    for name in [SOCKET, CONTROL, "PATCHSWITCH_KVM", "PATCHSWITCH_KEEP"] {
+    for name in [CONTROL, "PATCHSWITCH_KVM", "PATCHSWITCH_KEEP"] {
         all.remove(name);
     }
     all.insert("PATCHSWITCH_BIN_DIR".to_owned(), "/payload".to_owned());

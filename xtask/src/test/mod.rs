@@ -93,6 +93,8 @@ fn unit_targets() -> Result<Vec<String>> {
 ///
 /// Needs a Debian machine with Rust and does the rest of the set-up itself. Tests that cannot run here are said "not
 /// run"; where the variable CI is set, that is a failure.
+///
+/// Where there are two processors, two test machines run side by side, with 1.5 GiB of memory each.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Which tests
@@ -279,11 +281,9 @@ fn selection(line: &str) -> Result<Selection> {
 }
 
 fn native(tiers: &[Tier], rest: &[String]) -> Result<Count> {
-    let mut selection = Vec::new();
+    let mut selection = vec!["--workspace".to_owned()];
     if tiers.contains(&Tier::Unit) {
-        selection.extend(["--workspace", "--lib", "--bins"].map(str::to_owned));
-    } else {
-        selection.extend(["-p", "patchswitch-tests"].map(str::to_owned));
+        selection.extend(["--lib", "--bins"].map(str::to_owned));
     }
     for target in targets(tiers)? {
         selection.extend(["--test".to_owned(), target]);

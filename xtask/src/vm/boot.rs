@@ -348,6 +348,8 @@ struct RunDir {
 impl RunDir {
     fn new(cache: &Cache) -> Result<Self> {
         let parent = cache.work_dir("run")?;
+        // Another machine's directory is not to be taken for remains before its lock is held, nor its name to be used.
+        let _alone = cache.lock("run.lock")?;
         sweep(&parent)?;
         // Short: the path of a UNIX socket has 108 bytes.
         let path = (0..).map(|n| parent.join(format!("{}-{n}", std::process::id()))).find(|p| !p.exists());

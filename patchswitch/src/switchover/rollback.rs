@@ -107,7 +107,9 @@ async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(
         undo::unmask(job, old);
         Ok(((), json!({})))
     })
-    .await?;
+    .await
+    // The service has been given back, so none of the codes that say that it was not touched.
+    .map_err(|failure| Failure { code: ExitCode::GiveBackFailed, ..failure })?;
     job.unfinished = false;
     Ok(())
 }

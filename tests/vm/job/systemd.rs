@@ -38,7 +38,7 @@ fn running(stage: &Stage, partition: &str) {
 /// `web-a` with systemd serves `v1`, `web-b` is its standby.
 fn stage() -> Stage {
     let settings =
-        Settings { patch_limit: "200s", observe: "8s", come_up: "120s", stop: STOP, ..Settings::default() };
+        Settings { patch_limit: "200s", observe: "4s", come_up: "120s", stop: STOP, ..Settings::default() };
     let stage = Stage::bare(&settings);
     let root = artifacts().join("root-systemd.tar");
     let [a, b] = [netlab::OWN_A, netlab::OWN_B];

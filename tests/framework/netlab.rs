@@ -129,6 +129,16 @@ fn end_processes(name: &str) -> anyhow::Result<String> {
 }
 
 impl Ns {
+    /// A namespace that somebody else made, by its name below `/run/netns`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        let path = Path::new("/run/netns").join(name);
+        let file = File::open(&path).with_context(|| format!("failed to open {}", path.display()))?;
+        Ok(Self { name: name.to_owned(), file: Arc::new(file) })
+    }
+
     /// Its name below `/run/netns`.
     pub fn name(&self) -> &str {
         &self.name

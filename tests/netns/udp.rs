@@ -14,6 +14,7 @@ use patchswitch_load::report::Window;
 use patchswitch_tests::frame::{self, Ip, Place};
 use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, Ns, OWN_A, SERVICE, UPLINK};
 use pnet::datalink::{self, Channel, Config, MacAddr};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, ipproto, sendto, socket_with};
 
 use crate::rig::{ECHO, Load, Rig, echo_in, load, service};
 use crate::shared::bound;
@@ -343,6 +344,68 @@ fn the_programs_say_what_they_could_not_remember() {
     let again = rig.run(&["switch", "web"]).unwrap();
     assert!(!again.stderr.contains(line), "{again:?}");
     rig.finish().unwrap();
+}
+
+/// Sends what is to look like UDP by a raw socket: the kernel makes the header of IP, and nothing else.
+fn raw(ns: &Ns, from: &str, to: &str, bytes: &[u8]) -> anyhow::Result<()> {
+    let (from, to): (IpAddr, IpAddr) = (from.parse()?, to.parse()?);
+    let family = if from.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    ns.enter(|| {
+        let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::UDP))?;
+        bind(&socket, &SocketAddr::new(from, 0))?;
+        sendto(&socket, bytes, SendFlags::empty(), &SocketAddr::new(to, 0))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn an_answer_that_cannot_be_rewritten_is_named() {
+    let rig = echoing("cut-short", Duration::from_secs(60)).unwrap();
+    let clients = clients(&rig, ECHO).unwrap();
+    learn(&rig).unwrap();
+    for client in &clients {
+        assert_eq!(ask(client, 1).unwrap(), "a");
+    }
+    switch(&rig, Slot::B).unwrap();
+    for (family, client) in clients.iter().enumerate() {
+        let to = client.local_addr().unwrap().port();
+        // It has ports, so it is known whose it is, and ends where a checksum would be.
+        let short = [ECHO.to_be_bytes(), to.to_be_bytes()].concat();
+        raw(&rig.lab.a, OWN_A[family], CLIENT[family], &short).unwrap();
+    }
+    assert_eq!(event(&rig, "rewrite_failed"), 2);
+    let said = rig.run(&["switch", "web"]).unwrap();
+    assert_eq!(said.code, Some(0), "{said:?}");
+    for client in CLIENT {
+        let line = format!("an answer to {client} was not rewritten and is lost");
+        let lines = said.stderr.lines().filter(|text| text.contains("WARN") && text.ends_with(&line)).count();
+        // The first and the second on one processor; if it was two, the first of each.
+        assert_eq!(lines, 1, "{client}: {}", said.stderr);
+    }
+    rig.finish_owned().unwrap();
+}
+
+/// Who waits for flows is told of those without a connection as well: they are waited for, and cut at the deadline.
+#[test]
+fn flows_without_a_connection_count_in_what_is_left() {
+    let rig = echoing("left", Duration::from_secs(60)).unwrap();
+    learn(&rig).unwrap();
+    for client in &clients(&rig, ECHO).unwrap() {
+        assert_eq!(ask(client, 1).unwrap(), "a");
+    }
+    switch(&rig, Slot::B).unwrap();
+    let said = rig.refused(&["detach", "web"], 1).unwrap();
+    assert!(said.contains("web still has 2 flows, which would be cut"), "{said}");
+    let drain = |on_deadline: &str| {
+        let ended = rig.run(&["drain", "web", "--deadline", "0.3", "--on-deadline", on_deadline, "--json"]);
+        let ended = ended.unwrap();
+        let report: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+        let of = |key: &str| report["drain"][key].clone();
+        (ended.code, of("flows_at_start"), of("left"), of("reset"), of("settled"))
+    };
+    assert_eq!(drain("keep"), (Some(1), 2.into(), 2.into(), 0.into(), false.into()));
+    assert_eq!(drain("reset"), (Some(24), 2.into(), 2.into(), 2.into(), true.into()));
+    rig.finish_owned().unwrap();
 }
 
 #[test]

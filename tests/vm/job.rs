@@ -5,9 +5,11 @@
 
 mod background;
 mod client;
+mod decisions;
 mod failing;
 mod good;
 mod inputs;
 mod kills;
 mod power;
 mod stage;
+mod systemd;

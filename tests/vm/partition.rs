@@ -8,6 +8,5 @@ mod life;
 mod limits;
 mod mounts;
 mod patches;
-mod systemd;
 
 pub(crate) use lab::small_root;

@@ -28,6 +28,12 @@ pub(crate) fn programs() -> Result<()> {
         .show()
 }
 
+/// Builds a program that shows how the crate is used, and returns its file.
+pub(crate) fn example(name: &str) -> Result<PathBuf> {
+    cargo()?.args(["build", "--target", TARGET, "-p", "patchswitch", "--example", name]).show()?;
+    Ok(programs_dir().join("examples").join(name))
+}
+
 /// Builds the program of the demo.
 pub(crate) fn demo() -> Result<()> {
     cargo()?.args(["build", "--target", TARGET, "--workspace", "--bin", "patchswitch-demo"]).show()

@@ -36,20 +36,20 @@ pub struct DrainOptions {
 /// How a drain ended.
 #[derive(Clone, Debug, Serialize)]
 pub struct DrainReport {
-    /// Accepted flows when it began.
+    /// Flows when it began, of every kind: see [`Flows::count`].
     pub flows_at_start: usize,
     /// How long it took, in seconds.
     pub seconds: f64,
     /// Flows that were still there at the deadline.
     pub left: usize,
-    /// Flows that were reset.
+    /// Flows that were cut: connections were reset, learned flows forgotten.
     pub reset: usize,
     /// Whether nobody retires any more.
     pub settled: bool,
 }
 
 impl Attachment {
-    /// Waits until the retiring partition has no accepted flow left, and ends the switch then.
+    /// Waits until the retiring partition has no flow left, and ends the switch then.
     ///
     /// `progress` is told the number of flows each time it changes. Nobody retires: nothing to do.
     ///
@@ -90,7 +90,7 @@ impl Attachment {
         loop {
             self.report_events();
             let flows = self.flows(retiring)?;
-            let left = flows.accepted.len();
+            let left = flows.count();
             let first = *at_start.get_or_insert(left);
             if left != last {
                 progress(left);
@@ -122,8 +122,9 @@ impl Attachment {
             OnDeadline::Abort => self.switch(retiring).await.map(|_| (0, false)),
             OnDeadline::Reset => {
                 let reset = sockets::reset(&self.netns(retiring)?, &flows.sockets)?;
+                // Whatever has no socket follows the active partition from then on.
                 self.settle()?;
-                Ok((reset, true))
+                Ok((reset + flows.learned, true))
             }
         }
     }

@@ -81,9 +81,20 @@ pub struct Flow {
 }
 
 impl Flows {
+    /// How many flows the drain waits for, of every kind: connections, accepted or waiting for it, and learned flows.
+    ///
+    /// The kernel lists a connection in a listener's queue among the others as well, so it is not counted twice; a
+    /// queue that has more of them is one of connections to other addresses than the service's.
+    pub fn count(&self) -> usize {
+        self.accepted
+            .len()
+            .max(usize::try_from(self.queued).unwrap_or(usize::MAX))
+            .saturating_add(self.learned)
+    }
+
     /// Whether nothing is left that the drain waits for.
     pub fn is_empty(&self) -> bool {
-        self.accepted.is_empty() && self.queued == 0 && self.learned == 0
+        self.count() == 0
     }
 }
 
@@ -177,4 +188,28 @@ fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
         ports
     };
     ServicePorts { tcp: of(Protocol::Tcp), udp: of(Protocol::Udp) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_flow_counts_and_none_twice() {
+        let local = SocketAddr::from(([192, 0, 2, 80], 80));
+        let flow = Flow { protocol: "tcp", local, remote: local, state: "established" };
+        let flows = |accepted, queued, learned| Flows {
+            accepted: vec![flow.clone(); accepted],
+            queued,
+            learned,
+            ..Flows::default()
+        };
+        assert!(flows(0, 0, 0).is_empty());
+        for (accepted, queued, learned, count) in
+            [(2, 0, 0, 2), (2, 2, 0, 2), (0, 3, 0, 3), (0, 0, 4, 4), (2, 1, 4, 6)]
+        {
+            let flows = flows(accepted, queued, learned);
+            assert_eq!((flows.count(), flows.is_empty()), (count, false), "{flows:?}");
+        }
+    }
 }

@@ -224,7 +224,7 @@ impl Drain {
         } else {
             print::text(&match (report.settled, report.reset, on_deadline) {
                 (true, 0, _) => format!("drained in {:.1} s; the switch is over", report.seconds),
-                (true, reset, _) => format!("deadline: {reset} flows were reset; the switch is over"),
+                (true, cut, _) => format!("deadline: {cut} flows were cut; the switch is over"),
                 (false, _, OnDeadline::Abort) => {
                     format!("deadline: {} flows left; the switch was reversed", report.left)
                 }
@@ -316,7 +316,7 @@ impl Detach {
             let mut left = 0;
             for slot in [Slot::A, Slot::B] {
                 if attachment.record().slots[slot as usize].is_some() {
-                    left += attachment.flows(slot).map_or(0, |flows| flows.accepted.len());
+                    left += attachment.flows(slot).map_or(0, |flows| flows.count());
                 }
             }
             anyhow::ensure!(
@@ -359,13 +359,14 @@ impl Status {
         };
         let states = records.iter().map(state).collect::<anyhow::Result<Vec<_>>>()?;
         // Who serves is to be seen whatever is wrong with the store or the configuration.
-        let (jobs, trouble) = match report::open_jobs(config, self.name.as_ref()) {
-            Ok(jobs) => (jobs, None),
-            Err(error) => (Vec::new(), Some(format!("jobs are not known: {error:#}"))),
+        let (jobs, rooms, trouble) = match report::open_jobs(config, self.name.as_ref()) {
+            Ok((jobs, rooms)) => (jobs, rooms, None),
+            Err(error) => (Vec::new(), Vec::new(), Some(format!("jobs are not known: {error:#}"))),
         };
         if json {
             print::json(&json!({
-                "schema": "patchswitch.status/1", "attachments": states, "jobs": jobs, "jobs_error": trouble,
+                "schema": "patchswitch.status/1", "attachments": states, "jobs": jobs, "clones": rooms,
+                "jobs_error": trouble,
             }))?;
             return Ok(ExitCode::Done);
         }
@@ -377,6 +378,9 @@ impl Status {
         }
         for job in &jobs {
             print::text(&report::open_job_lines(job));
+        }
+        for room in &rooms {
+            print::text(&report::room_lines(room));
         }
         if let Some(trouble) = trouble {
             print::progress(&trouble);

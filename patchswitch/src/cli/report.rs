@@ -8,7 +8,7 @@ use patchswitch::exit::ExitCode;
 use patchswitch::manager::Manager;
 use patchswitch::names::Name;
 use patchswitch::store::{self, JobId, Step, Store};
-use patchswitch::switchover::{self, JobView, Progress};
+use patchswitch::switchover::{self, JobView, Progress, Room};
 use serde_json::{Value, json};
 
 use super::print;
@@ -100,7 +100,7 @@ pub(crate) fn story(report: &Value) -> String {
     if let (Some(flows), Some(seconds)) = (number("/drain/flows_at_start"), number("/drain/seconds")) {
         let reset = number("/drain/reset").unwrap_or(0.0);
         text += &match reset > 0.0 {
-            true => format!("\n  {flows} old flows, {reset} of which were reset after {seconds:.1} s"),
+            true => format!("\n  {flows} old flows, {reset} of which were cut after {seconds:.1} s"),
             false => format!("\n  {flows} old flows ended by themselves in {seconds:.1} s"),
         };
     }
@@ -117,12 +117,30 @@ pub(crate) fn story(report: &Value) -> String {
 }
 
 /// The jobs that are not over. Where there is no store there are none; `status` of the switch alone makes none.
-pub(crate) fn open_jobs(config: &Path, service: Option<&Name>) -> anyhow::Result<Vec<JobView>> {
+///
+/// With them the clones that can run out of room.
+pub(crate) fn open_jobs(config: &Path, service: Option<&Name>) -> anyhow::Result<(Vec<JobView>, Vec<Room>)> {
     let state = store::state_dir(&config::load(config)?.agent.state_dir);
     if !state.join("state.db").exists() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), Vec::new()));
     }
-    Ok(switchover::open_jobs(&Store::open(&state)?, &state, service)?)
+    let store = Store::open(&state)?;
+    Ok((switchover::open_jobs(&store, &state, service)?, switchover::rooms(&store, service)?))
+}
+
+/// How full a clone's store is, for people.
+pub(crate) fn room_lines(room: &Room) -> String {
+    let Room { service, clone, .. } = room;
+    match (room.percent, room.scarce) {
+        (None, _) => format!(
+            "the store of {clone} is full, and the clone is lost\n  next   patchswitch rollback {service} --discard-writes"
+        ),
+        (Some(percent), true) => format!(
+            "the store of {clone} is {percent} % full: the clone is lost when it is full\n  next   patchswitch commit \
+             {service}, or patchswitch rollback {service}"
+        ),
+        (Some(percent), false) => format!("the store of {clone} is {percent} % full"),
+    }
 }
 
 /// A job that is not over, for people.
@@ -151,6 +169,23 @@ pub(crate) fn open_job_lines(view: &JobView) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_that_fills_up_is_told_of_with_what_to_do() {
+        let name = |text: &str| text.parse::<Name>().unwrap();
+        let room = |percent, scarce| {
+            let (service, partition) = (name("web"), name("web-b"));
+            room_lines(&Room { service, partition, clone: "ps-web-b-root".to_owned(), percent, scarce })
+        };
+        assert_eq!(room(Some(12), false), "the store of ps-web-b-root is 12 % full");
+        let scarce = room(Some(81), true);
+        assert!(scarce.contains("81 % full") && scarce.contains("patchswitch commit web"), "{scarce}");
+        let lost = room(None, true);
+        assert!(
+            lost.contains("is lost") && lost.contains("patchswitch rollback web --discard-writes"),
+            "{lost}"
+        );
+    }
 
     #[test]
     fn a_story_tells_the_figures_that_are_there_and_no_others() {

@@ -218,7 +218,8 @@ pub struct Observe {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
     /// A shell command run inside the old partition, to make its server end gracefully, when flows are left after
-    /// `command_after`.
+    /// `command_after`. It waits until every connection has been accepted, and is not run if that never is so: a server
+    /// that closes its listener resets those that wait.
     pub command: Option<String>,
     /// How long flows may take to end by themselves before the command is run. A server that ends closes connections
     /// on which it sees no request, and a request that comes at this very moment is answered by a reset (RFC 9112,

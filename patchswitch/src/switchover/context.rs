@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Options;
-use super::report::Report;
+use super::report::{ROLLBACK, Report};
 use crate::attachment::Attachment;
 use crate::config::Service;
 use crate::exit::ExitCode;
@@ -144,7 +144,7 @@ impl fmt::Debug for Context<'_> {
 
 impl Context<'_> {
     /// Whether the job goes on: nobody wants it to end, and no clone is about to run out of room. Phases that take long
-    /// ask this again and again.
+    /// ask this again and again. A rollback does not turn back to the clone that it is to take away.
     ///
     /// # Errors
     /// [`Failure`] with the code for a job that turns back in this phase.
@@ -159,6 +159,9 @@ impl Context<'_> {
             Phase::Restart | Phase::Verify | Phase::Arm | Phase::TakeOver => ExitCode::GateFailed,
             _ => ExitCode::GivenBack,
         };
+        if self.report.kind == ROLLBACK {
+            return Ok(());
+        }
         for clone in &self.watched {
             let reason = match Self::room(clone).map_err(at(phase))? {
                 Watch::Ample | Watch::Below { .. } => continue,
@@ -174,6 +177,11 @@ impl Context<'_> {
     /// Whether a clone has run out of room: it can neither be read nor written any more.
     pub(super) fn is_lost(&self) -> bool {
         self.watched.iter().any(|clone| matches!(Self::room(clone), Ok(Watch::Lost)))
+    }
+
+    /// Whether all clones have room.
+    pub(super) fn have_room(&self) -> bool {
+        self.watched.iter().all(Self::has_room)
     }
 
     /// Whether a clone has room; what cannot be told is no reason to turn back.

@@ -32,6 +32,18 @@ pub(super) enum Undrained {
     Kept(Failure),
 }
 
+/// When the drain command is run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    /// Flows have this long to end by themselves.
+    pub(super) after: Duration,
+    /// Connections that nobody has accepted yet have so long to be accepted, after which the command is run all the
+    /// same; nothing: as long as the drain may take, and the command is not run if they are still there.
+    pub(super) accept: Option<Duration>,
+}
+
+/// How often is looked whether all connections have been accepted.
+const POLL: Duration = Duration::from_millis(50);
 /// A drain command has this long.
 const COMMAND: Duration = Duration::from_secs(30);
 
@@ -59,7 +71,8 @@ impl Observed {
                 let (stop, watched) = (job.stop, job.watched.clone());
                 let end = || stop() || watched.iter().any(|clone| !Context::has_room(clone));
                 let old = &self.0.clone.active;
-                let report = wait_for(job, old, settings.command_after, options, &end).await?;
+                let ask = Ask { after: settings.command_after, accept: None };
+                let report = wait_for(job, old, ask, options, &end).await?;
                 let seconds = report.seconds;
                 let (settled, left) = (report.settled, report.left);
                 job.report.drain = Some(report);
@@ -87,14 +100,14 @@ impl Observed {
 }
 
 /// Waits for the flows of a partition that gets no new ones, and runs the service's drain command in it if some are
-/// left after `grace`. Ends early when `stop` says so.
+/// left then. Ends early when `stop` says so.
 ///
 /// # Errors
 /// [`Failure`] of the drain; that the command fails is told, and the drain goes on.
 pub(super) async fn wait_for(
     job: &mut Context<'_>,
     machine: &Machine,
-    grace: Duration,
+    ask: Ask,
     options: DrainOptions,
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<DrainReport, Failure> {
@@ -104,7 +117,7 @@ pub(super) async fn wait_for(
     let mut at_start = None;
     if let Some(command) = command {
         let first = DrainOptions {
-            deadline: Some(grace.min(deadline)),
+            deadline: Some(ask.after.min(deadline)),
             on_deadline: crate::attachment::OnDeadline::Keep,
         };
         let report = job.attachment.drain_until(&first, stop, |_| {}).await.map_err(at(Phase::Drain))?;
@@ -112,7 +125,13 @@ pub(super) async fn wait_for(
             return Ok(report);
         }
         at_start = Some(report.flows_at_start);
-        ask_to_finish(job, machine, &command).await?;
+        let patience = ask.accept.unwrap_or(deadline.saturating_sub(begin.elapsed()));
+        let accepted = all_accepted(job, patience, stop).await?;
+        if (accepted || ask.accept.is_some()) && !stop() {
+            ask_to_finish(job, machine, &command);
+        } else if !accepted {
+            tracing::warn!("the drain command was not run: connections wait for being accepted");
+        }
     }
     let rest = DrainOptions { deadline: Some(deadline.saturating_sub(begin.elapsed())), ..options };
     let report = job.attachment.drain_until(&rest, stop, |_| {}).await.map_err(at(Phase::Drain))?;
@@ -120,19 +139,29 @@ pub(super) async fn wait_for(
     Ok(DrainReport { flows_at_start, seconds: begin.elapsed().as_secs_f64(), ..report })
 }
 
-async fn ask_to_finish(job: &Context<'_>, machine: &Machine, command: &str) -> Result<(), Failure> {
+/// Whether no connection waits in the queue of a listener any more: closing the listener would reset it.
+async fn all_accepted(
+    job: &Context<'_>,
+    patience: Duration,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<bool, Failure> {
     let retiring = job.attachment.plane().word().active().other();
-    // A connection that nobody has accepted yet is reset when its listener closes.
-    for _ in 0..100 {
+    let begin = Instant::now();
+    loop {
         if job.attachment.flows(retiring).map_err(at(Phase::Drain))?.queued == 0 {
-            break;
+            return Ok(true);
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        if stop() || begin.elapsed() >= patience {
+            return Ok(false);
+        }
+        tokio::time::sleep(POLL).await;
     }
+}
+
+fn ask_to_finish(job: &Context<'_>, machine: &Machine, command: &str) {
     if let Err(error) = inside(job.manager, machine)(command, COMMAND) {
         tracing::warn!("the drain command failed: {}", crate::manager::chain(&error));
     }
-    Ok(())
 }
 
 impl Drained {

@@ -6,8 +6,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Report;
+use crate::host::linux::dm::DmError;
 use crate::manager::{Manager, ManagerError};
 use crate::names::{Name, RUN_ROOT};
+use crate::storage::StorageError;
+use crate::storage::cow::{self, Watch};
+use crate::storage::snapshot::CloneOf;
 use crate::store::{Job, JobId, JobLock, Step, Store, boot_id};
 
 /// Whether a job is over.
@@ -71,6 +75,58 @@ fn view(store: &Store, state: &Path, job: Job) -> Result<JobView, ManagerError> 
     };
     let log = Some(log_file(state, &job.id)).filter(|path| path.exists());
     Ok(JobView { progress: progress(&job)?, job, steps, report, log })
+}
+
+/// How full the store of a clone is that can fill up. After the end of its job nobody watches it: whoever lets the
+/// clone serve for long looks here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Room {
+    /// The service that has the clone.
+    pub service: Name,
+    /// The partition that the clone belongs to.
+    pub partition: Name,
+    /// The device-mapper name of the clone.
+    pub clone: String,
+    /// How full the store is, in percent, rounded down; nothing: it was full, and the clone is lost.
+    pub percent: Option<u8>,
+    /// Whether a job would turn back now.
+    pub scarce: bool,
+}
+
+/// The clones that can run out of room and are in the kernel now, of one service or of all.
+///
+/// # Errors
+/// [`ManagerError::Store`], [`ManagerError::Storage`].
+pub fn rooms(store: &Store, service: Option<&Name>) -> Result<Vec<Room>, ManagerError> {
+    let mut rooms = Vec::new();
+    for row in store.partitions()? {
+        let Some(of) = row.service.filter(|of| service.is_none_or(|service| service == of)) else { continue };
+        for disk in store.disks(&row.name)? {
+            let read = |error: serde_json::Error| ManagerError::io("read", "state.db")(error.into());
+            let Some(clone) = disk.cow.map(serde_json::from_value::<CloneOf>).transpose().map_err(read)?
+            else {
+                continue;
+            };
+            let (percent, scarce) = match room(&clone)? {
+                None | Some(Watch::Ample) => continue,
+                Some(Watch::Below { percent }) => (Some(percent), false),
+                Some(Watch::TurnBack { percent }) => (Some(percent), true),
+                Some(Watch::Lost) => (None, true),
+            };
+            let (service, partition) = (of.clone(), row.name.clone());
+            rooms.push(Room { service, partition, clone: clone.clone, percent, scarce });
+        }
+    }
+    Ok(rooms)
+}
+
+/// Nothing if the clone is not in the kernel, or is the disk already.
+fn room(clone: &CloneOf) -> Result<Option<Watch>, ManagerError> {
+    match cow::status(&Manager::dm()?, &clone.clone) {
+        Ok(status) => Ok(Some(cow::watch(status, clone.sectors, cow::HIGH_WATER))),
+        Err(StorageError::Dm(DmError::NoDevice(_)) | StorageError::OtherTable { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Where a job that was started in the background says what it does; of a service: until the job has a number.

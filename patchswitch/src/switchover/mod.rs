@@ -82,6 +82,6 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 
 pub use commit::commit;
 pub(crate) use commit::{begin_merge, merge_disks};
-pub use look::{JobView, Progress, job, log_file, open_jobs};
+pub use look::{JobView, Progress, Room, job, log_file, open_jobs, rooms};
 pub use rollback::rollback;
 pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
+use super::drain::Ask;
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::turn::{Turn, turn};
 use super::verify::inside;
@@ -106,7 +107,8 @@ impl TakenOver {
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let (to, from, patched) = (&self.clone.active, &self.clone.standby, Some(job.job));
-            let options = SwitchOptions::default();
+            // A service that fails is given back also where that cuts flows that found no room to be remembered.
+            let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
             let back = Turn { phase: Phase::GiveBack, to, slot: slot.other(), from, patched, options };
             let switched = turn(job, back).await.map_err(person)?;
             job.report.give_back = Some(switched);
@@ -130,11 +132,15 @@ impl TakenOver {
     }
 }
 
+/// How long a side that fails may take to accept the connections that wait for it, before it is asked to finish.
+const ACCEPT: Duration = Duration::from_secs(2);
+
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
 async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Failure> {
     let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
     // It fails: the sooner its connections end, the better.
+    let ask = Ask { after: Duration::ZERO, accept: Some(ACCEPT) };
     // Whoever called the job off has asked for this: it is gone through with.
-    job.report.drain = Some(drain::wait_for(job, new, Duration::ZERO, options, &|| false).await?);
+    job.report.drain = Some(drain::wait_for(job, new, ask, options, &|| false).await?);
     Ok(())
 }

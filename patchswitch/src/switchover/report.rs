@@ -16,6 +16,9 @@ use crate::names::Name;
 use crate::storage::meter::{Changes, Mark};
 use crate::store::JobId;
 
+/// The kind of a job that gives a service back.
+pub(super) const ROLLBACK: &str = "rollback";
+
 /// How many files are named.
 const FIRST: usize = 20;
 

@@ -7,7 +7,9 @@ use patchswitch_common::word::Phase as WordPhase;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
+use super::drain::Ask;
 use super::report::{AtSwitch, Report};
+use super::take_over::arm;
 use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
@@ -31,7 +33,7 @@ pub async fn rollback(
     match result {
         Ok(lossy) => {
             job.report.outcome = "rolled_back".to_owned();
-            Ok(if lossy { ExitCode::WritesLost } else { ExitCode::Done })
+            Ok(if lossy { ExitCode::WritesLost } else { job.report.exit_code() })
         }
         Err(failure) => {
             job.report.outcome = "failed".to_owned();
@@ -63,14 +65,19 @@ async fn reverse(
         return Ok(false);
     }
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
+    job.watched = new.clones().into_iter().filter(|clone| clone.watched).collect();
     let lossy = agreed(job, &new, last)?;
+    let mut options = SwitchOptions::default();
     let slot = match slot_of(&job.attachment, &old) {
-        // It still has flows, and has served all the time.
-        Some(slot) if is_draining(job) => slot,
+        // It still has flows, and has served all the time. What the new side answers was remembered since the switch,
+        // unless the table is full of it.
+        Some(slot) if is_draining(job) => {
+            options.despite_unlearned = true;
+            slot
+        }
         _ => back(job, &old).await?,
     };
     job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
-        let options = SwitchOptions::default();
         let back = Turn { phase: Phase::GiveBack, to: &old, slot, from: &new, patched, options };
         let switched = turn(job, back).await?;
         job.report.flip_us = Some(switched.flip_us);
@@ -93,13 +100,16 @@ async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(
     job.step_to_the_end(Phase::Drain, json!({}), async |job| {
         let settings = job.service.drain.clone();
         let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: OnDeadline::Reset };
-        let report = drain::wait_for(job, new, settings.command_after, options, &|| false).await?;
+        let ask = Ask { after: settings.command_after, accept: None };
+        let report = drain::wait_for(job, new, ask, options, &|| false).await?;
         job.report.drain = Some(report);
         undo::discard(job).await.map_err(at(Phase::Drain))?;
         undo::unmask(job, old);
         Ok(((), json!({})))
     })
-    .await?;
+    .await
+    // The service has been given back, so none of the codes that say that it was not touched.
+    .map_err(|failure| Failure { code: ExitCode::GiveBackFailed, ..failure })?;
     job.unfinished = false;
     Ok(())
 }
@@ -172,7 +182,8 @@ async fn come_up(job: &mut Context<'_>, old: &Machine, slot: Slot) -> Result<(),
         let passed = passed.map_err(|error| super::context::with(Phase::Verify, error.exit_code())(error))?;
         Ok(((), json!({"rounds": passed.rounds})))
     })
-    .await
+    .await?;
+    arm(job).await
 }
 
 /// The part of a report that later jobs need.

@@ -13,7 +13,7 @@ use super::verify::Verified;
 use super::{Context, Failure, Loss, Phase};
 use crate::attachment::SwitchOptions;
 use crate::exit::ExitCode;
-use crate::manager::Manager;
+use crate::manager::{Manager, chain};
 use crate::storage::meter::Mark;
 
 /// The new partition serves; the old one keeps its flows.
@@ -44,6 +44,7 @@ impl Verified {
             let switched = turn(job, Turn { phase, to, slot: clone.slot, from, patched, options }).await?;
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
+            remember(job);
             let outcome = json!({
                 "flip_us": (switched.flip_us * 10.0).round() / 10.0, "old_flows": flows.accepted.len(),
             });
@@ -53,18 +54,31 @@ impl Verified {
     }
 }
 
+/// What the new side answers from the first moment on, so that a switch back keeps its flows and need not wait for them.
+///
+/// The switch is made: that they cannot be remembered is told, and no reason to do anything about it.
+fn remember(job: &mut Context<'_>) {
+    if let Err(error) = job.attachment.learn() {
+        tracing::warn!("a switch back would cut flows that have no socket: {}", chain(&error));
+    }
+}
+
 /// Flows without a socket of their own are remembered for at least one idle time before the switch.
-async fn arm(job: &mut Context<'_>) -> Result<(), Failure> {
+///
+/// A clone that is about to run out of room ends the job, unless that is what takes the clone away: then the time that
+/// is left is too short to wait.
+pub(super) async fn arm(job: &mut Context<'_>) -> Result<(), Failure> {
     let idle = job.service.udp_idle;
     job.step(Phase::Arm, json!({"udp_idle_s": idle.as_secs_f64()}), async |job| {
-        // Learning began when the clone booted; what is missing to the idle time is waited for.
+        // Learning began when the partition booted; what is missing to the idle time is waited for.
         let learned_for: f64 =
             job.report.phases.iter().rev().take_while(|(phase, _)| *phase > Phase::Boot).map(|p| p.1).sum();
         let end = Instant::now() + idle.saturating_sub(Duration::from_secs_f64(learned_for));
         while Instant::now() < end {
-            if (job.stop)() {
-                let reason = "interrupted".to_owned();
-                return Err(Failure { phase: Phase::Arm, reason, code: ExitCode::Interrupted });
+            job.go_on(Phase::Arm)?;
+            if !job.have_room() {
+                tracing::warn!("flows without a socket may be cut: the clone that serves has no room left");
+                break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

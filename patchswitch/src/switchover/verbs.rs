@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::report::ROLLBACK;
 use super::rollback::{Kept, kept};
 use super::stop::stop_job;
 use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
@@ -84,13 +85,13 @@ pub async fn roll_back(
     if let Some(undone) = stopped.filter(Job::was_interrupted)
         && manager.other(service)?.is_none()
     {
-        let mut job = begin(manager, service, "rollback", &json!({"stopped": undone.id}), options, watcher)?;
+        let mut job = begin(manager, service, ROLLBACK, &json!({"stopped": undone.id}), options, watcher)?;
         job.report.outcome = format!("job {} was stopped and undone", undone.id);
         return end(job, Ok(ExitCode::Done), lock);
     }
     let last = last_switch(manager, service)?;
     let patched = last_apply(manager, service)?;
-    let mut job = begin(manager, service, "rollback", &json!({}), options, watcher)?;
+    let mut job = begin(manager, service, ROLLBACK, &json!({}), options, watcher)?;
     let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref()), patched).await;
     end(job, result, lock)
 }

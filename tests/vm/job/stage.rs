@@ -25,7 +25,7 @@ const ROOT: &str = "/run/patchswitch-jobs";
 /// The name of the service.
 pub(super) const SERVICE: &str = "web";
 /// A job takes a few seconds; this is for one that hangs.
-const JOB: Duration = Duration::from_secs(100);
+const JOB: Duration = Duration::from_secs(300);
 
 /// Settings that tests change.
 #[derive(Clone, Debug)]
@@ -39,6 +39,13 @@ pub(super) struct Settings {
     pub(super) more: &'static str,
     /// Size of the standby.
     pub(super) standby: &'static [&'static str],
+    /// Application disks of both.
+    pub(super) disks: &'static [&'static str],
+    /// Lines of the section of the drain.
+    pub(super) drain: &'static str,
+    /// How long a boot, a restart and the checks may take.
+    pub(super) come_up: &'static str,
+    pub(super) stop: &'static str,
 }
 
 impl Default for Settings {
@@ -51,6 +58,10 @@ impl Default for Settings {
             addresses: netlab::SERVICE,
             more: "",
             standby: &["--size", "40M"],
+            disks: &[],
+            drain: "deadline = \"20s\"",
+            come_up: "",
+            stop: "5s",
         }
     }
 }
@@ -119,15 +130,20 @@ impl Stage {
 
     /// Writes the configuration.
     pub(super) fn configure(&self, settings: &Settings) {
-        let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, .. } = settings;
+        let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, drain, stop, .. } =
+            settings;
+        let (boot, gate) = match settings.come_up {
+            "" => ("20s", "4s"),
+            limit => (limit, limit),
+        };
         let text = format!(
             r#"[agent]
 state_dir = "{ROOT}/state"
 [job]
-boot = "20s"
+boot = "{boot}"
 patch = "{patch_limit}"
-restart = "20s"
-stop = "5s"
+restart = "{boot}"
+stop = "{stop}"
 [scan]
 packages = {scan}
 [[service]]
@@ -136,20 +152,20 @@ addresses = ["{v4}", "{v6}"]
 uplinks = ["{uplink}"]
 partition = "web-a"
 udp_idle = "1s"
-may_lose = ["/srv", "/srv/**"]
+may_lose = ["/srv", "/srv/**", "/var/log/**", "/var/lib/systemd/**"]
 {more}
 [service.gate]
 need = 1
 every = "200ms"
 timeout = "1s"
-deadline = "4s"
+deadline = "{gate}"
 [service.observe]
 length = "{observe}"
 every = "100ms"
 fail = 2
 of = 4
 [service.drain]
-deadline = "20s"
+{drain}
 [[service.probe]]
 kind = "http"
 port = {port}
@@ -169,9 +185,10 @@ port = {port}
         let [a, b] = [netlab::OWN_A, netlab::OWN_B];
         let command = "/usr/bin/serve";
         let first = ["--from", root, "--size", "40M", "--own", a[0], "--own", a[1], "--command", command];
-        self.ok(&[&["partition", "define", "web-a"][..], &first].concat());
+        let disks: Vec<&str> = settings.disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+        self.ok(&[&["partition", "define", "web-a"][..], &first, &disks].concat());
         let second = ["--standby", "--own", b[0], "--own", b[1]];
-        self.ok(&[&["partition", "define", "web-b"][..], &second, settings.standby].concat());
+        self.ok(&[&["partition", "define", "web-b"][..], &second, settings.standby, &disks].concat());
     }
 
     fn argv<'a>(&'a self, arguments: &[&'a str], config: &'a str) -> Vec<&'a str> {
@@ -187,6 +204,16 @@ port = {port}
         let seconds = start.elapsed().as_secs_f64();
         println!("patchswitch {}: {status} after {seconds:.2} s", arguments.join(" "));
         Ended { code: status.code().unwrap(), stdout, stderr }
+    }
+
+    /// Runs an example of the crate with the configuration and these arguments, which must succeed; what it printed.
+    #[track_caller]
+    pub(super) fn example(&self, name: &str, arguments: &[&str]) -> String {
+        let (program, config) = (programs::built(name).unwrap(), path("patchswitch.toml"));
+        let head = [program.to_str().unwrap(), config.to_str().unwrap()];
+        let ended = programs::follow(&[&head, arguments].concat(), JOB, |line| println!("  {line}")).unwrap();
+        assert!(ended.status.success(), "{name}: {}{}", ended.stderr, ended.stdout);
+        ended.stdout
     }
 
     /// Runs patchswitch, which must succeed; what it printed.

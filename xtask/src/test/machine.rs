@@ -117,6 +117,7 @@ fn payload(cache: &Cache, names: &[String]) -> Result<Payload> {
     payload.add_artifacts(cache)?;
     if names.iter().any(|name| name == "vm") {
         payload.add_systemd_root(cache)?;
+        payload.add(&build::example("whole_job")?)?;
     }
     if let Some(object) = std::env::var_os(BPF_OBJECT) {
         payload.add_as(Path::new(&object), OBJECT_FILE)?;

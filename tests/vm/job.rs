@@ -9,5 +9,6 @@ mod failing;
 mod good;
 mod inputs;
 mod kills;
+mod mend;
 mod power;
 mod stage;

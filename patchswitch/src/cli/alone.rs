@@ -414,10 +414,15 @@ fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn broken(record: &Record) -> Value {
+    let next = if record.of_service { "up".to_owned() } else { format!("detach {}", record.name) };
+    json!({"name": record.name, "phase": "broken", "next": format!("patchswitch {next}")})
+}
+
 fn state(record: &Record) -> anyhow::Result<Value> {
     let plane = match Dataplane::open(&record.name) {
         // Somebody removed the pins, or it was not made to its end.
-        Err(DataplaneError::NotAttached(_)) => return Ok(json!({"name": record.name, "phase": "broken"})),
+        Err(DataplaneError::NotAttached(_)) => return Ok(broken(record)),
         other => other?,
     };
     let word = plane.word();
@@ -453,8 +458,7 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     };
     let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
     if state["phase"] == "broken" {
-        let name = word("name");
-        return Ok(format!("{name}: broken, its programs are gone\n  next: patchswitch detach {name}"));
+        return Ok(format!("{}: broken, its programs are gone\n  next: {}", word("name"), word("next")));
     }
     let mut text = String::new();
     writeln!(

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{Machine, Manager, ManagerError, Teardown, chain, service, slot_of};
 use crate::attachment::{AttachError, Attachment, DrainOptions, OnDeadline, RecordError};
 use crate::config::Service;
+use crate::dataplane::DataplaneError;
 use crate::exit::ExitCode;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
@@ -128,8 +129,12 @@ impl Manager {
         let settings = self.service(&job.service)?;
         let attachment = match Attachment::open(&job.service) {
             Ok(attachment) => Some(attachment),
-            // Begun and not ready: `serve` makes it anew.
-            Err(AttachError::Record(RecordError::Unknown(_)) | AttachError::Incomplete(_)) => None,
+            // Begun and not ready, or without its programs: `serve` makes it anew.
+            Err(
+                AttachError::Record(RecordError::Unknown(_))
+                | AttachError::Incomplete(_)
+                | AttachError::Dataplane(DataplaneError::NotAttached(_)),
+            ) => None,
             Err(error) => return Err(error.into()),
         };
         if self.was_committing(job)? {
@@ -185,7 +190,9 @@ impl Manager {
         };
         self.follow_applied(job, &serving, &other)?;
         if other.clones().is_empty() {
-            let retired = self.retire_drained(&mut attachment, &serving, &other).await?;
+            // A rollback that was killed had started it again, only to be checked.
+            let of = (job.kind != "rollback").then_some(settings);
+            let retired = self.retire_drained(&mut attachment, &serving, &other, of).await?;
             let flows = if retired { "" } else { ", which still has flows," };
             return Ok(format!(
                 "{} serves; {}{flows} can be committed away or rolled back to",
@@ -237,7 +244,8 @@ impl Manager {
         Ok(())
     }
 
-    /// Ends the switch and stops the old partition, if no flow is left there; whether that was so.
+    /// Ends the switch and stops the old partition, if no flow is left there; whether that was so. If it is the old
+    /// partition of this service's last switch, its last writes are counted as lost by that.
     ///
     /// # Errors
     /// [`ManagerError`]; calling again goes on.
@@ -246,6 +254,7 @@ impl Manager {
         attachment: &mut Attachment,
         serving: &Machine,
         old: &Machine,
+        of: Option<&Service>,
     ) -> Result<bool, ManagerError> {
         let now = DrainOptions { deadline: Some(std::time::Duration::ZERO), on_deadline: OnDeadline::Keep };
         let report = attachment.drain(&now, |_| {}).await?;
@@ -255,6 +264,9 @@ impl Manager {
         attachment.settle()?;
         if let Some(slot) = slot_of(attachment, old) {
             attachment.leave(slot).await?;
+        }
+        if let Some(service) = of {
+            crate::switchover::recount(self, service, old)?;
         }
         self.stop(old)?;
         if let Err(error) = self.unmask(serving) {

@@ -137,7 +137,12 @@ fn images_are_known(stage: &Stage) {
     // Left by a definition that was killed while it made the image.
     let half = path("state/disks/.web-b-root.img.part");
     fs::write(&half, "half").unwrap();
+    // A node whose device had gone before it: nobody has that number.
+    let node = "/dev/mapper/ps-web-b-root";
+    let kind = (rustix::fs::FileType::BlockDevice, rustix::fs::Mode::RUSR, rustix::fs::makedev(253, 4000));
+    rustix::fs::mknodat(rustix::fs::CWD, node, kind.0, kind.1, kind.2).unwrap();
     stage.ok(&["partition", "remove", "web-b"]);
+    assert!(fs::symlink_metadata(node).is_err(), "{node} is left");
     assert!(!image.exists() && !half.exists());
     stage.ends_with(1, &["partition", "show", "web-b"]);
 }

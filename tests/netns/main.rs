@@ -21,6 +21,8 @@ mod local;
 #[cfg(test)]
 mod quarantine;
 #[cfg(test)]
+mod reassert;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod shared;

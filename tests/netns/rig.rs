@@ -158,7 +158,11 @@ impl Rig {
 
     /// Attaches both namespaces as partitions of ours, with own addresses.
     pub(crate) fn attach_owned(&self, udp_idle: Duration) -> anyhow::Result<()> {
-        let spec = spec(udp_idle)?;
+        self.attach_spec(spec(udp_idle)?)
+    }
+
+    /// As [`Rig::attach_owned`], as it is wanted.
+    pub(crate) fn attach_spec(&self, spec: Spec) -> anyhow::Result<()> {
         let (first, second) = (owned(&self.lab.a, OWN_A)?, owned(&self.lab.b, OWN_B)?);
         self.library(|| async move {
             Attachment::create(&spec, &first, Some(&second)).await?;
@@ -233,10 +237,10 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // After a failure the next test must find the machine as this one did. Nothing attached: nothing happens.
-        for name in [NAME, "other"] {
-            drop(self.run(&["detach", name, "--force"]));
-        }
+        // After a failure the next test must find the machine as this one did. Nothing attached: nothing happens. The
+        // library detaches what belongs to a service as well.
+        drop(self.library(|| async { Ok(Attachment::detach(&name()?).await?) }));
+        drop(self.run(&["detach", "other", "--force"]));
     }
 }
 
@@ -256,7 +260,14 @@ pub(crate) fn name() -> anyhow::Result<Name> {
 /// What is attached by the library.
 pub(crate) fn spec(udp_idle: Duration) -> anyhow::Result<Spec> {
     let uplinks = vec![UPLINK.to_owned()];
-    Ok(Spec { name: name()?, addresses: service().to_vec(), uplinks, udp_idle, hook: None })
+    Ok(Spec {
+        name: name()?,
+        addresses: service().to_vec(),
+        uplinks,
+        udp_idle,
+        hook: None,
+        of_service: false,
+    })
 }
 
 /// A namespace as a partition of ours.

@@ -158,6 +158,26 @@ fn a_flow_that_is_idle_is_forgotten() {
 }
 
 #[test]
+fn the_idle_time_can_be_changed_while_flows_are_learned() {
+    let rig = echoing("idlechange", IDLE * 400).unwrap();
+    let sockets = clients(&rig, ECHO).unwrap();
+    learn(&rig).unwrap();
+    for socket in &sockets {
+        assert_eq!(ask(socket, 1).unwrap(), "a");
+    }
+    for changes in [true, false] {
+        let changed = rig.with(async |attachment| Ok(attachment.set_udp_idle(IDLE)?)).unwrap();
+        assert_eq!(changed, changes);
+    }
+    std::thread::sleep(IDLE + PAUSE);
+    switch(&rig, Slot::B).unwrap();
+    for socket in &sockets {
+        assert_eq!(ask(socket, 2).unwrap(), "b", "silent for longer than it may be");
+    }
+    rig.finish_owned().unwrap();
+}
+
+#[test]
 fn flows_that_were_not_learned_go_to_the_new_partition() {
     let rig = echoing("unlearned", IDLE).unwrap();
     let sockets = clients(&rig, ECHO).unwrap();

@@ -10,6 +10,7 @@ mod failing;
 mod good;
 mod inputs;
 mod kills;
+mod mend;
 mod power;
 mod stage;
 mod systemd;

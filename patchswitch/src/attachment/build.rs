@@ -1,5 +1,7 @@
 //! Building: in the order in which no connection ever has one direction on each path.
 
+use std::time::Duration;
+
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Settings as MapSettings, SlotEntry};
 
@@ -9,7 +11,7 @@ use super::{AttachError, Partition, Spec, wiring};
 use crate::dataplane::{self, Dataplane, End, Hook, HookKind, Point};
 use crate::host::linux::netlink::{Link, Netlink};
 use crate::host::linux::netns::{Netns, NetnsRef};
-use crate::names;
+use crate::names::{self, Name};
 
 /// Replies before clients.
 pub(super) async fn build(
@@ -19,14 +21,8 @@ pub(super) async fn build(
     settings: &mut Settings<'_>,
     (links, partitions): (&[Link], &[&Partition]),
 ) -> Result<Dataplane, AttachError> {
-    let values = MapSettings {
-        learned_idle_ns: u64::try_from(spec.udp_idle.as_nanos()).unwrap_or(u64::MAX),
-        probe_mark: dataplane::PROBE_MARK,
-        inner_mac: wiring::inner_mac(&record.name),
-        pad: [0; 6],
-    };
     dataplane::ensure_bpffs()?;
-    let plane = Dataplane::create(&spec.name, &spec.addresses, &values)?;
+    let plane = Dataplane::create(&spec.name, &spec.addresses, &map_settings(&spec.name, spec.udp_idle))?;
     for uplink in &record.uplinks {
         plane.add_uplink(host.link(uplink).await?.index)?;
     }
@@ -51,6 +47,16 @@ pub(super) async fn build(
     record.ready = true;
     record.save()?;
     Ok(plane)
+}
+
+/// What the programs have to know of an attachment.
+pub(super) fn map_settings(name: &Name, udp_idle: Duration) -> MapSettings {
+    MapSettings {
+        learned_idle_ns: u64::try_from(udp_idle.as_nanos()).unwrap_or(u64::MAX),
+        probe_mark: dataplane::PROBE_MARK,
+        inner_mac: wiring::inner_mac(name),
+        pad: [0; 6],
+    }
 }
 
 /// The largest packet that passes every uplink.

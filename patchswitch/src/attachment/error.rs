@@ -48,10 +48,32 @@ pub enum AttachError {
         packets: u64,
     },
     /// The switch is made, new flows go to the new partition, but something that belongs to it failed.
-    #[error("the switch is made, but not everything that belongs to it: {}", causes.join("; "))]
+    #[error(
+        "the switch is made, but not everything that belongs to it: {}; of a service `patchswitch up` mends that, else a \
+         switch to where it is",
+        causes.join("; ")
+    )]
     AfterSwitch {
         /// What failed.
         causes: Vec<String>,
+    },
+    /// What depends on the phase word is not all as the word says.
+    #[error("not everything of {name} follows who serves: {}", causes.join("; "))]
+    Unmended {
+        /// The attachment.
+        name: Name,
+        /// What failed.
+        causes: Vec<String>,
+    },
+    /// A service has it, whose record would not follow what is done by hand. Nothing was changed.
+    #[error(
+        "{name} belongs to the service of that name, which must know of this; nothing was changed; use {instead}"
+    )]
+    OfService {
+        /// The attachment, and the service.
+        name: Name,
+        /// What to type instead.
+        instead: String,
     },
     /// Building failed and was undone, or the undoing failed as well.
     #[error("failed to attach {name}; {undone}")]
@@ -82,7 +104,7 @@ impl AttachError {
             Self::Record(RecordError::Exists(_)) => ExitCode::CannotCreate,
             Self::NotRoot => ExitCode::Permission,
             Self::LearnFull { .. } => ExitCode::GateFailed,
-            Self::AfterSwitch { .. } => ExitCode::Io,
+            Self::AfterSwitch { .. } | Self::Unmended { .. } => ExitCode::Io,
             Self::Undone { cause, .. } => cause.exit_code(),
             other if is_denied(other) => ExitCode::Permission,
             _ => ExitCode::Failed,

@@ -19,6 +19,7 @@ mod flows;
 mod lock;
 mod preflight;
 mod probe;
+mod reassert;
 mod record;
 mod remove;
 mod settings;
@@ -62,6 +63,8 @@ pub struct Spec {
     pub udp_idle: Duration,
     /// How programs are attached; nothing: the best that this kernel has.
     pub hook: Option<HookKind>,
+    /// Whether a service of that name has it, whose record has to follow every switch.
+    pub of_service: bool,
 }
 
 /// Who goes into a slot.
@@ -160,6 +163,16 @@ impl Attachment {
         }
     }
 
+    /// Whether [`Attachment::create`] would be refused, if what has the name now were detached first.
+    ///
+    /// # Errors
+    /// [`AttachError::Refused`] and others, as there.
+    pub async fn check(spec: &Spec, first: &Partition) -> Result<(), AttachError> {
+        preflight::root()?;
+        let own = Netns::own()?;
+        preflight::check_spec(spec, &own, &Netlink::open(&own)?, &[first]).await.map(drop)
+    }
+
     /// Opens an attachment for changes.
     ///
     /// # Errors
@@ -199,6 +212,30 @@ impl Attachment {
         found.ok_or_else(|| AttachError::Refused(format!("{} has no second partition", self.record.name)))
     }
 
+    /// Whether the partition in a slot is still in the network namespace that its name stands for. One that died and
+    /// was started again may have a new one, of which this attachment knows nothing.
+    ///
+    /// # Errors
+    /// [`AttachError::Netns`].
+    pub fn is_current(&self, slot: Slot) -> Result<bool, AttachError> {
+        let named = Netns::open(&self.slot(slot)?.netns)?;
+        Ok(identity(&named)? == identity(&self.netns(slot)?)?)
+    }
+
+    /// Changes [`Spec::udp_idle`]; whether it was another one.
+    ///
+    /// # Errors
+    /// [`AttachError::Dataplane`], [`AttachError::Record`].
+    pub fn set_udp_idle(&mut self, udp_idle: Duration) -> Result<bool, AttachError> {
+        if self.record.udp_idle == udp_idle {
+            return Ok(false);
+        }
+        self.plane.set_settings(&build::map_settings(&self.record.name, udp_idle))?;
+        self.record.udp_idle = udp_idle;
+        self.record.save()?;
+        Ok(true)
+    }
+
     /// Puts a partition into the slot that is empty. It is in quarantine until it serves: it reaches nothing but the
     /// host's own probes, and gets nothing else.
     ///
@@ -234,6 +271,10 @@ impl Attachment {
             return Err(AttachError::Refused("a partition that serves or drains cannot leave".to_owned()));
         }
         let Some(entry) = self.record.slots[slot as usize].clone() else { return Ok(()) };
+        // A switch that was killed may have left the host's route to the link that goes.
+        if let Err(error) = self.reassert().await {
+            tracing::warn!("{error}");
+        }
         self.plane.set_slot(slot, &SlotEntry::default())?;
         self.plane.fence()?;
         let mut errors = Vec::new();

@@ -27,10 +27,21 @@ pub(super) async fn check(
     if names::pin_dir(&spec.name).exists() || Record::load(&spec.name).is_ok() {
         return Err(RecordError::Exists(spec.name.clone()).into());
     }
+    check_spec(spec, own, host, partitions).await
+}
+
+/// As [`check`], whoever has the name now.
+pub(super) async fn check_spec(
+    spec: &Spec,
+    own: &Netns,
+    host: &Netlink,
+    partitions: &[&Partition],
+) -> Result<Vec<Link>, AttachError> {
     if spec.addresses.is_empty() || spec.uplinks.is_empty() {
         return refuse("a service needs at least one address and one uplink".to_owned());
     }
-    let others = Record::all()?;
+    let mut others = Record::all()?;
+    others.retain(|other| other.name != spec.name);
     if let Some(other) =
         others.iter().find(|o| wiring::guest_table(&o.name) == wiring::guest_table(&spec.name))
     {

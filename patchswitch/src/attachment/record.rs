@@ -7,10 +7,11 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Spec;
+use super::{AttachError, Spec};
 use crate::dataplane::{Hook, HookKind};
 use crate::host::linux::netns::{Netns, NetnsError, NetnsRef};
 use crate::names::{Name, RUN_ROOT};
@@ -101,6 +102,10 @@ pub struct Record {
     pub service_ports: ServicePorts,
     /// How many packets had not been learned for want of room when the learning began.
     pub learn_full: u64,
+    /// After this time without an answer a flow without a socket of its own is forgotten.
+    pub udp_idle: Duration,
+    /// Whether a service of that name has it: what is done to it by hand would be unknown to the service's record.
+    pub of_service: bool,
     /// Whether it was made to its end. If not, its maker was killed, and the next one removes what is there first.
     pub ready: bool,
 }
@@ -129,19 +134,18 @@ pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
 impl Record {
     /// The record of something that is not made yet.
     pub(super) fn new(spec: &Spec, host: (u64, u64)) -> Self {
-        let mut uplinks = spec.uplinks.clone();
-        uplinks.sort();
-        uplinks.dedup();
         Self {
             name: spec.name.clone(),
             host,
             addresses: spec.addresses.clone(),
-            uplinks,
+            uplinks: uplinks(spec),
             slots: [None, None],
             hook_kind: spec.hook.unwrap_or_else(HookKind::of_this_kernel),
             hooks: Vec::new(),
             service_ports: ServicePorts::default(),
             learn_full: 0,
+            udp_idle: spec.udp_idle,
+            of_service: spec.of_service,
             ready: false,
         }
     }
@@ -178,6 +182,25 @@ impl Record {
         names.iter().map(Self::load).collect()
     }
 
+    /// Refuses to be changed by hand where a service has it: the service's record would not follow. `verbs` do what is
+    /// wanted instead.
+    ///
+    /// # Errors
+    /// [`AttachError::OfService`].
+    pub fn by_hand(&self, verbs: &[&str]) -> Result<(), AttachError> {
+        if !self.of_service {
+            return Ok(());
+        }
+        let name = self.name.clone();
+        let verbs: Vec<_> = verbs.iter().map(|verb| instead(verb, &name)).collect();
+        Err(AttachError::OfService { instead: verbs.join(" or "), name })
+    }
+
+    /// Whether this is what a service asks for, but for `udp_idle`, which can be changed at any time.
+    pub fn is_of(&self, spec: &Spec) -> bool {
+        self.addresses == spec.addresses && self.uplinks == uplinks(spec)
+    }
+
     /// Writes the record, all or nothing.
     ///
     /// # Errors
@@ -210,6 +233,18 @@ pub(super) fn sweep() {
     // Not empty, or not there: nothing to do.
     let _ = fs::remove_dir(directory());
     let _ = fs::remove_dir(RUN_ROOT);
+}
+
+/// A command that the user can type; `down` is for all services.
+fn instead(verb: &str, name: &Name) -> String {
+    if verb == "down" { "`patchswitch down`".to_owned() } else { format!("`patchswitch {verb} {name}`") }
+}
+
+fn uplinks(spec: &Spec) -> Vec<String> {
+    let mut uplinks = spec.uplinks.clone();
+    uplinks.sort();
+    uplinks.dedup();
+    uplinks
 }
 
 /// Device and inode of a network namespace.

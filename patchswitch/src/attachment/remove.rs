@@ -63,6 +63,7 @@ pub(super) async fn remains(name: &Name, host: &Netlink) -> Result<Record, Attac
         uplinks: links.map(|link| link.name).collect(),
         udp_idle: super::UDP_IDLE,
         hook: None,
+        of_service: false,
     };
     let mut record = Record::new(&spec, identity(&own)?);
     for slot in [Slot::A, Slot::B] {

@@ -200,17 +200,59 @@ pub(super) async fn prefer_source(
     }
     let nl = Netlink::open(netns)?;
     let link = nl.link(&slot.inner_link).await?;
-    for address in &record.addresses {
-        nl.add_address(&link, *address, serving || !own.iter().any(|o| o.is_ipv4() == address.is_ipv4()))
-            .await?;
+    for (address, preferred) in preferences(record, own, serving) {
+        nl.add_address(&link, address, preferred).await?;
     }
-    for address in own {
-        nl.add_address(&link, *address, !serving).await?;
+    routes(&nl, record, slot, &link, &sources(record, own, serving)).await
+}
+
+/// Whether all is as [`prefer_source`] makes it.
+pub(super) async fn prefers_source(
+    record: &Record,
+    slot: &SlotRecord,
+    netns: &Netns,
+    serving: bool,
+) -> Result<bool, AttachError> {
+    let own = own(slot);
+    if own.is_empty() {
+        return Ok(true);
     }
+    let nl = Netlink::open(netns)?;
+    let link = nl.link(&slot.inner_link).await?;
+    for (address, preferred) in preferences(record, own, serving) {
+        let is_right = match nl.address_on(&link, address).await? {
+            Some(is_preferred) => address.is_ipv4() || is_preferred == preferred,
+            None => false,
+        };
+        if !is_right {
+            return Ok(false);
+        }
+    }
+    let sources = sources(record, own, serving);
+    for gateway in gateways(&record.addresses) {
+        let source = sources.iter().find(|a| a.is_ipv4() == gateway.is_ipv4());
+        if let Some(source) = source
+            && !nl.has_default_route(&link, *source).await?
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Each address of a partition, and whether new sockets may get it.
+fn preferences(record: &Record, own: &[IpAddr], serving: bool) -> Vec<(IpAddr, bool)> {
     // Without an own address in a family the service address stays the source.
+    let has_own = |address: &IpAddr| own.iter().any(|o| o.is_ipv4() == address.is_ipv4());
+    let service = record.addresses.iter().map(|address| (*address, serving || !has_own(address)));
+    service.chain(own.iter().map(|address| (*address, !serving))).collect()
+}
+
+/// The sources of a partition's default routes, the first of each family.
+fn sources(record: &Record, own: &[IpAddr], serving: bool) -> Vec<IpAddr> {
     let mut sources = if serving { Vec::new() } else { own.to_vec() };
     sources.extend(&record.addresses);
-    routes(&nl, record, slot, &link, &sources).await
+    sources
 }
 
 /// Makes the host know where the service and the own addresses are, and how its probes get there.
@@ -257,6 +299,21 @@ pub(super) async fn slow_path(host: &Netlink, record: &Record, slot: &SlotRecord
         host.route_host(MAIN_TABLE, *address, &link).await?;
     }
     Ok(())
+}
+
+/// Whether the host's routes are as [`slow_path`] makes them.
+pub(super) async fn is_slow_path(
+    host: &Netlink,
+    record: &Record,
+    slot: &SlotRecord,
+) -> Result<bool, AttachError> {
+    let link = host.link(&slot.link).await?;
+    for address in &record.addresses {
+        if host.host_route(*address).await? != Some(link.index) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Makes the host answer ARP and NDP for the service on every uplink.

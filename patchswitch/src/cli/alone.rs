@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
-    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, UDP_IDLE, View, phase_name,
+    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE, View,
+    phase_name,
 };
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::doctor::{self, Item};
@@ -78,6 +79,7 @@ impl Attach {
                 HookChoice::Tcx => Some(HookKind::Tcx),
                 HookChoice::Clsact => Some(HookKind::Clsact),
             },
+            of_service: false,
         };
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
@@ -113,13 +115,15 @@ pub(crate) struct Switch {
 impl Switch {
     pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
         let mut attachment = Attachment::open(&self.name)?;
+        attachment.record().by_hand(&SWITCHES)?;
         let active = attachment.plane().word().active();
         let to = match &self.to {
             None => active.other(),
             Some(netns) => slot_of(attachment.record(), netns)?,
         };
         if to == active {
-            print_switch(json, &attachment, to, None)?;
+            let mended = attachment.reassert().await?;
+            print_already(json, &netns_name(attachment.record(), to), &mended)?;
             return Ok(ExitCode::Done);
         }
         if let Some(seconds) = self.learn {
@@ -128,34 +132,44 @@ impl Switch {
             tokio::time::sleep(time).await;
         }
         let done = attachment.switch(to).await?;
-        print_switch(json, &attachment, to, Some(done))?;
+        print_switch(json, &attachment, to, done)?;
         Ok(ExitCode::Done)
     }
 }
 
-fn print_switch(
-    json: bool,
-    attachment: &Attachment,
-    to: Slot,
-    done: Option<patchswitch::attachment::Switched>,
-) -> anyhow::Result<()> {
+/// What switches a service, for who wants to do it by hand.
+const SWITCHES: [&str; 2] = ["apply", "rollback"];
+
+fn print_already(json: bool, serving: &str, mended: &[String]) -> anyhow::Result<()> {
+    if json {
+        return print::json(&json!({
+            "schema": "patchswitch.switch/1", "changed": false, "serving": serving, "switch": null,
+            "mended": mended,
+        }));
+    }
+    for what in mended {
+        print::text(&format!("mended: {what}"));
+    }
+    let rest = if mended.is_empty() { "; nothing to do" } else { "" };
+    print::text(&format!("{serving} serves already{rest}"));
+    Ok(())
+}
+
+fn print_switch(json: bool, attachment: &Attachment, to: Slot, done: Switched) -> anyhow::Result<()> {
     let serving = netns_name(attachment.record(), to);
     if json {
         return print::json(&json!({
-            "schema": "patchswitch.switch/1", "changed": done.is_some(), "serving": serving, "switch": done,
+            "schema": "patchswitch.switch/1", "changed": true, "serving": serving, "switch": done, "mended": [],
         }));
     }
-    match done {
-        None => print::text(&format!("{serving} serves already; nothing to do")),
-        Some(done) => print::text(&format!(
-            "{serving} serves new flows since now (store {:.1} µs, fence {:.0} µs, generation {})\n\
-             next: patchswitch drain {}",
-            done.flip_us,
-            done.fence_us,
-            done.generation,
-            attachment.record().name,
-        )),
-    }
+    print::text(&format!(
+        "{serving} serves new flows since now (store {:.1} µs, fence {:.0} µs, generation {})\n\
+         next: patchswitch drain {}",
+        done.flip_us,
+        done.fence_us,
+        done.generation,
+        attachment.record().name,
+    ));
     Ok(())
 }
 
@@ -209,6 +223,9 @@ impl Drain {
             Late::Reset => OnDeadline::Reset,
         };
         let mut attachment = Attachment::open(&self.name)?;
+        if on_deadline == OnDeadline::Abort {
+            attachment.record().by_hand(&["rollback"])?;
+        }
         let options = DrainOptions { deadline, on_deadline };
         let report = attachment
             .drain(&options, |left| {
@@ -304,6 +321,9 @@ pub(crate) struct Detach {
 impl Detach {
     pub(crate) async fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
         use patchswitch::attachment::{AttachError, RecordError};
+        if let Ok(record) = Record::load(&self.name) {
+            record.by_hand(&["service remove", "down"])?;
+        }
         let there = match Attachment::open(&self.name) {
             Err(AttachError::Record(RecordError::Unknown(_))) => None,
             // Half of it is there: all the more reason to remove it.
@@ -398,10 +418,15 @@ fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn broken(record: &Record) -> Value {
+    let next = if record.of_service { "up".to_owned() } else { format!("detach {}", record.name) };
+    json!({"name": record.name, "phase": "broken", "next": format!("patchswitch {next}")})
+}
+
 fn state(record: &Record) -> anyhow::Result<Value> {
     let plane = match Dataplane::open(&record.name) {
         // Somebody removed the pins, or it was not made to its end.
-        Err(DataplaneError::NotAttached(_)) => return Ok(json!({"name": record.name, "phase": "broken"})),
+        Err(DataplaneError::NotAttached(_)) => return Ok(broken(record)),
         other => other?,
     };
     let word = plane.word();
@@ -437,8 +462,7 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     };
     let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
     if state["phase"] == "broken" {
-        let name = word("name");
-        return Ok(format!("{name}: broken, its programs are gone\n  next: patchswitch detach {name}"));
+        return Ok(format!("{}: broken, its programs are gone\n  next: {}", word("name"), word("next")));
     }
     let mut text = String::new();
     writeln!(

@@ -30,10 +30,10 @@ impl Verb {
     pub(crate) async fn run(&self, manager: &mut Manager, json: bool) -> anyhow::Result<ExitCode> {
         match self {
             Self::Add(one) => {
-                manager.add_service(&one.name).await?;
+                let mut what = manager.add_service(&one.name).await?;
                 let settings = manager.service(&one.name)?;
-                let serving = manager.active(&settings)?;
-                done(json, &one.name, &format!("served by {}", serving.name()))
+                what.push(format!("served by {}", manager.active(&settings)?.name()));
+                done(json, &one.name, &what.join("; "))
             }
             Self::List => list(manager, json),
             Self::Remove(one) => {

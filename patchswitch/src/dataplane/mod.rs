@@ -211,6 +211,14 @@ impl Dataplane {
         maps::add_uplink(&self.directory, ifindex)
     }
 
+    /// Writes the settings anew; packets under way may still see the old ones.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn set_settings(&self, settings: &Settings) -> Result<(), DataplaneError> {
+        maps::write_settings(&self.directory, settings)
+    }
+
     /// Attaches the program of a point to a link of this namespace.
     ///
     /// # Errors

@@ -105,7 +105,7 @@ impl Manager {
         if result.is_err() {
             for disk in &disks {
                 if let Ok(Backing::Image(path)) = serde_json::from_value(disk.backing.clone()) {
-                    let _ = std::fs::remove_file(path);
+                    let _ = disk::remove_image(&path);
                 }
             }
             let _ = self.store.remove_partition(&spec.name);
@@ -154,10 +154,8 @@ impl Manager {
             generation: 0,
             definition: serde_json::json!(definition),
         };
-        let _ = self.store.put_partition(&row)?;
-        for disk in disks {
-            let _ = self.store.put_disk(disk)?;
-        }
+        // Before any image, and in one piece: whoever comes after a kill knows all that there may be.
+        let _ = self.store.put_machines(&[(row, disks.to_vec())])?;
         for disk in &self.machine(&spec.name)?.disks {
             disk::create_image(disk.backing.path(), disk.sectors, room)?;
         }
@@ -208,18 +206,14 @@ impl Manager {
         let machine = self.machine(name)?;
         self.stop(&machine)?;
         let _ = Console::of(name).remove().map_err(LifecycleError::from)?;
-        let _ = self.store.remove_partition(name)?;
+        // The row goes last: by it the images are known to who comes after a kill.
         for disk in &machine.disks {
             if let Backing::Image(path) = &disk.backing {
                 // Under another's name it is another's: commits exchange what is behind disks.
-                match std::fs::remove_file(path) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(ManagerError::io("remove", path)(error));
-                    }
-                    _ => {}
-                }
+                disk::remove_image(path)?;
             }
         }
+        let _ = self.store.remove_partition(name)?;
         if self.store.partitions()?.is_empty() {
             let _ = MountNamespace::remove(&Self::mount_namespace())?;
         }

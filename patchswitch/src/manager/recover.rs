@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{Machine, Manager, ManagerError, Teardown, chain, service, slot_of};
 use crate::attachment::{AttachError, Attachment, DrainOptions, OnDeadline, RecordError};
 use crate::config::Service;
+use crate::dataplane::DataplaneError;
 use crate::exit::ExitCode;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
@@ -31,9 +32,23 @@ pub struct Recovered {
     pub failures: Vec<String>,
 }
 
+impl Recovered {
+    fn fail(&mut self, job: &Job, error: &ManagerError) {
+        self.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(error)));
+    }
+}
+
+/// How far a job was recovered at once.
+enum Recovery {
+    /// It is over.
+    Ended,
+    /// Its disks are being merged; the end is waited for when all services are there.
+    Merging,
+}
+
 impl Manager {
-    /// Puts everything right: jobs that nobody works on any more, devices that a broken cut left suspended, merges
-    /// that were interrupted, half copied patches, services that should be there. Right also if all is well.
+    /// Puts everything right: half copied patches, jobs that nobody works on any more, devices that a broken cut left
+    /// suspended, services that should be there, and at last merges that were interrupted. Right also if all is well.
     ///
     /// # Errors
     /// [`ManagerError::Store`]; what fails for one service is in [`Recovered::failures`].
@@ -44,32 +59,62 @@ impl Manager {
             Ok(Change::Changed) => done.actions.push("half copied patches were removed".to_owned()),
             Err(error) => done.failures.push(chain(&error)),
         }
-        for job in self.store.open_jobs()? {
-            // Somebody is at it: leave it alone.
-            let _lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {
-                Err(LockError::Busy { .. }) => continue,
-                lock => lock?,
-            };
-            match self.recover(&job).await {
-                Ok(what) => done.actions.extend(what),
-                Err(error) => {
-                    done.failures.push(format!("job {} of {}: {}", job.id, job.service, chain(&error)));
-                }
-            }
-        }
-        for settings in self.store.services()? {
-            // Somebody is at it: he knows better.
-            let Ok(_lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), &settings.name) else {
-                continue;
-            };
-            let was = self.is_served(&settings).unwrap_or(false);
-            match self.serve(&settings).await {
-                Ok(()) if was => {}
-                Ok(()) => done.actions.push(format!("service {} was started", settings.name)),
-                Err(error) => done.failures.push(format!("service {}: {}", settings.name, chain(&error))),
+        let merges = self.recover_jobs(&mut done).await?;
+        self.serve_all(&merges, &mut done).await?;
+        // Merges take long, and no client waits for one.
+        for (job, _lock) in merges {
+            match self.finish_commit(&job) {
+                Ok(what) => done.actions.push(what),
+                Err(error) => done.fail(&job, &error),
             }
         }
         Ok(done)
+    }
+
+    /// Ends jobs that nobody works on any more, but for merges: these are begun and returned.
+    async fn recover_jobs(&mut self, done: &mut Recovered) -> Result<Vec<(Job, JobLock)>, ManagerError> {
+        let mut merges = Vec::new();
+        for job in self.store.open_jobs()? {
+            // Somebody is at it: leave it alone.
+            let lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {
+                Err(LockError::Busy { .. }) => continue,
+                lock => lock?,
+            };
+            match self.recover(&job, &mut done.actions).await {
+                Ok(Recovery::Ended) => {}
+                Ok(Recovery::Merging) => merges.push((job, lock)),
+                Err(error) => done.fail(&job, &error),
+            }
+        }
+        Ok(merges)
+    }
+
+    async fn serve_all(
+        &mut self,
+        merges: &[(Job, JobLock)],
+        done: &mut Recovered,
+    ) -> Result<(), ManagerError> {
+        for settings in self.store.services()? {
+            let name = &settings.name;
+            let _lock = if merges.iter().any(|(job, _)| job.service == *name) {
+                None
+            } else {
+                // Somebody is at it: he knows better.
+                let Ok(lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), name) else { continue };
+                Some(lock)
+            };
+            let was = self.is_served(&settings).unwrap_or(false);
+            match self.serve(&settings).await {
+                Ok(mended) => {
+                    if !was {
+                        done.actions.push(format!("service {name} was started"));
+                    }
+                    done.actions.extend(mended.into_iter().map(|what| format!("service {name}: {what}")));
+                }
+                Err(error) => done.failures.push(format!("service {name}: {}", chain(&error))),
+            }
+        }
+        Ok(())
     }
 
     fn is_served(&self, settings: &Service) -> Result<bool, ManagerError> {
@@ -77,28 +122,35 @@ impl Manager {
         Ok(self.is_running(&machine)? && Attachment::open(&settings.name).is_ok())
     }
 
-    /// Ends a job that nobody works on any more.
-    async fn recover(&mut self, job: &Job) -> Result<Vec<String>, ManagerError> {
+    /// Ends a job that nobody works on any more; what was done is added to `done`.
+    async fn recover(&mut self, job: &Job, done: &mut Vec<String>) -> Result<Recovery, ManagerError> {
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
         let attachment = match Attachment::open(&job.service) {
             Ok(attachment) => Some(attachment),
-            // Begun and not ready: `serve` makes it anew.
-            Err(AttachError::Record(RecordError::Unknown(_)) | AttachError::Incomplete(_)) => None,
+            // Begun and not ready, or without its programs: `serve` makes it anew.
+            Err(
+                AttachError::Record(RecordError::Unknown(_))
+                | AttachError::Incomplete(_)
+                | AttachError::Dataplane(DataplaneError::NotAttached(_)),
+            ) => None,
             Err(error) => return Err(error.into()),
         };
         if self.was_committing(job)? {
             drop(attachment);
-            return self.finish_commit(job, &settings).await;
+            // The disks are usable while they are merged: the service does not wait for that.
+            crate::switchover::begin_merge(self, &job.service)?;
+            return Ok(Recovery::Merging);
         }
         let what = match attachment {
-            Some(attachment) => self.follow_word(job, &settings, attachment).await?,
+            Some(attachment) => self.follow_word(job, &settings, attachment, done).await?,
             None => self.follow_record(job, &settings)?,
         };
         let message = format!("interrupted; {what}");
         let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
-        Ok(vec![format!("job {} of service {}: {message}", job.id, job.service)])
+        done.push(format!("job {} of service {}: {message}", job.id, job.service));
+        Ok(Recovery::Ended)
     }
 
     /// Whether the last thing that was begun is the merge: from there on there is only one way.
@@ -108,14 +160,7 @@ impl Manager {
         Ok(commit.is_some_and(|step| matches!(step.state, StepState::Intended | StepState::Failed)))
     }
 
-    /// Clients do not wait for a merge: after a boot the service is started while it goes on.
-    async fn finish_commit(&mut self, job: &Job, settings: &Service) -> Result<Vec<String>, ManagerError> {
-        let mut done = Vec::new();
-        crate::switchover::begin_merge(self, &job.service)?;
-        if !self.is_served(settings)? {
-            self.serve(settings).await?;
-            done.push(format!("service {} was started", settings.name));
-        }
+    fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
         let bytes = crate::switchover::merge_disks(self, &job.service)?;
         let commit = self.store.steps(job.id)?.into_iter().find(|step| step.phase == "commit");
         if let Some(step) = commit.filter(|step| step.state == StepState::Intended) {
@@ -123,29 +168,31 @@ impl Manager {
         }
         let message = "interrupted while committing; the commit was finished";
         let _ = self.store.end_job(job.id, ExitCode::Done, message)?;
-        done.push(format!("job {} of service {}: {message}", job.id, job.service));
-        Ok(done)
+        Ok(format!("job {} of service {}: {message}", job.id, job.service))
     }
 
-    /// The host was not booted since: the phase word says who serves.
+    /// The host was not booted since: the phase word says who serves, and everything else follows it.
     async fn follow_word(
         &mut self,
         job: &Job,
         settings: &Service,
         mut attachment: Attachment,
+        done: &mut Vec<String>,
     ) -> Result<String, ManagerError> {
-        let serving = self.machine_in(&attachment, attachment.plane().word().active())?;
-        let Some(serving) = serving else { return Ok("nobody serves".to_owned()) };
-        if self.store.primary(&settings.name)?.is_none_or(|primary| primary.partition != *serving.name()) {
-            let generation = self.next_generation(&settings.name)?;
-            let _ = self.store.record_switch(&settings.name, serving.name(), generation)?;
-        }
+        // It was killed in a switch, perhaps between the store of the word and what belongs to it.
+        let mended = attachment.reassert().await?;
+        done.extend(mended.into_iter().map(|what| format!("service {}: {what}", settings.name)));
+        let Some(serving) = self.follow(settings, &attachment)? else {
+            return Ok("nobody serves".to_owned());
+        };
         let Some(other) = self.other(&settings.name)? else {
             return Ok(format!("{} serves", serving.name()));
         };
         self.follow_applied(job, &serving, &other)?;
         if other.clones().is_empty() {
-            let retired = self.retire_drained(&mut attachment, &serving, &other).await?;
+            // A rollback that was killed had started it again, only to be checked.
+            let of = (job.kind != "rollback").then_some(settings);
+            let retired = self.retire_drained(&mut attachment, &serving, &other, of).await?;
             let flows = if retired { "" } else { ", which still has flows," };
             return Ok(format!(
                 "{} serves; {}{flows} can be committed away or rolled back to",
@@ -197,7 +244,8 @@ impl Manager {
         Ok(())
     }
 
-    /// Ends the switch and stops the old partition, if no flow is left there; whether that was so.
+    /// Ends the switch and stops the old partition, if no flow is left there; whether that was so. If it is the old
+    /// partition of this service's last switch, its last writes are counted as lost by that.
     ///
     /// # Errors
     /// [`ManagerError`]; calling again goes on.
@@ -206,6 +254,7 @@ impl Manager {
         attachment: &mut Attachment,
         serving: &Machine,
         old: &Machine,
+        of: Option<&Service>,
     ) -> Result<bool, ManagerError> {
         let now = DrainOptions { deadline: Some(std::time::Duration::ZERO), on_deadline: OnDeadline::Keep };
         let report = attachment.drain(&now, |_| {}).await?;
@@ -216,22 +265,14 @@ impl Manager {
         if let Some(slot) = slot_of(attachment, old) {
             attachment.leave(slot).await?;
         }
+        if let Some(service) = of {
+            crate::switchover::recount(self, service, old)?;
+        }
         self.stop(old)?;
         if let Err(error) = self.unmask(serving) {
             tracing::warn!(partition = %serving.name(), "failed to start what was masked: {}", chain(&error));
         }
         Ok(true)
-    }
-
-    fn machine_in(
-        &self,
-        attachment: &Attachment,
-        slot: patchswitch_common::Slot,
-    ) -> Result<Option<Machine>, ManagerError> {
-        let Some(entry) = &attachment.record().slots[slot as usize] else { return Ok(None) };
-        let netns = entry.netns.to_string();
-        let row = self.store.partitions()?.into_iter().find(|row| crate::names::netns(&row.name) == netns);
-        row.map(|row| self.machine(&row.name)).transpose()
     }
 
     /// Takes everything out of the kernel again; the store stays. Nothing there: nothing to do.

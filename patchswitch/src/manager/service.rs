@@ -5,9 +5,10 @@ use std::path::Path;
 
 use patchswitch_common::Slot;
 
-use super::{Machine, Manager, ManagerError};
-use crate::attachment::{AttachError, Attachment, Inside, Partition, RecordError, Spec};
+use super::{Machine, Manager, ManagerError, chain};
+use crate::attachment::{AttachError, Attachment, Inside, Partition, Record, RecordError, Spec};
 use crate::config::Service;
+use crate::dataplane::DataplaneError;
 use crate::host::linux::netns::NetnsRef;
 use crate::names::{Name, RUN_ROOT};
 use crate::store::{JobLock, Role};
@@ -17,49 +18,148 @@ const INNER_LINK: &str = "eth0";
 
 impl Manager {
     /// Adds a service: its partition is started if it does not run, and gets the addresses. Added already: its
-    /// settings are renewed, and whatever of it is missing is made.
+    /// settings are renewed, and whatever of it is missing is made; for other addresses or uplinks it is attached anew,
+    /// which connections outlive only by luck. Returns what was done to a service that was there.
     ///
     /// # Errors
-    /// [`ManagerError`]; a service that was not there before is not there afterwards.
-    pub async fn add_service(&mut self, name: &Name) -> Result<(), ManagerError> {
+    /// [`ManagerError::Lock`] while a job runs; [`ManagerError::Refused`] if addresses or uplinks are to change while
+    /// there is an old partition, or cannot. A service that was not there before is not there afterwards, one that was
+    /// is served as before.
+    pub async fn add_service(&mut self, name: &Name) -> Result<Vec<String>, ManagerError> {
         let found = self.config.services.iter().find(|service| &service.name == name).cloned();
         let service = found.ok_or_else(|| {
             ManagerError::refused(format!("the configuration has no [[service]] with name = \"{name}\""))
         })?;
-        let known = self.store.service(name)?.is_some();
+        let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
+        match self.store.service(name)? {
+            Some(old) => self.change_service(&old, &service).await,
+            None => self.begin_service(&service).await.map(|()| Vec::new()),
+        }
+    }
+
+    async fn begin_service(&mut self, service: &Service) -> Result<(), ManagerError> {
         let machine = self.machine(&service.partition)?;
         let ran = self.is_running(&machine)?;
-        let _ = self.store.put_service(&service)?;
-        let Err(cause) = self.serve(&service).await else { return Ok(()) };
-        if !known {
-            let _ = self.store.remove_service(name)?;
-            if !ran && let Err(second) = self.stop(&machine) {
-                tracing::warn!(partition = %machine.name(), "failed to clean up: {}", super::chain(&second));
-            }
+        let _ = self.store.put_service(service)?;
+        let Err(cause) = self.serve(service).await else { return Ok(()) };
+        let _ = self.store.remove_service(&service.name)?;
+        if !ran && let Err(second) = self.stop(&machine) {
+            tracing::warn!(partition = %machine.name(), "failed to clean up: {}", chain(&second));
         }
         Err(cause)
     }
 
-    /// Makes the primary partition of a service run and serve.
-    pub(super) async fn serve(&mut self, service: &Service) -> Result<(), ManagerError> {
-        let machine = self.active(service)?;
-        self.ensure_running(&machine)?;
-        match Attachment::open(&service.name) {
-            Ok(_) => Ok(()),
-            // Begun by a command that was killed: it is made anew.
-            Err(AttachError::Record(RecordError::Unknown(_)) | AttachError::Incomplete(_)) => {
-                let spec = Spec {
-                    name: service.name.clone(),
-                    addresses: service.addresses.clone(),
-                    uplinks: service.uplinks.iter().map(|uplink| uplink.as_str().to_owned()).collect(),
-                    udp_idle: service.udp_idle,
-                    hook: None,
-                };
-                Attachment::create(&spec, &attachable(&machine), None).await?;
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
+    /// Clients feel it if a service is attached anew, so that is done only if nothing speaks against it, and the old
+    /// settings are brought back if it fails all the same.
+    async fn change_service(&mut self, old: &Service, new: &Service) -> Result<Vec<String>, ManagerError> {
+        let name = &new.name;
+        let spec = spec(new);
+        let is_attached = match Record::load(name) {
+            Err(RecordError::Unknown(_)) => false,
+            record => !record.map_err(AttachError::from)?.is_of(&spec),
+        };
+        if !is_attached {
+            let _ = self.store.put_service(new)?;
+            return self.serve(new).await;
         }
+        if let Some(other) = self.other(name)? {
+            return Err(ManagerError::refused(format!(
+                "service {name} still has {}, so its addresses and uplinks stay as they are; nothing was changed; \
+                 `patchswitch commit {name}` or `patchswitch rollback {name}` first",
+                other.name()
+            )));
+        }
+        Attachment::check(&spec, &attachable(&self.active(old)?)).await?;
+        let _ = self.store.put_service(new)?;
+        let cause = match self.serve(new).await {
+            Err(cause) => cause,
+            done => return done,
+        };
+        let _ = self.store.put_service(old)?;
+        let now = match self.serve(old).await {
+            Ok(_) => "it is served as before".to_owned(),
+            Err(second) => format!("it is not served ({}): `patchswitch up` tries again", chain(&second)),
+        };
+        let message = format!("failed to change service {name}: {}; {now}", chain(&cause));
+        Err(ManagerError::Refused { message, code: cause.exit_code() })
+    }
+
+    /// Makes the partition of a service that serves run and serve, and returns what had to be mended of what was there.
+    pub(super) async fn serve(&mut self, service: &Service) -> Result<Vec<String>, ManagerError> {
+        let attachment = match Attachment::open(&service.name) {
+            Ok(attachment) => Some(attachment),
+            // Not there, begun by a command that was killed, or with programs that somebody removed: made anew.
+            Err(
+                AttachError::Record(RecordError::Unknown(_))
+                | AttachError::Incomplete(_)
+                | AttachError::Dataplane(DataplaneError::NotAttached(_)),
+            ) => None,
+            Err(error) => return Err(error.into()),
+        };
+        if attachment.as_ref().is_some_and(|attachment| !attachment.record().of_service) {
+            return Err(ManagerError::refused(format!(
+                "{0} was attached by hand under the name of the service; nothing was changed there; `patchswitch detach \
+                 {0}` makes room",
+                service.name
+            )));
+        }
+        let machine = match &attachment {
+            Some(attachment) => self.follow(service, attachment)?,
+            None => None,
+        };
+        let machine = match machine {
+            Some(machine) => machine,
+            None => self.active(service)?,
+        };
+        self.ensure_running(&machine)?;
+        let mut mended = Vec::new();
+        if let Some(mut attachment) = attachment {
+            let Some(reason) = self.outdated(&attachment, service)? else {
+                if attachment.set_udp_idle(service.udp_idle)? {
+                    mended.push("udp_idle was changed".to_owned());
+                }
+                mended.extend(attachment.reassert().await?);
+                return Ok(mended);
+            };
+            mended.push(format!("it was attached anew: {reason}"));
+        }
+        detach(&service.name).await?;
+        Attachment::create(&spec(service), &attachable(&machine), None).await?;
+        Ok(mended)
+    }
+
+    /// Why an attachment is of no use for a service, if it is not.
+    fn outdated(&self, attachment: &Attachment, service: &Service) -> Result<Option<&str>, ManagerError> {
+        if !attachment.is_current(attachment.plane().word().active())? {
+            return Ok(Some("its partition has another network namespace now"));
+        }
+        if !attachment.record().is_of(&spec(service)) && self.other(&service.name)?.is_none() {
+            return Ok(Some("its addresses or uplinks have changed"));
+        }
+        Ok(None)
+    }
+
+    /// Makes the store follow the phase word, and returns who serves by it.
+    pub(super) fn follow(
+        &mut self,
+        service: &Service,
+        attachment: &Attachment,
+    ) -> Result<Option<Machine>, ManagerError> {
+        let Some(serving) = self.machine_in(attachment, attachment.plane().word().active())? else {
+            return Ok(None);
+        };
+        if self.store.primary(&service.name)?.is_none_or(|primary| primary.partition != *serving.name()) {
+            let generation = self.next_generation(&service.name)?;
+            let _ = self.store.record_switch(&service.name, serving.name(), generation)?;
+        }
+        Ok(Some(serving))
+    }
+
+    fn machine_in(&self, attachment: &Attachment, slot: Slot) -> Result<Option<Machine>, ManagerError> {
+        let Some(entry) = &attachment.record().slots[slot as usize] else { return Ok(None) };
+        let netns = entry.netns.to_string();
+        let row = self.store.partitions()?.into_iter().find(|row| crate::names::netns(&row.name) == netns);
+        row.map(|row| self.machine(&row.name)).transpose()
     }
 
     /// Starts a partition unless it runs.
@@ -96,7 +196,7 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Lock`] while a job runs; [`ManagerError::Refused`] while it has two partitions: commit or roll back first.
     pub async fn remove_service(&mut self, name: &Name) -> Result<bool, ManagerError> {
-        let Some(service) = self.store.service(name)? else { return Ok(false) };
+        let Some(service) = self.store.service(name)? else { return remove_remains(name).await };
         let lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
         if self.other(name)?.is_some() {
             return Err(ManagerError::refused(format!(
@@ -111,6 +211,27 @@ impl Manager {
         drop(lock);
         Self::remove_empty_directories();
         Ok(true)
+    }
+}
+
+/// Detaches what a service has left that the store does not know any more; whether there was something.
+async fn remove_remains(name: &Name) -> Result<bool, ManagerError> {
+    if !Record::load(name).is_ok_and(|record| record.of_service) {
+        return Ok(false);
+    }
+    let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
+    detach(name).await.map(|()| true)
+}
+
+/// What the data path is to be for a service.
+fn spec(service: &Service) -> Spec {
+    Spec {
+        name: service.name.clone(),
+        addresses: service.addresses.clone(),
+        uplinks: service.uplinks.iter().map(|uplink| uplink.as_str().to_owned()).collect(),
+        udp_idle: service.udp_idle,
+        hook: None,
+        of_service: true,
     }
 }
 

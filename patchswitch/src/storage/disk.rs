@@ -161,13 +161,9 @@ pub fn create_image(path: &Path, sectors: u64, room: Room) -> Result<Done, Stora
         allocate(&file, bytes, room).map_err(StorageError::io("allocate", path))?;
         return Ok(Done::Changed);
     }
-    let (folder, Some(name)) = (path.parent().unwrap_or(Path::new("/")), path.file_name()) else {
+    let (folder, Some(part)) = (path.parent().unwrap_or(Path::new("/")), part(path)) else {
         return Err(StorageError::io("create", path)(io::ErrorKind::InvalidInput.into()));
     };
-    let mut part = std::ffi::OsString::from(".");
-    part.push(name);
-    part.push(".part");
-    let part = folder.join(part);
     // One that was left behind by a crash.
     std::fs::remove_file(&part).or_else(|error| match error.kind() {
         io::ErrorKind::NotFound => Ok(()),
@@ -179,6 +175,30 @@ pub fn create_image(path: &Path, sectors: u64, room: Room) -> Result<Done, Stora
         std::fs::remove_file(&part).ok();
     }
     made.map(|()| Done::Changed).map_err(StorageError::io("create", path))
+}
+
+/// Removes an image, and what a crash left of the making of it. Not there: nothing to do.
+///
+/// # Errors
+/// [`StorageError::Io`].
+pub fn remove_image(path: &Path) -> Result<(), StorageError> {
+    for file in part(path).into_iter().chain([path.to_owned()]) {
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StorageError::io("remove", &file)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The name of an image while it is made.
+fn part(path: &Path) -> Option<PathBuf> {
+    let mut part = std::ffi::OsString::from(".");
+    part.push(path.file_name()?);
+    part.push(".part");
+    Some(path.with_file_name(part))
 }
 
 fn make(path: &Path, bytes: u64, room: Room) -> io::Result<()> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::context::{Failure, Phase, at};
-use super::{Context, Loss};
+use super::{Context, Loss, recount};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, slot_of};
 use crate::names::Name;
@@ -27,6 +27,9 @@ pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCo
     };
     agreed(job, lost)?;
     retire(job, &old).await?;
+    // It may have written until just now.
+    let lost = recount::counted(job.manager, &job.service.name).map_err(at(Phase::Commit))?;
+    agreed(job, lost.as_ref())?;
     merge(job)?;
     Ok(ExitCode::Done)
 }
@@ -50,7 +53,9 @@ async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
         return Ok(());
     }
     let new = job.manager.active(&job.service).map_err(at(Phase::Retire))?;
-    if job.manager.retire_drained(&mut job.attachment, &new, old).await.map_err(at(Phase::Retire))? {
+    let service = Some(&job.service);
+    let retired = job.manager.retire_drained(&mut job.attachment, &new, old, service).await;
+    if retired.map_err(at(Phase::Retire))? {
         return Ok(());
     }
     let service = &job.service.name;

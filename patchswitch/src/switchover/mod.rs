@@ -22,6 +22,7 @@ mod look;
 mod observe;
 mod patch;
 mod plan;
+mod recount;
 mod report;
 mod rollback;
 mod stop;
@@ -83,5 +84,6 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 pub use commit::commit;
 pub(crate) use commit::{begin_merge, merge_disks};
 pub use look::{JobView, Progress, Room, job, log_file, open_jobs, rooms};
+pub(crate) use recount::recount;
 pub use rollback::rollback;
 pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

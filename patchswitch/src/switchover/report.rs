@@ -42,7 +42,7 @@ impl Loss {
     }
 }
 
-/// The new side's disks at the moment of the switch.
+/// One side's disks at a moment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AtSwitch {
     /// One mark for each disk.
@@ -94,6 +94,8 @@ pub struct Report {
     pub lost_by_give_back: Option<Loss>,
     /// What had been written to the new side's disks at the switch, and when that was: what a rollback counts from.
     pub at_switch: Option<AtSwitch>,
+    /// What had been written to the old side's disks at the cut, and when that was: what its retirement counts from.
+    pub at_cut: Option<AtSwitch>,
     /// How it ended, in one word.
     pub outcome: String,
     /// The end of the command.
@@ -126,6 +128,7 @@ impl Report {
             lost_by_switch: None,
             lost_by_give_back: None,
             at_switch: None,
+            at_cut: None,
             outcome: "running".to_owned(),
             exit_code: 0,
             error: None,
@@ -154,19 +157,26 @@ impl Report {
     /// # Errors
     /// [`ManagerError::Io`].
     pub fn save(&self, state: &Path) -> Result<(), ManagerError> {
-        let path = Self::path(state, self.job);
-        let directory = state.join("reports");
-        std::fs::create_dir_all(&directory).map_err(ManagerError::io("make", &directory))?;
-        let text = serde_json::to_vec_pretty(self).map_err(std::io::Error::from);
-        let text = text.map_err(ManagerError::io("write", &path))?;
-        let new = path.with_extension("new");
-        let write = |text: &[u8]| {
-            let mut file = File::create(&new)?;
-            file.write_all(text)?;
-            file.sync_all()
-        };
-        write(&text).map_err(ManagerError::io("write", &new))?;
-        std::fs::rename(&new, &path).map_err(ManagerError::io("write", &path))?;
-        File::open(&directory).and_then(|file| file.sync_all()).map_err(ManagerError::io("write", &directory))
+        write(&Self::path(state, self.job), self)
     }
+}
+
+/// Writes a report durably, as a whole or not at all.
+///
+/// # Errors
+/// [`ManagerError::Io`].
+pub(super) fn write(path: &Path, report: &impl Serialize) -> Result<(), ManagerError> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(directory).map_err(ManagerError::io("make", directory))?;
+    let text = serde_json::to_vec_pretty(report).map_err(std::io::Error::from);
+    let text = text.map_err(ManagerError::io("write", path))?;
+    let new = path.with_extension("new");
+    let write = |text: &[u8]| {
+        let mut file = File::create(&new)?;
+        file.write_all(text)?;
+        file.sync_all()
+    };
+    write(&text).map_err(ManagerError::io("write", &new))?;
+    std::fs::rename(&new, path).map_err(ManagerError::io("write", path))?;
+    File::open(directory).and_then(|file| file.sync_all()).map_err(ManagerError::io("write", directory))
 }

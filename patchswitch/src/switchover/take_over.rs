@@ -37,6 +37,7 @@ impl Verified {
             job.report.old_flows_at_flip = Some(flows.accepted.len());
             let now = std::time::SystemTime::now();
             job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
+            job.report.at_cut = Some(AtSwitch { marks: clone.marks.clone(), at: clone.before });
             job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
             let options = SwitchOptions { notice: !job.options.without_notice, ..SwitchOptions::default() };
             let (phase, patched) = (Phase::TakeOver, Some(job.job));

@@ -7,6 +7,7 @@ use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
 use super::{Context, Loss};
+use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
 use crate::names::Name;
@@ -110,11 +111,21 @@ pub(super) fn meter(
     marks: &[Mark],
     since: SystemTime,
 ) -> Result<Loss, ManagerError> {
+    written(&job.service, machine, marks, since)
+}
+
+/// As [`meter`], outside of a job as well.
+pub(super) fn written(
+    service: &Service,
+    machine: &Machine,
+    marks: &[Mark],
+    since: SystemTime,
+) -> Result<Loss, ManagerError> {
     let mut sectors = 0;
     for mark in marks {
         sectors += meter::since(mark)?.sectors;
     }
-    let patterns = job.service.may_lose.iter().map(String::as_str);
+    let patterns = service.may_lose.iter().map(String::as_str);
     let may_lose = MayLose::parse(patterns).map_err(|error| ManagerError::refused(error.to_string()))?;
     let mounts = Manager::mounts()?;
     let mut loss = Loss { sectors, ..Loss::default() };

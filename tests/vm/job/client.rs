@@ -40,8 +40,13 @@ fn get(address: &str) -> anyhow::Result<String> {
 
 /// Who answers at this moment, at both addresses: they must be one and the same.
 pub(super) fn who(client: &Ns) -> anyhow::Result<String> {
+    who_at(client, SERVICE)
+}
+
+/// As [`who`], at other addresses.
+pub(super) fn who_at(client: &Ns, addresses: [&str; 2]) -> anyhow::Result<String> {
     client.enter(|| {
-        let [v4, v6] = SERVICE.map(get);
+        let [v4, v6] = addresses.map(get);
         let (v4, v6) = (v4?, v6?);
         ensure!(v4 == v6, "{v4} answers in IPv4, {v6} in IPv6");
         Ok(v4)

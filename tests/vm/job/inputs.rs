@@ -100,8 +100,13 @@ fn one_job_at_a_time_and_it_can_be_called_off() {
     // While the clone patches itself, which would take long.
     let hangs = stage.patch("hangs", "sleep 1000");
     let job = stage.start_until(&["apply", SERVICE], "patch");
-    for command in [&["apply", SERVICE][..], &["commit", SERVICE], &["service", "remove", SERVICE], &["down"]]
-    {
+    for command in [
+        &["apply", SERVICE][..],
+        &["commit", SERVICE],
+        &["service", "add", SERVICE],
+        &["service", "remove", SERVICE],
+        &["down"],
+    ] {
         let said = stage.ends_with(75, command);
         assert!(said.contains(&format!("process {} since", job.pid())), "{said}");
     }

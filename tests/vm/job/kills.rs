@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
+use patchswitch::names::{Name, host_link};
 use patchswitch_tests::leftovers::Snapshot;
+use patchswitch_tests::netlab;
 use rustix::process::Signal;
 
 use super::client::Client;
@@ -119,8 +121,17 @@ fn a_job_that_is_killed_after_the_switch_is_finished() {
     for (phase, after) in [("observe", 200), ("drain", 0), ("retire", 200)] {
         println!("killed in {phase} after {after} ms");
         kill(&stage, &["apply", SERVICE], phase, Duration::from_millis(after));
+        if phase == "observe" {
+            as_if_nothing_had_followed_the_word(&stage);
+        }
         let said = recover(&stage);
         assert!(said.contains("web-b serves; web-a"), "{said}");
+        if phase == "observe" {
+            for mended in ["the host's route leads to ps-web-b again", "ps-web-b begins new connections"] {
+                assert!(said.contains(mended), "{said}");
+            }
+        }
+        assert_follows(&stage, "web-b");
         assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
         if phase == "retire" {
             rollbacks(&stage);
@@ -138,6 +149,39 @@ fn a_job_that_is_killed_after_the_switch_is_finished() {
     stage.ends_with(10, &["plan", SERVICE]);
     client.all_answered();
     stage.finish();
+}
+
+/// As a kill leaves it between the store of the word and all that follows it: the host's route leads to the old side, and
+/// the new one's sources are those of a partition that retires.
+fn as_if_nothing_had_followed_the_word(stage: &Stage) {
+    let old = host_link(&Name::new(SERVICE).unwrap(), 0);
+    for address in netlab::SERVICE {
+        stage.host_ip(&format!("route replace {address} dev {old} proto 117"));
+    }
+    stage.host_ip(&format!("-n ps-web-b addr change {}/128 dev eth0 preferred_lft 0", netlab::SERVICE[1]));
+    assert!(routes(stage).iter().all(|link| *link == old), "the state that is to be mended");
+}
+
+/// By which links the host reaches the service.
+fn routes(stage: &Stage) -> [String; 2] {
+    netlab::SERVICE.map(|address| {
+        let shown: serde_json::Value =
+            serde_json::from_str(&stage.host_ip(&format!("-j route get {address}"))).unwrap();
+        shown[0]["dev"].as_str().unwrap().to_owned()
+    })
+}
+
+/// The kernel's routes lead to who serves, and clients on the host itself are answered by it.
+#[track_caller]
+fn assert_follows(stage: &Stage, serving: &str) {
+    let alias = format!("-j -d link show {}", routes(stage)[0]);
+    let inside = stage.host_ip(&format!("-n ps-{serving} -j link show eth0"));
+    let (outer, inner): (serde_json::Value, serde_json::Value) =
+        (serde_json::from_str(&stage.host_ip(&alias)).unwrap(), serde_json::from_str(&inside).unwrap());
+    // The ends of a veth pair name each other.
+    assert_eq!(outer[0]["link_index"], inner[0]["ifindex"], "{serving} serves");
+    let [v4, v6] = routes(stage);
+    assert_eq!(v4, v6);
 }
 
 /// Rollbacks are killed before and after they give back.

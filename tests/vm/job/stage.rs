@@ -291,6 +291,13 @@ port = {port}
         rows.iter().find(|row| row["id"].as_u64() == id.parse().ok()).unwrap().clone()
     }
 
+    /// `ip` with the words of one line, on the host.
+    #[track_caller]
+    pub(super) fn host_ip(&self, line: &str) -> String {
+        let words: Vec<&str> = ["ip"].into_iter().chain(line.split_whitespace()).collect();
+        programs::run(&words).unwrap()
+    }
+
     /// Nothing of a job is left since that list of the kernel's, but the log of the console, which tells of a clone that
     /// is gone why it failed.
     #[track_caller]

@@ -241,10 +241,7 @@ impl Dm {
     pub fn remove(&self, name: &str) -> Result<Done, DmError> {
         match self.remove_with(name, 0) {
             Ok(_answer) => node::remove(name).map(|()| Done::Changed),
-            // A node that still leads to a device is somebody else's.
-            Err(DmError::NoDevice(_)) if DeviceNumber::of_path(&node::path_of(name)).is_ok() => {
-                Ok(Done::AlreadySo)
-            }
+            Err(DmError::NoDevice(_)) if node::is_of_others(name) => Ok(Done::AlreadySo),
             Err(DmError::NoDevice(_)) => node::remove(name).map(|()| Done::AlreadySo),
             Err(DmError::Call { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
                 let open_count = self.info(name)?.map_or(0, |info| info.open_count);

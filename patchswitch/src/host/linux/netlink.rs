@@ -3,6 +3,7 @@
 //! A [`Netlink`] belongs to the network namespace in which its socket was opened. Every change is idempotent: what is
 //! already so is no error, and neither is what is already gone.
 
+mod look;
 mod nsid;
 mod qdisc;
 mod route;

@@ -43,6 +43,16 @@ fn create(path: &Path, device: DeviceNumber) -> io::Result<()> {
     std::fs::rename(&temporary, path)
 }
 
+/// Whether the node of a name leads to a device that somebody else has under this name. One that leads to nothing, or to
+/// a device of another name that has got the number since, was left by a kill after its device had gone.
+pub(super) fn is_of_others(name: &str) -> bool {
+    let Ok(device) = DeviceNumber::of_path(&path_of(name)) else { return false };
+    match std::fs::read_to_string(device.sysfs().join("dm/name")) {
+        Ok(found) => found.trim_end() == name,
+        Err(_not_of_device_mapper) => device.sysfs().exists(),
+    }
+}
+
 pub(super) fn remove(name: &str) -> Result<(), DmError> {
     let path = path_of(name);
     match std::fs::remove_file(&path) {

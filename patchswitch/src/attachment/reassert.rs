@@ -1,0 +1,82 @@
+//! Everything that depends on the phase word, brought to what the word says.
+//!
+//! The store of the word is the switch; routes and addresses follow it. Whoever is killed in between leaves them as they
+//! were, and whoever comes next puts them right here, as often as he likes.
+//!
+//! | depends on the word | serves | retires | neither |
+//! |---|---|---|---|
+//! | the host's route for the service addresses | to it | – | – |
+//! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
+//! | notice, learning | – | – | off, as nobody retires |
+
+use patchswitch_common::Slot;
+use patchswitch_common::word::Phase;
+
+use super::{AttachError, Attachment, remove, wiring};
+
+impl Attachment {
+    /// Brings the host's routes, the partitions' sources and the flags of the word to what the word says, and returns
+    /// what had to be mended: nothing, if all was well. Calling it again goes on after an error.
+    ///
+    /// Not to be called while flows are learned for a switch that is to come: it ends that.
+    ///
+    /// # Errors
+    /// [`AttachError::Unmended`] with everything that could not be put right; the rest is right.
+    pub async fn reassert(&mut self) -> Result<Vec<String>, AttachError> {
+        let (mut mended, mut errors) = (Vec::new(), Vec::new());
+        let word = self.plane.word();
+        let retiring = (word.phase() == Phase::Draining).then(|| word.active().other());
+        match self.reassert_route(word.active()).await {
+            Ok(what) => mended.extend(what),
+            Err(error) => errors.push(error),
+        }
+        for (slot, serving) in [(Some(word.active()), true), (retiring, false)] {
+            match self.reassert_source(slot, serving).await {
+                Ok(what) => mended.extend(what),
+                Err(error) => errors.push(error),
+            }
+        }
+        if retiring.is_none() && (word.notice() || word.learns()) {
+            match self.settle() {
+                Ok(()) => mended.push("a switch that did not come was called off".to_owned()),
+                Err(error) => errors.push(error),
+            }
+        }
+        for what in &mended {
+            tracing::info!(name = %self.record.name, "{what}");
+        }
+        if errors.is_empty() {
+            return Ok(mended);
+        }
+        let name = self.record.name.clone();
+        Err(AttachError::Unmended { name, causes: errors.iter().map(remove::text).collect() })
+    }
+
+    async fn reassert_route(&self, active: Slot) -> Result<Option<String>, AttachError> {
+        let entry = self.slot(active)?;
+        if wiring::is_slow_path(&self.host, &self.record, entry).await? {
+            return Ok(None);
+        }
+        wiring::slow_path(&self.host, &self.record, entry).await?;
+        Ok(Some(format!("the host's route leads to {} again", entry.netns)))
+    }
+
+    async fn reassert_source(
+        &self,
+        slot: Option<Slot>,
+        serving: bool,
+    ) -> Result<Option<String>, AttachError> {
+        let Some((slot, entry)) =
+            slot.and_then(|slot| Some((slot, self.record.slots[slot as usize].as_ref()?)))
+        else {
+            return Ok(None);
+        };
+        let netns = self.netns(slot)?;
+        if wiring::prefers_source(&self.record, entry, &netns, serving).await? {
+            return Ok(None);
+        }
+        wiring::prefer_source(&self.record, entry, &netns, serving).await?;
+        let address = if serving { "the service's address" } else { "an address of its own" };
+        Ok(Some(format!("{} begins new connections with {address} again", entry.netns)))
+    }
+}

@@ -6,7 +6,6 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::error::Fault;
-use super::ledger::{self, NewEntry};
 use super::values::{Json, Time, now, row_id, words};
 use super::{Change, Store, StoreError};
 use crate::exit::ExitCode;
@@ -44,7 +43,7 @@ pub struct NewJob<'a> {
     pub kind: &'a str,
     /// Everything that is needed to go on with it or to undo it.
     pub plan: &'a Value,
-    /// The boot of the host, see [`super::boot_id`].
+    /// The boot of the host, see [`boot_id`].
     pub boot_id: &'a str,
 }
 
@@ -103,6 +102,14 @@ pub struct Step {
 
 const JOB: &str = "id, service, kind, plan, pid, boot_id, started_at, ended_at, exit_code, message FROM jobs";
 const STEP: &str = "id, job, phase, intent, state, outcome, began_at, ended_at FROM steps";
+
+/// The boot of this host (`/proc/sys/kernel/random/boot_id`).
+///
+/// # Errors
+/// What the kernel says; without `/proc` nothing of ours works.
+pub fn boot_id() -> std::io::Result<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|text| text.trim().to_owned())
+}
 
 impl Store {
     /// Begins a job of this process.
@@ -189,18 +196,11 @@ impl Store {
         self.read("read the open job", |connection| Ok(open_job(connection, service)?))
     }
 
-    /// Writes down what is about to be done, with a ledger entry for every object of the kernel that it makes; all of
-    /// it is on the disk when this returns.
+    /// Writes down what is about to be done; it is on the disk when this returns.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]; [`StoreError::Conflict`] if the job is over.
-    pub fn intend(
-        &mut self,
-        job: JobId,
-        phase: &str,
-        intent: &Value,
-        objects: &[NewEntry<'_>],
-    ) -> Result<StepId, StoreError> {
+    pub fn intend(&mut self, job: JobId, phase: &str, intent: &Value) -> Result<StepId, StoreError> {
         self.write("write the intent", |tx| {
             let open = get(tx, job)?.ok_or_else(|| Fault::not_found("job", job))?;
             if open.ended_at.is_some() {
@@ -210,11 +210,7 @@ impl Store {
                 "INSERT INTO steps (job, phase, intent, state, began_at) VALUES (?, ?, ?, ?, ?)",
                 params![job, phase, Json(intent), StepState::Intended, Time(now())],
             )?;
-            let id = StepId(tx.last_insert_rowid());
-            for object in objects {
-                let _ = ledger::note(tx, object)?;
-            }
-            Ok(id)
+            Ok(StepId(tx.last_insert_rowid()))
         })
     }
 

@@ -6,7 +6,6 @@
 //! | `services`, `primaries` | what is served, and by whom as far as a boot is concerned |
 //! | `patches`, `patch_results`, `audit` | the patch table (patent Fig. 6), its history, who decided what |
 //! | `jobs`, `steps` | the journal: intent before the act, outcome after it |
-//! | `ledger` | every object of the kernel that is ours, and what undoes it |
 //!
 //! A write returns when it is on the disk (`synchronous=FULL`), whole or not at all. Readers never wait for a writer
 //! and see the state between two writes (WAL); writers of several processes take turns. While the host is up, the
@@ -20,7 +19,6 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 mod audit;
 mod error;
 mod jobs;
-mod ledger;
 mod lock;
 mod partitions;
 mod patches;
@@ -34,8 +32,7 @@ mod values;
 
 pub use audit::{AuditRow, Who};
 pub use error::StoreError;
-pub use jobs::{Job, JobId, NewJob, Step, StepId, StepState};
-pub use ledger::{Entry, Kind, Lifetime, NewEntry, boot_id};
+pub use jobs::{Job, JobId, NewJob, Step, StepId, StepState, boot_id};
 pub use lock::{Holder, JobLock, LockError};
 pub use partitions::{Disk, Partition, Role, State};
 pub use patches::{Decision, NewPatch, Package, Patch, PatchId, Types};

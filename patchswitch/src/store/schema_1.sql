@@ -147,16 +147,3 @@ CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log is only added to'); END;
 CREATE TRIGGER audit_is_not_removed BEFORE DELETE ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log is only added to'); END;
-
--- Every object of the kernel that is ours: noted before it exists, forgotten after it has gone. Several owners may
--- hold one object (a sysctl of a shared uplink); what undoes it is what the first of them found.
-CREATE TABLE ledger (
-    id      INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind    TEXT NOT NULL,
-    name    TEXT NOT NULL,
-    owner   TEXT NOT NULL,
-    boot_id TEXT,                                                              -- none: it outlives a boot
-    made_at TEXT NOT NULL,
-    undo    TEXT NOT NULL,
-    UNIQUE (kind, name, owner)
-) STRICT;

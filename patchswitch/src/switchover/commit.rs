@@ -69,8 +69,7 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     let new = job.manager.active(&job.service).map_err(at(Phase::Commit))?;
     let intent = json!({"clones": new.clones()});
     (job.say)("commit …");
-    let step =
-        job.manager.store.intend(job.job, Phase::Commit.name(), &intent, &[]).map_err(at(Phase::Commit))?;
+    let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent).map_err(at(Phase::Commit))?;
     // From here on there is only one way, and if it is not gone to the end now, `up` goes it.
     job.unfinished = true;
     let start = std::time::Instant::now();

@@ -221,7 +221,7 @@ impl Context<'_> {
         act: impl AsyncFnOnce(&mut Self) -> Result<(T, Value), Failure>,
     ) -> Result<T, Failure> {
         (self.say)(&format!("{phase} …"));
-        let step = self.manager.store.intend(self.job, phase.name(), &intent, &[]).map_err(at(phase))?;
+        let step = self.manager.store.intend(self.job, phase.name(), &intent).map_err(at(phase))?;
         let start = Instant::now();
         let result = act(self).await;
         let seconds = start.elapsed().as_secs_f64();

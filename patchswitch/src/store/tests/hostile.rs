@@ -205,18 +205,8 @@ fn any_results() -> impl Strategy<Value = PatchResults> {
 
 /// Everything in the store but the results, as text.
 fn everything_else(store: &Store) -> String {
-    let tables = [
-        "services",
-        "partitions",
-        "disks",
-        "primaries",
-        "patches",
-        "applied",
-        "jobs",
-        "steps",
-        "audit",
-        "ledger",
-    ];
+    let tables =
+        ["services", "partitions", "disks", "primaries", "patches", "applied", "jobs", "steps", "audit"];
     let mut text = String::new();
     for table in tables {
         let mut query = store.connection.prepare(&format!("SELECT * FROM {table}")).unwrap();

@@ -165,7 +165,7 @@ fn the_schema_knows_every_word() {
     }
     let job = begin(&mut store, "web");
     for state in [StepState::Done, StepState::Failed, StepState::Undone] {
-        let step = store.intend(job, "clone", &json!(null), &[]).unwrap();
+        let step = store.intend(job, "clone", &json!(null)).unwrap();
         let _ = store.conclude(step, state, &json!(null)).unwrap();
     }
 }
@@ -276,16 +276,7 @@ fn a_service_has_one_open_job_and_steps_go_one_way() {
     let (web, plan) = (name("web"), json!(null));
     let again = NewJob { service: &web, kind: "commit", plan: &plan, boot_id: "boot" };
     assert!(conflict(store.begin_job(&again)).contains("job 1 (apply) of service web is not over"));
-    let undo = json!({ "table": "0 8 linear 7:0 0" });
-    let object = NewEntry {
-        kind: Kind::DmDevice,
-        name: "ps-web-b-root",
-        owner: "web",
-        lifetime: Lifetime::Boot("boot"),
-        undo: &undo,
-    };
-    let step = store.intend(job, "clone", &json!({ "device": "ps-web-b-root" }), &[object]).unwrap();
-    assert_eq!(store.ledger(None).unwrap().len(), 1, "written with the intent");
+    let step = store.intend(job, "clone", &json!({ "device": "ps-web-b-root" })).unwrap();
     assert_eq!(store.steps(job).unwrap()[0].state, StepState::Intended);
     assert_eq!(store.conclude(step, StepState::Done, &json!({ "ms": 7 })).unwrap(), Change::Changed);
     assert_eq!(store.conclude(step, StepState::Done, &json!(null)).unwrap(), Change::AlreadySo);
@@ -297,7 +288,7 @@ fn a_service_has_one_open_job_and_steps_go_one_way() {
     assert_eq!(store.end_job(job, ExitCode::PatchFailed, "dpkg: 1").unwrap(), Change::Changed);
     assert_eq!(store.end_job(job, ExitCode::PatchFailed, "again").unwrap(), Change::AlreadySo);
     assert!(conflict(store.end_job(job, ExitCode::Done, "")).contains("ended with 20"));
-    assert!(conflict(store.intend(job, "boot", &json!(null), &[])).contains("is over"));
+    assert!(conflict(store.intend(job, "boot", &json!(null))).contains("is over"));
     assert_eq!(store.open_job(&web).unwrap(), None);
     assert_eq!(store.open_jobs().unwrap()[0].id, other);
     let next = begin(&mut store, "web");
@@ -305,46 +296,4 @@ fn a_service_has_one_open_job_and_steps_go_one_way() {
     assert_eq!(listed, [job, next]);
     let ended = store.job(job).unwrap().unwrap();
     assert_eq!((ended.exit_code, ended.message.as_deref()), (Some(20), Some("dpkg: 1")));
-}
-
-fn sysctl<'a>(owner: &'a str, boot: &'a str, undo: &'a serde_json::Value) -> NewEntry<'a> {
-    let lifetime = Lifetime::Boot(boot);
-    NewEntry { kind: Kind::Sysctl, name: "net/ipv4/neigh/eth0/proxy_delay", owner, lifetime, undo }
-}
-
-#[test]
-fn a_shared_setting_goes_back_to_what_the_first_owner_found() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut store = Store::open(dir.path()).unwrap();
-    let (found, ours) = (json!({ "old": "80" }), json!({ "old": "0" }));
-    assert_eq!(store.note(&sysctl("web", "b1", &found)).unwrap(), Change::Changed);
-    assert_eq!(store.note(&sysctl("web", "b1", &ours)).unwrap(), Change::AlreadySo);
-    assert_eq!(store.note(&sysctl("api", "b1", &ours)).unwrap(), Change::Changed);
-    let entries = store.ledger(Some("web")).unwrap();
-    assert_eq!(store.other_owners(&entries[0]).unwrap(), ["api"]);
-    assert_eq!(store.forget(Kind::Sysctl, &entries[0].name, "web").unwrap(), Change::Changed);
-    assert_eq!(store.forget(Kind::Sysctl, &entries[0].name, "web").unwrap(), Change::AlreadySo);
-    let last = store.ledger(Some("api")).unwrap();
-    assert_eq!(last[0].undo, found);
-    assert_eq!(store.other_owners(&last[0]).unwrap(), [""; 0]);
-}
-
-#[test]
-fn a_boot_takes_away_what_does_not_outlive_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut store = Store::open(dir.path()).unwrap();
-    let (old, new) = (json!({ "old": "80" }), json!({ "old": "81" }));
-    let _ = store.note(&sysctl("web", "b1", &old)).unwrap();
-    let _ = store.note(&sysctl("api", "b1", &old)).unwrap();
-    let file =
-        NewEntry { kind: Kind::File, name: "/x", owner: "web", lifetime: Lifetime::Durable, undo: &new };
-    let _ = store.note(&file).unwrap();
-    // Noted anew after the boot, before the sweep: what this boot has found counts.
-    assert_eq!(store.note(&sysctl("web", "b2", &new)).unwrap(), Change::Changed);
-    let gone = store.forget_other_boots("b2").unwrap();
-    assert_eq!(gone.iter().map(|entry| entry.owner.as_str()).collect::<Vec<_>>(), ["api"]);
-    let left = store.ledger(Some("web")).unwrap();
-    assert_eq!(left.iter().map(|entry| entry.kind).collect::<Vec<_>>(), [Kind::File, Kind::Sysctl]);
-    assert_eq!(left[1].undo, new);
-    assert!(!boot_id().unwrap().is_empty());
 }

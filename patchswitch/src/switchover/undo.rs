@@ -114,7 +114,7 @@ pub(super) fn meter(
     written(&job.service, machine, marks, since)
 }
 
-/// As [`meter`], outside of a job as well.
+/// As [`meter()`], outside of a job as well.
 pub(super) fn written(
     service: &Service,
     machine: &Machine,

@@ -121,7 +121,8 @@ pub fn refused_of_partition(ctx: &TcContext, network: &Network) -> Option<Verdic
 pub extern "C" fn ps_refused_out(skb: *mut __sk_buff, network: *const Network) -> i32 {
     // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
     let Some(network) = (unsafe { network.as_ref() }) else { return -1 };
-    refuse::outbound(&Frame(&TcContext::new(skb)), network, maps::is_service).map_or(-1, |verdict| verdict as i32)
+    refuse::outbound(&Frame(&TcContext::new(skb)), network, maps::is_service)
+        .map_or(-1, |verdict| verdict as i32)
 }
 
 /// As [`refused`]; a negative number is none.

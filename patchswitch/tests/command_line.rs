@@ -93,9 +93,9 @@ fn a_job_can_be_read_before_it_is_over_and_afterwards() {
     let service = Name::new("web").unwrap();
     let new = NewJob { service: &service, kind: "apply", plan: &json!({}), boot_id: "another boot" };
     let job = store.begin_job(&new).unwrap();
-    let clone = store.intend(job, "clone", &json!({}), &[]).unwrap();
+    let clone = store.intend(job, "clone", &json!({})).unwrap();
     let _ = store.conclude(clone, StepState::Done, &json!({"freeze_ms": 41.5})).unwrap();
-    store.intend(job, "boot", &json!({}), &[]).unwrap();
+    store.intend(job, "boot", &json!({})).unwrap();
     // The store stays open, as that of a job under way does.
     let under_way = read(&report());
     assert_eq!((&under_way["progress"], &under_way["report"]), (&"interrupted".into(), &Value::Null));

@@ -133,7 +133,7 @@ impl Stage {
         let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, drain, stop, .. } =
             settings;
         let (boot, gate) = match settings.come_up {
-            "" => ("20s", "4s"),
+            "" => ("30s", "10s"),
             limit => (limit, limit),
         };
         let text = format!(

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use patchswitch_tests::netlab::Ns;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
 const LIMIT: Duration = Duration::from_secs(3);
 
@@ -43,6 +44,10 @@ impl Asking {
     /// The body of an answer.
     pub(crate) fn get(&mut self, path: &str) -> anyhow::Result<Vec<u8>> {
         self.0.write_all(format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").as_bytes())?;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> anyhow::Result<Vec<u8>> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
@@ -57,6 +62,20 @@ impl Asking {
         self.0.read_exact(&mut body).context("an answer that was cut off")?;
         Ok(body)
     }
+}
+
+/// Who answers a request that comes with the first segment of a connection (RFC 7413).
+pub(crate) fn who_at_once(ns: &Ns, to: SocketAddr) -> anyhow::Result<String> {
+    /// `MSG_FASTOPEN` of `linux/socket.h`.
+    const FAST_OPEN: SendFlags = SendFlags::from_bits_retain(0x2000_0000);
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let stream = ns.enter(|| {
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+        sendto(&socket, b"GET / HTTP/1.1\r\nHost: test\r\n\r\n", FAST_OPEN, &to)?;
+        Ok(TcpStream::from(socket))
+    })?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    Ok(String::from_utf8(Asking(stream).answer()?)?.trim().to_owned())
 }
 
 /// Who answers a new connection from a namespace.

@@ -1,6 +1,8 @@
 //! The switch between two real network namespaces, with real sockets. Needs root and a kernel to play with.
 
 #[cfg(test)]
+mod alike;
+#[cfg(test)]
 mod ask;
 #[cfg(test)]
 mod drain;

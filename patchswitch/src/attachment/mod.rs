@@ -17,6 +17,7 @@ mod drain;
 mod error;
 mod flows;
 mod lock;
+mod parity;
 mod preflight;
 mod probe;
 mod reassert;
@@ -311,6 +312,7 @@ impl Attachment {
         self.all_learned(options)?;
         self.record.service_ports = self.service_ports(from)?;
         self.record.save()?;
+        parity::prepare(&self.netns(from)?, &self.netns(to)?);
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
         let word = self.plane.word();
         let ready = word.with_notice(options.notice);

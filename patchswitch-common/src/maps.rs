@@ -87,10 +87,19 @@ pub struct FragmentKey {
     pub destination: Address,
     /// Identification; network byte order, IPv4's in the lower half.
     pub id: u32,
-    /// IP protocol number of the fragmented packet.
+    /// IP protocol number of the fragmented packet; 0 for IPv6, where fragments of one datagram may differ in it.
     pub protocol: u8,
     /// Padding, 0.
     pub pad: [u8; 3],
+}
+
+impl FragmentKey {
+    /// The key of a fragment; `id` as [`FragmentKey::id`].
+    #[inline(always)]
+    pub const fn new(source: &Address, destination: &Address, id: u32, protocol: u8, v6: bool) -> Self {
+        let protocol = if v6 { 0 } else { protocol };
+        Self { source: *source, destination: *destination, id, protocol, pad: [0; 3] }
+    }
 }
 
 /// Value of the fragments under way: what was done with the first one.

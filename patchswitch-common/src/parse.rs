@@ -30,6 +30,10 @@ pub mod protocol {
     pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
+    /// DCCP (RFC 4340).
+    pub const DCCP: u8 = 33;
+    /// UDP-Lite (RFC 3828).
+    pub const UDP_LITE: u8 = 136;
     /// ICMP for IPv6.
     pub const ICMPV6: u8 = 58;
     pub(super) const HOP_BY_HOP: u8 = 0;
@@ -248,11 +252,12 @@ fn skip_extensions<O: Octets + ?Sized>(octets: &O, network: &mut Network) -> Res
     for _ in 0..EXTENSION_HEADERS {
         match skip_extension(octets, network) {
             Step::Skipped => {}
+            Step::None if network.payload > network.end => return Err(Malformed),
             Step::None => return Ok(()),
             Step::Short => return Err(Malformed),
         }
     }
-    if is_extension(network.protocol) { Err(Malformed) } else { Ok(()) }
+    if is_extension(network.protocol) || network.payload > network.end { Err(Malformed) } else { Ok(()) }
 }
 
 #[inline(always)]

@@ -109,6 +109,11 @@ fn icmpv4<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
             // The protocol and the length of the header that it quotes.
             let inner = network.payload + 8;
             let ([first], [number]) = (octets.at(inner)?, octets.at(inner + 9)?);
+            let [high, low] = octets.at(inner + 6)?;
+            if u16::from_be_bytes([high, low]) & 0x1fff != 0 {
+                // What a later fragment begins with is data.
+                return None;
+            }
             let [quoted] = octets.at(inner + u32::from(first & 0xf) * 4)?;
             (number == protocol::ICMP && is_error(quoted, false)).then_some(Verdict::NestedError)
         }

@@ -24,7 +24,8 @@ pub const HOOKS: [Hook; 3] = [Hook::Uplink, Hook::ToPartition, Hook::FromPartiti
 pub enum Verdict {
     /// Not an address of this service; left to others.
     NotOurs = 0,
-    /// Too short or inconsistent; left to the kernel, which drops and counts it as it would without us.
+    /// Too short or inconsistent. What comes in is left to the kernel, which drops and counts it as it would without us;
+    /// what a partition sends is dropped.
     Malformed = 1,
     /// Neighbour and router discovery, group membership, and other messages of the link to a service address: left to
     /// the host, which answers for it.

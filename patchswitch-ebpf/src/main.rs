@@ -6,8 +6,9 @@
 //!  partition ─► [ps_from_part] ─ learn ─ rewrite ─► redirect_neigh ─► uplink, or the kernel's routes
 //! ```
 //!
-//! Failure policy, for all of them: what is not understood is left to the kernel (`TC_ACT_UNSPEC`, so that the
-//! programs of others still run). No value of any map means "drop".
+//! Failure policy: what comes in and is not understood is left to the kernel (`TC_ACT_UNSPEC`, so that the programs of
+//! others still run); no value of any map means "drop". What a partition sends and is not understood is dropped: nobody
+//! could say whether it may.
 
 #![no_std]
 #![no_main]

@@ -10,7 +10,7 @@ use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{Kernel, Socket, tcp_state};
 use patchswitch_common::maps::{Address, FlowKey, FragmentKey, unmapped};
-use patchswitch_common::parse::{Flow, LINK_HEADER};
+use patchswitch_common::parse::{ETH_IPV6, Flow, LINK_HEADER};
 
 use crate::maps;
 use crate::packet::Frame;
@@ -75,8 +75,9 @@ fn learned(flow: &Flow) -> Option<Slot> {
 #[inline(never)]
 fn fragment(ctx: &TcContext, source: &Address, id: u32, protocol: u8) -> Option<Slot> {
     let frame = Frame(ctx);
-    let destination = frame.destination(frame.ethertype())?;
-    let key = FragmentKey { source: *source, destination, id, protocol, pad: [0; 3] };
+    let ethertype = frame.ethertype();
+    let destination = frame.destination(ethertype)?;
+    let key = FragmentKey::new(source, &destination, id, protocol, ethertype == ETH_IPV6);
     maps::fragment(&key).map(|record| Slot::from_bit(record.slot as u8))
 }
 

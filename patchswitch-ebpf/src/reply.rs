@@ -50,7 +50,9 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     }
     let mut network = Network::EMPTY;
     if !packet::network(ctx, ethertype, &mut network) {
-        return exit(Hook::FromPartition, Verdict::Malformed, NEXT);
+        // The kernel forwards what it does not look into, a long chain of extension headers for instance; whose source
+        // and what it is could not be judged here.
+        return exit(Hook::FromPartition, Verdict::Malformed, DROP);
     }
     let word = maps::word();
     if slot != word.active() && word.phase() == Phase::Steady {
@@ -111,13 +113,24 @@ fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict
         None
     } else if ethertype == ETH_ARP {
         Some(arp(frame, slot))
-    } else if ends[..3] == LINK_CONTROL {
+    } else if ends[..3] == LINK_CONTROL || is_tagged(ethertype) {
         Some(Verdict::ForgedControl)
     } else {
         Some(Verdict::NotOurs)
     }
 }
 
+/// Whether a frame has a VLAN tag. The kernel takes off one with number 0 after this hook and goes on with what is
+/// inside, which nobody would have judged then; a partition has no VLANs.
+#[inline(always)]
+fn is_tagged(ethertype: u16) -> bool {
+    matches!(ethertype, 0 | ETH_VLAN | ETH_SERVICE_VLAN)
+}
+
+/// `ETH_P_8021Q` of `linux/if_ether.h`.
+const ETH_VLAN: u16 = 0x8100;
+/// `ETH_P_8021AD` of `linux/if_ether.h`.
+const ETH_SERVICE_VLAN: u16 = 0x88a8;
 /// `ETH_P_ARP` of `linux/if_ether.h`.
 const ETH_ARP: u16 = 0x0806;
 /// Where bridges, ports and link neighbours are spoken to (IEEE 802.1D 7.12.6).

@@ -76,13 +76,7 @@ fn known(slot: Slot, packet: &Packet) -> bool {
 
 #[inline(always)]
 fn fragment_key(network: &Network) -> FragmentKey {
-    FragmentKey {
-        source: network.source,
-        destination: network.destination,
-        id: network.fragment_id,
-        protocol: network.protocol,
-        pad: [0; 3],
-    }
+    FragmentKey::new(&network.source, &network.destination, network.fragment_id, network.protocol, network.v6)
 }
 
 /// Offset of the checksum that covers the addresses, and whether a result of 0 must be sent as 0xFFFF.
@@ -94,7 +88,9 @@ fn transport_sum(network: &Network) -> Option<(usize, bool)> {
     let payload = network.payload as usize;
     match network.protocol {
         protocol::TCP => Some((payload + 16, false)),
-        protocol::UDP => Some((payload + 6, true)),
+        // UDP-Lite sums the addresses whatever else it sums (RFC 3828 3.1).
+        protocol::UDP | protocol::UDP_LITE => Some((payload + 6, true)),
+        protocol::DCCP => Some((payload + 6, false)),
         // Only ICMP for IPv6 sums the addresses.
         protocol::ICMPV6 if network.v6 => Some((payload + 2, false)),
         _ => None,

@@ -58,10 +58,15 @@ pub fn from_host(ctx: &TcContext) -> i32 {
     let Some(entry) = maps::slot(owner.slot) else {
         return exit(Hook::ToPartition, Verdict::Unsteered, NEXT);
     };
-    let verdict = to(owner.slot, owner.both && copy_to(ctx, owner.slot.other()));
+    let copied = owner.both && copy_to(ctx, owner.slot.other());
+    let verdict = to(owner.slot, copied);
     if entry.ifindex == frame.ifindex() {
         exit(Hook::ToPartition, verdict, NEXT)
     } else {
+        if copied {
+            // The hook of the other link would copy it once more.
+            ctx.set_mark(AGAIN_MARK);
+        }
         // SAFETY: a helper on plain numbers.
         exit(Hook::ToPartition, verdict, unsafe { bpf_redirect(entry.ifindex, 0) as i32 })
     }
@@ -151,13 +156,8 @@ fn note(active: Slot, owner: Owner, network: &Network) {
         event(Event::KeptByRetiring);
     }
     if network.fragment == Fragment::First {
-        let key = FragmentKey {
-            source: network.source,
-            destination: network.destination,
-            id: network.fragment_id,
-            protocol: network.protocol,
-            pad: [0; 3],
-        };
+        let Network { source, destination, fragment_id, protocol, v6, .. } = network;
+        let key = FragmentKey::new(source, destination, *fragment_id, *protocol, *v6);
         maps::remember_fragment(&key, &FragmentRecord { slot: slot.index(), rewritten: 0, local: [0; 16] });
     } else if owner.both && network.fragment == Fragment::Later {
         event(Event::FragmentUnknown);

@@ -186,6 +186,8 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
                 DROP,
                 "forged_control",
             ),
+            ("a tag in the bytes", ethernet(link.mac, 0x8100, &[0; 46]), DROP, "forged_control"),
+            ("a tag of a provider's", ethernet(link.mac, 0x88a8, &[0; 46]), DROP, "forged_control"),
             ("to ports", ethernet([1, 0x80, 0xc2, 0, 0, 3], 0x888e, &[1; 46]), DROP, "forged_control"),
             ("another EtherType", ethernet(link.mac, 0x88b5, &[0; 46]), NEXT, "not_ours"),
         ] {
@@ -206,6 +208,26 @@ fn reply_from(mac: [u8; 6], family: Family) -> Vec<u8> {
 fn ask(sender: Vec<u8>, target: [u8; 4]) -> Vec<u8> {
     let packet = [&[0, 1, 8, 0, 6, 4, 0, 1], &SENDER[..], &sender, &[0; 6], &target].concat();
     ethernet([0xff; 6], 0x0806, &packet)
+}
+
+/// What the kernel would forward without looking into it, so that nobody could say whose it is.
+#[test]
+fn what_cannot_be_judged_does_not_leave_a_partition() {
+    let mut bench = Bench::new("unjudged").unwrap();
+    let [_, v6] = families();
+    for (slot, word) in [(Slot::A, STEADY), (Slot::B, STEADY), (Slot::A, DRAINING), (Slot::B, DRAINING)] {
+        bench.word(word).unwrap();
+        for from in [v6.service, v6.own_a, v6.stranger] {
+            let packet = udp((from, 9), (v6.client, 9), b"x");
+            let long = Ip { extensions: vec![60; 7], ..packet.clone() };
+            check(&bench.partition(slot, &long).unwrap(), DROP, &["malformed"], "a chain of seven");
+            let mut beyond = Ip { extensions: vec![60], ..packet }.frame(bench.links[slot as usize].mac);
+            beyond[ETHERNET + 41] = 200;
+            let seen = bench.run(Hook::FromPartition, bench.links[slot as usize], 0, &beyond).unwrap();
+            check(&seen, DROP, &["malformed"], "an extension header beyond the end");
+        }
+    }
+    bench.finish().unwrap();
 }
 
 #[test]
@@ -256,7 +278,8 @@ fn what_nobody_can_tell_goes_to_both() {
             for (on, action) in [(links[1], NEXT), (links[0], REDIRECT)] {
                 let seen = bench.run(Hook::ToPartition, on, 0x55, &frame).unwrap();
                 check(&seen, action, unknown, what);
-                assert_eq!((&seen.frame, seen.mark), (&frame, 0x55), "{what}");
+                let mark = if action == REDIRECT { AGAIN_MARK } else { 0x55 };
+                assert_eq!((&seen.frame, seen.mark), (&frame, mark), "{what}");
                 assert_eq!(received(&listening).unwrap(), frame, "{what}");
             }
             let seen = bench.run(Hook::ToPartition, links[0], AGAIN_MARK, &frame).unwrap();

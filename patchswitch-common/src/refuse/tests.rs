@@ -161,6 +161,11 @@ fn an_error_about_an_error_is_refused() {
             }
         }
     }
+    // A later fragment begins with data, which may look like anything.
+    let mut inner = v4([192, 0, 2, 80], 1, &[], &[3, 0, 0, 0, 0, 0, 0, 0]);
+    inner[7] = 1;
+    let error = v4(CLIENT4, 1, &[], &[&[3, 4, 0, 0, 0, 0, 5, 0], &inner[..]].concat());
+    assert_eq!(judge(&error, true), FINE);
     for kind in 1..=4 {
         for (number, quoted, expected) in [
             (58, 1, Some(Verdict::NestedError)),

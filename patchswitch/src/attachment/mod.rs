@@ -349,12 +349,16 @@ impl Attachment {
     }
 
     fn all_learned(&self, options: SwitchOptions) -> Result<(), AttachError> {
-        if !self.plane.word().learns() || options.despite_unlearned {
+        if !self.plane.word().learns() {
             return Ok(());
         }
         let full = self.plane.counters()?.events(Event::LearnFull);
         match full.saturating_sub(self.record.learn_full) {
             0 => Ok(()),
+            packets if options.despite_unlearned => {
+                tracing::warn!("flows of {packets} packets found no room to be remembered: they are cut");
+                Ok(())
+            }
             packets => Err(AttachError::LearnFull { packets }),
         }
     }

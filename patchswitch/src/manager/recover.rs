@@ -3,7 +3,7 @@
 //! While the host is up, the phase word in the pinned map is the only truth about the switch, and the store follows it.
 //! After a boot there is no word, and the durable record decides.
 
-use patchswitch_common::word::Phase;
+use patchswitch_common::word::Phase as WordPhase;
 use serde::Serialize;
 use serde_json::json;
 
@@ -160,6 +160,12 @@ impl Manager {
         Ok(commit.is_some_and(|step| matches!(step.state, StepState::Intended | StepState::Failed)))
     }
 
+    /// Whether a job has begun a phase and it did not fail.
+    fn went_through(&self, job: &Job, phase: &str) -> Result<bool, ManagerError> {
+        let failed = |state| matches!(state, StepState::Failed);
+        Ok(self.store.steps(job.id)?.iter().any(|step| step.phase == phase && !failed(step.state)))
+    }
+
     fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
         let bytes = crate::switchover::merge_disks(self, &job.service)?;
         let commit = self.store.steps(job.id)?.into_iter().find(|step| step.phase == "commit");
@@ -180,8 +186,13 @@ impl Manager {
         done: &mut Vec<String>,
     ) -> Result<String, ManagerError> {
         // It was killed in a switch, perhaps between the store of the word and what belongs to it.
-        let mended = attachment.reassert().await?;
-        done.extend(mended.into_iter().map(|what| format!("service {}: {what}", settings.name)));
+        // What cannot be mended of the side that goes must not keep the job; of the one that serves, `serve` tells.
+        match attachment.reassert().await {
+            Ok(mended) => {
+                done.extend(mended.into_iter().map(|what| format!("service {}: {what}", settings.name)))
+            }
+            Err(error) => tracing::warn!(service = %settings.name, "{}", chain(&error)),
+        }
         let Some(serving) = self.follow(settings, &attachment)? else {
             return Ok("nobody serves".to_owned());
         };
@@ -190,8 +201,9 @@ impl Manager {
         };
         self.follow_applied(job, &serving, &other)?;
         if other.clones().is_empty() {
-            // A rollback that was killed had started it again, only to be checked.
-            let of = (job.kind != "rollback").then_some(settings);
+            // A rollback that was killed may have started it again, only to be checked.
+            let only_checked = job.kind == "rollback" && self.went_through(job, "boot")?;
+            let of = (!only_checked).then_some(settings);
             let retired = self.retire_drained(&mut attachment, &serving, &other, of).await?;
             let flows = if retired { "" } else { ", which still has flows," };
             return Ok(format!(
@@ -200,8 +212,8 @@ impl Manager {
                 other.name()
             ));
         }
-        let was_switched = attachment.plane().word().phase() == Phase::Draining;
-        if was_switched {
+        let was_switched = self.went_through(job, "take_over")? || self.went_through(job, "give_back")?;
+        if attachment.plane().word().phase() == WordPhase::Draining {
             // Given back: what the clone still answers may end, for as long as the service's own drain may take.
             let deadline = Some(settings.drain.deadline);
             attachment.drain(&DrainOptions { deadline, on_deadline: OnDeadline::Reset }, |_| {}).await?;

@@ -54,13 +54,17 @@ impl Manager {
     async fn change_service(&mut self, old: &Service, new: &Service) -> Result<Vec<String>, ManagerError> {
         let name = &new.name;
         let spec = spec(new);
-        let is_attached = match Record::load(name) {
+        let attached_otherwise = match Record::load(name) {
             Err(RecordError::Unknown(_)) => false,
             record => !record.map_err(AttachError::from)?.is_of(&spec),
         };
-        if !is_attached {
+        if !attached_otherwise {
             let _ = self.store.put_service(new)?;
-            return self.serve(new).await;
+            let served = self.serve(new).await;
+            if served.is_err() {
+                let _ = self.store.put_service(old)?;
+            }
+            return served;
         }
         if let Some(other) = self.other(name)? {
             return Err(ManagerError::refused(format!(
@@ -196,7 +200,7 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Lock`] while a job runs; [`ManagerError::Refused`] while it has two partitions: commit or roll back first.
     pub async fn remove_service(&mut self, name: &Name) -> Result<bool, ManagerError> {
-        let Some(service) = self.store.service(name)? else { return remove_remains(name).await };
+        let Some(service) = self.store.service(name)? else { return self.remove_remains(name).await };
         let lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
         if self.other(name)?.is_some() {
             return Err(ManagerError::refused(format!(
@@ -212,15 +216,19 @@ impl Manager {
         Self::remove_empty_directories();
         Ok(true)
     }
-}
 
-/// Detaches what a service has left that the store does not know any more; whether there was something.
-async fn remove_remains(name: &Name) -> Result<bool, ManagerError> {
-    if !Record::load(name).is_ok_and(|record| record.of_service) {
-        return Ok(false);
+    /// Detaches what a service has left that the store does not know any more; whether there was something.
+    async fn remove_remains(&self, name: &Name) -> Result<bool, ManagerError> {
+        if !Record::load(name).is_ok_and(|record| record.of_service) {
+            return Ok(false);
+        }
+        let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
+        // Somebody may have added it until the lock was free.
+        if self.store.service(name)?.is_some() {
+            return Err(ManagerError::refused(format!("service {name} was added meanwhile; it stays")));
+        }
+        detach(name).await.map(|()| true)
     }
-    let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
-    detach(name).await.map(|()| true)
 }
 
 /// What the data path is to be for a service.

@@ -19,7 +19,8 @@ const MERGE: Duration = Duration::from_secs(3600);
 /// Commits the last switch of a service; a job of its own.
 ///
 /// # Errors
-/// [`Failure`], before anything is changed if the old partition still has flows or lost writes are not agreed to.
+/// [`Failure`], before anything is changed if the old partition still has flows or lost writes are not agreed to; what it
+/// wrote last is known only when it is stopped.
 pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCode, Failure> {
     let refuse = |reason: String, code| Err(Failure { phase: Phase::Commit, reason, code });
     let Some(old) = job.manager.other(&job.service.name).map_err(at(Phase::Commit))? else {
@@ -29,7 +30,10 @@ pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCo
     retire(job, &old).await?;
     // It may have written until just now.
     let lost = recount::counted(job.manager, &job.service.name).map_err(at(Phase::Commit))?;
-    agreed(job, lost.as_ref())?;
+    agreed(job, lost.as_ref()).map_err(|failure| Failure {
+        reason: format!("{}; it is stopped, nothing was merged", failure.reason),
+        ..failure
+    })?;
     merge(job)?;
     Ok(ExitCode::Done)
 }

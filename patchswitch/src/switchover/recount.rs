@@ -19,11 +19,13 @@ use crate::names::Name;
 /// [`ManagerError`] if it cannot be counted or kept.
 pub(crate) fn recount(manager: &Manager, service: &Service, old: &Machine) -> Result<(), ManagerError> {
     let Some((path, mut report)) = last_report(manager, &service.name)? else { return Ok(()) };
-    let Ok(cut) = serde_json::from_value::<AtSwitch>(report["at_cut"].clone()) else { return Ok(()) };
+    let Some(cut) = field::<AtSwitch>(&path, &report, "at_cut")? else { return Ok(()) };
     if !manager.is_running(old)? {
         return Ok(());
     }
-    let loss = undo::written(service, old, &cut.marks, cut.at)?;
+    // Marks are of one boot; after another the sectors are not known, the files still are.
+    let loss = undo::written(service, old, &cut.marks, cut.at)
+        .or_else(|_| undo::written(service, old, &[], cut.at))?;
     report["lost_by_switch"] = json!(loss);
     report::write(&path, &report)
 }
@@ -33,8 +35,18 @@ pub(crate) fn recount(manager: &Manager, service: &Service, old: &Machine) -> Re
 /// # Errors
 /// [`ManagerError::Io`] if the report is there and cannot be read.
 pub(super) fn counted(manager: &Manager, service: &Name) -> Result<Option<Loss>, ManagerError> {
-    let report = last_report(manager, service)?;
-    Ok(report.and_then(|(_, report)| serde_json::from_value(report["lost_by_switch"].clone()).ok()))
+    let Some((path, report)) = last_report(manager, service)? else { return Ok(None) };
+    field(&path, &report, "lost_by_switch")
+}
+
+/// A part of a report; nothing if it was not known. One that is damaged is an error: it must not pass for "nothing".
+fn field<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    report: &Value,
+    name: &str,
+) -> Result<Option<T>, ManagerError> {
+    let found = serde_json::from_value(report[name].clone());
+    found.map_err(|error| ManagerError::io("read", path)(error.into()))
 }
 
 fn last_report(

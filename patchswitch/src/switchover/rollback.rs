@@ -67,31 +67,53 @@ async fn reverse(
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
     job.watched = new.clones().into_iter().filter(|clone| clone.watched).collect();
     let lossy = agreed(job, &new, last)?;
-    let mut options = SwitchOptions::default();
-    let slot = match slot_of(&job.attachment, &old) {
-        // It still has flows, and has served all the time. What the new side answers was remembered since the switch,
-        // unless the table is full of it.
-        Some(slot) if is_draining(job) => {
-            options.despite_unlearned = true;
+    // Whoever rolls back has a reason to: flows for which there was no room are cut, which is said.
+    let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
+    let slot = match still_serving(job, &old)? {
+        Some(slot) => {
+            remembered(job).await?;
             slot
         }
-        _ => back(job, &old).await?,
+        None => back(job, &old).await?,
     };
-    job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
+    let turned = job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
         let back = Turn { phase: Phase::GiveBack, to: &old, slot, from: &new, patched, options };
         let switched = turn(job, back).await?;
         job.report.flip_us = Some(switched.flip_us);
         job.report.switch = Some(switched);
         Ok(((), json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0})))
-    })
-    .await?;
+    });
+    if let Err(failure) = turned.await {
+        // Switched, but not with all that belongs to it: from there on there is no other way, and `up` goes it.
+        job.unfinished = job.attachment.plane().word().active() == slot;
+        let code = if job.unfinished { ExitCode::GiveBackFailed } else { failure.code };
+        return Err(Failure { code, ..failure });
+    }
     finish(job, &new, &old).await?;
     Ok(lossy)
 }
 
-/// Whether a partition retires and still has flows.
-fn is_draining(job: &Context<'_>) -> bool {
-    job.attachment.plane().word().phase() == WordPhase::Draining
+/// The slot of the old partition, if it still has flows and so has served all the time. One that died meanwhile has
+/// none; it is started and checked like one that was stopped.
+fn still_serving(job: &mut Context<'_>, old: &Machine) -> Result<Option<Slot>, Failure> {
+    if job.attachment.plane().word().phase() != WordPhase::Draining {
+        return Ok(None);
+    }
+    let slot = slot_of(&job.attachment, old);
+    if slot.is_some() && job.manager.is_running(old).map_err(at(Phase::GiveBack))? {
+        return Ok(slot);
+    }
+    job.attachment.settle().map_err(at(Phase::GiveBack))?;
+    Ok(None)
+}
+
+/// What the new side answers was remembered since the switch; if nobody got to that, it is now, for one idle time.
+async fn remembered(job: &mut Context<'_>) -> Result<(), Failure> {
+    if job.attachment.plane().word().learns() {
+        return Ok(());
+    }
+    job.attachment.learn().map_err(at(Phase::Arm))?;
+    arm(job).await
 }
 
 /// Drains the patched partition and takes it away. From the switch on there is no other way.

@@ -42,10 +42,13 @@ impl Verified {
             let options = SwitchOptions { notice: !job.options.without_notice, ..SwitchOptions::default() };
             let (phase, patched) = (Phase::TakeOver, Some(job.job));
             let (to, from) = (&clone.standby, &clone.active);
-            let switched = turn(job, Turn { phase, to, slot: clone.slot, from, patched, options }).await?;
+            let switched = turn(job, Turn { phase, to, slot: clone.slot, from, patched, options }).await;
+            if job.attachment.plane().word().active() == clone.slot {
+                remember(job);
+            }
+            let switched = switched?;
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
-            remember(job);
             let outcome = json!({
                 "flip_us": (switched.flip_us * 10.0).round() / 10.0, "old_flows": flows.accepted.len(),
             });

@@ -125,7 +125,13 @@ pub(crate) fn open_jobs(config: &Path, service: Option<&Name>) -> anyhow::Result
         return Ok((Vec::new(), Vec::new()));
     }
     let store = Store::open(&state)?;
-    Ok((switchover::open_jobs(&store, &state, service)?, switchover::rooms(&store, service)?))
+    let jobs = switchover::open_jobs(&store, &state, service)?;
+    // Jobs matter more: what else cannot be known must not hide them.
+    let rooms = switchover::rooms(&store, service).unwrap_or_else(|error| {
+        tracing::warn!("how full the stores of clones are is not known: {error}");
+        Vec::new()
+    });
+    Ok((jobs, rooms))
 }
 
 /// How full a clone's store is, for people.

@@ -37,6 +37,9 @@ pub enum DefineError {
     /// The init cannot be used.
     #[error(transparent)]
     Init(#[from] ProgramFileError),
+    /// The files of a root do not fit.
+    #[error("the root does not fit on its disk; define it with a larger --size")]
+    Full(#[source] ProgramError),
     /// The image does not fit.
     #[error("image {image} has {needed} bytes, the disk {present}; define a larger disk")]
     TooLarge {
@@ -65,7 +68,7 @@ impl DefineError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Program(ProgramError::Missing { .. }) | Self::Init(_) => ExitCode::Unavailable,
-            Self::TooLarge { .. } => ExitCode::Config,
+            Self::TooLarge { .. } | Self::Full(_) => ExitCode::Config,
             Self::Io { source, .. } => ExitCode::of_io(source),
             _ => ExitCode::Failed,
         }
@@ -188,8 +191,22 @@ fn extract(
             .into_iter()
             .flat_map(|dir| [format!("--exclude=./{dir}/*"), format!("--exclude={dir}/*")]),
     );
-    run.args(compression).arg("--directory").arg(root).read().map(drop).map_err(Into::into)
+    run.args(compression).arg("--directory").arg(root).read().map(drop).map_err(extraction)
 }
+
+/// Names the cause that is the caller's to mend. What tar has to say begins with it, and then there is a lot.
+fn extraction(error: ProgramError) -> DefineError {
+    match error {
+        ProgramError::Failed { program, arguments, status, stderr } if stderr.contains(NO_SPACE) => {
+            let line = stderr.lines().find(|line| line.contains(NO_SPACE)).unwrap_or(NO_SPACE).to_owned();
+            DefineError::Full(ProgramError::Failed { program, arguments, status, stderr: line })
+        }
+        other => other.into(),
+    }
+}
+
+/// `ENOSPC` as the C library has it.
+const NO_SPACE: &str = "No space left on device";
 
 /// tar recognises a compressed archive only by its name, which standard input has not.
 fn compression(magic: &[u8]) -> Option<&'static str> {
@@ -209,7 +226,25 @@ fn error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> DefineError
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
     use super::*;
+
+    #[test]
+    fn a_disk_that_is_too_small_is_named_and_not_every_file() {
+        let failed = |stderr: &str| ProgramError::Failed {
+            program: Program::Tar,
+            arguments: String::new(),
+            status: std::process::ExitStatus::from_raw(0x200),
+            stderr: stderr.to_owned(),
+        };
+        let full =
+            extraction(failed("tar: a: Cannot open: No space left on device\ntar: b: Cannot mkdir: x\n"));
+        assert_eq!(full.exit_code(), ExitCode::Config);
+        let DefineError::Full(cause) = full else { panic!("{full:?}") };
+        assert!(!cause.to_string().contains("tar: b"), "{cause}");
+        assert!(matches!(extraction(failed("tar: damaged")), DefineError::Program(_)));
+    }
 
     #[test]
     fn compressed_archives_are_told_by_their_first_bytes() {

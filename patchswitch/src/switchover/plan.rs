@@ -72,7 +72,8 @@ fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<P
     let chosen = table::select(&manager.store, service, &options.patches)?;
     if chosen.is_empty() {
         return Err(ManagerError::Refused {
-            message: "no patch is approved and not yet applied; `patchswitch patch list` shows all"
+            message: "no patch is approved and not yet applied; `patchswitch patch list` shows all, \
+                      `patchswitch patch approve ID` approves one"
                 .to_owned(),
             code: ExitCode::Nothing,
         });

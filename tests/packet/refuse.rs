@@ -136,7 +136,6 @@ fn what_is_too_short_for_what_it_says_is_left_to_the_kernel() {
 fn a_partition_says_nothing_that_is_not_its_to_say() {
     let mut bench = Bench::new("control").unwrap();
     let [v4, v6] = families();
-    let link = bench.links[0];
     let service = |family: Family| match family.service {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -169,11 +168,26 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
         for (what, packet, action, verdict) in &cases {
             check(&bench.partition(Slot::A, packet).unwrap(), *action, &[verdict], what);
         }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_partitions_frames_are_its_own() {
+    let mut bench = Bench::new("frames").unwrap();
+    let [v4, _] = families();
+    let link = bench.links[0];
+    let service = match v4.service {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(_) => Vec::new(),
+    };
+    for word in [STEADY, DRAINING] {
+        bench.word(word).unwrap();
         for (what, frame, action, verdict) in [
             ("another link address", reply_from([2, 0, 0, 0, 0, 8], v4), DROP, "spoofed_mac"),
             ("no ARP at all", ethernet(link.mac, 0x0806, &[0; 8]), NEXT, "malformed"),
-            ("its question for the gateway", ask(service(v4), [169, 254, 1, 1]), NEXT, "not_ours"),
-            ("its claim of the service", ask(service(v4), [10, 77, 0, 10]), DROP, "forged_control"),
+            ("its question for the gateway", ask(service.clone(), [169, 254, 1, 1]), NEXT, "not_ours"),
+            ("its claim of the service", ask(service.clone(), [10, 77, 0, 10]), DROP, "forged_control"),
             (
                 "its question as somebody else",
                 ask(vec![10, 66, 6, 6], [169, 254, 1, 1]),

@@ -189,7 +189,7 @@ impl Manager {
         // What cannot be mended of the side that goes must not keep the job; of the one that serves, `serve` tells.
         match attachment.reassert().await {
             Ok(mended) => {
-                done.extend(mended.into_iter().map(|what| format!("service {}: {what}", settings.name)))
+                done.extend(mended.into_iter().map(|what| format!("service {}: {what}", settings.name)));
             }
             Err(error) => tracing::warn!(service = %settings.name, "{}", chain(&error)),
         }

@@ -3,8 +3,8 @@
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::Hook;
 
-use crate::bench::{Bench, NEXT, REDIRECT, families};
-use crate::frame::{ETHERNET, Ip, icmp, tcp, udp};
+use crate::bench::{Bench, NEXT, REDIRECT, families, key};
+use crate::frame::{ETHERNET, Ip, Place, UDP, icmp, tcp, udp};
 use crate::steer::{ACK, DRAINING};
 
 #[test]
@@ -56,6 +56,40 @@ fn no_prefix_is_steered_without_a_whole_key() {
         }
     }
     bench.word(DRAINING.taken_over_by(Slot::A)).unwrap();
+    bench.finish().unwrap();
+}
+
+/// A reply that is to be rewritten, cut off at any byte: it is rewritten whole, or left as it is.
+#[test]
+fn no_prefix_of_a_reply_is_changed_in_part() {
+    let mut bench = Bench::new("cutback").unwrap();
+    bench.word(DRAINING.with_notice(true)).unwrap();
+    let link = bench.links[0];
+    for family in families() {
+        let v4 = family.client.is_ipv4();
+        let client = (family.client, 1000);
+        bench.remember(key(client, 80, UDP), family.service, Slot::A, 0).unwrap();
+        let later = Place { offset: 0, more: true, id: 9 };
+        let reply = udp((family.own_a, 80), client, b"answer");
+        let first = Ip { place: Some(later), ..reply.clone() };
+        let quoted = udp(client, (family.service, 80), b"question").bytes();
+        let error = icmp(family.own_a, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted);
+        let mut rewritten = 0;
+        for packet in [reply, first, error] {
+            let whole = packet.frame(link.mac);
+            for length in ETHERNET + if v4 { 20 } else { 40 }..=whole.len() {
+                let cut = whole[..length].to_vec();
+                for frame in [cut.clone(), as_long_as_it_is(cut, v4)] {
+                    let seen = bench.run(Hook::FromPartition, link, 0, &frame).unwrap();
+                    let was = seen.counted.iter().any(|name| name.starts_with("rewritten"));
+                    assert_eq!(was, seen.frame != frame, "{length} of {}: {seen:?}", whole.len());
+                    rewritten += u32::from(was);
+                }
+            }
+        }
+        assert!(rewritten > 10, "{rewritten}");
+        bench.forget().unwrap();
+    }
     bench.finish().unwrap();
 }
 

@@ -93,10 +93,6 @@ pub struct FragmentKey {
     pub pad: [u8; 3],
 }
 
-/// For as long the rest of a datagram may take, in nanoseconds: the kernel keeps fragments for 30 seconds
-/// (`ipfrag_time`), and identifications are used again.
-pub const FRAGMENT_NS: u64 = 30_000_000_000;
-
 impl FragmentKey {
     /// The key of a fragment; `id` as [`FragmentKey::id`].
     #[inline(always)]
@@ -114,8 +110,6 @@ pub struct FragmentRecord {
     pub slot: u32,
     /// 1 if its source address was rewritten (outbound).
     pub rewritten: u32,
-    /// When it came; nanoseconds of the boot clock.
-    pub seen_ns: u64,
     /// The service address that became its source.
     pub local: Address,
 }
@@ -126,7 +120,7 @@ const _: () = {
     assert!(size_of::<FlowKey>() == 24);
     assert!(size_of::<FlowRecord>() == 32);
     assert!(size_of::<FragmentKey>() == 40);
-    assert!(size_of::<FragmentRecord>() == 32);
+    assert!(size_of::<FragmentRecord>() == 24);
 };
 
 #[cfg(feature = "user")]

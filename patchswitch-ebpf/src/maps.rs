@@ -1,12 +1,11 @@
 //! Every map: its key, its value, who writes it and who reads it. All are pinned by user space.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -77,13 +76,6 @@ pub fn slot_of(ifindex: u32) -> Option<Slot> {
     }
 }
 
-/// The boot clock, in nanoseconds.
-#[inline(always)]
-pub fn now() -> u64 {
-    // SAFETY: a helper without arguments.
-    unsafe { bpf_ktime_get_boot_ns() }
-}
-
 #[inline(always)]
 pub fn settings() -> Settings {
     SETTINGS.get(0).copied().unwrap_or_default()
@@ -102,44 +94,26 @@ pub fn is_uplink(ifindex: u32) -> bool {
 /// A learned flow. Values are replaced as a whole by `learn`, but in place, so a reader copies it at once.
 #[inline(always)]
 pub fn learned(key: &FlowKey) -> Option<FlowRecord> {
-    // SAFETY: the memory stays valid for the length of the program (RCU). The entry may be overwritten while it is
-    // copied, for a flow that moves to the other side or is forgotten, by user space as well; whoever reads it checks
-    // that the address in it is one of the service's.
+    // SAFETY: the entry may be overwritten while it is copied; a mix of two records of one flow differs only in the
+    // time, and the memory itself stays valid for the length of the program (RCU).
     unsafe { LEARNED.get(key) }.copied()
 }
 
 #[inline(always)]
 pub fn learn(key: &FlowKey, record: &FlowRecord) -> bool {
-    if let Some(known) = LEARNED.get_ptr_mut(key) {
-        // SAFETY: into an entry of the map, which is valid for the length of the program (RCU); other processors store
-        // the same field, an aligned word. If the entry is another flow's by now, that one is a little fresher.
-        unsafe {
-            if (*known).slot == record.slot && (*known).local == record.local {
-                (&raw mut (*known).seen_ns).write_volatile(record.seen_ns);
-                return true;
-            }
-        }
-    }
     LEARNED.insert(key, record, 0).is_ok()
 }
 
 #[inline(always)]
 pub fn fragment(key: &FragmentKey) -> Option<FragmentRecord> {
-    // SAFETY: as for `learned`.
-    let record = unsafe { FRAGMENTS.get(key) }.copied()?;
-    (now().wrapping_sub(record.seen_ns) <= FRAGMENT_NS).then_some(record)
+    // SAFETY: as for `learned`; a fragment's record never changes.
+    unsafe { FRAGMENTS.get(key) }.copied()
 }
 
 #[inline(always)]
-pub fn remember_fragment(key: &FragmentKey, slot: Slot, rewritten_to: Option<&Address>) {
-    let record = FragmentRecord {
-        slot: slot.index(),
-        rewritten: u32::from(rewritten_to.is_some()),
-        seen_ns: now(),
-        local: rewritten_to.copied().unwrap_or_default(),
-    };
+pub fn remember_fragment(key: &FragmentKey, record: &FragmentRecord) {
     // A fragment that is not remembered costs the rest of its datagram, which UDP may lose anyway.
-    let _ = FRAGMENTS.insert(key, &record, 0);
+    let _ = FRAGMENTS.insert(key, record, 0);
 }
 
 /// Counts, and says how often that was now on this processor.

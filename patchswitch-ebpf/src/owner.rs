@@ -4,7 +4,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_tuple, tcphdr};
 use aya_ebpf::helpers::generated::{
-    bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+    bpf_ktime_get_boot_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
 };
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
@@ -66,7 +66,8 @@ impl Kernel for Sockets<'_> {
 #[inline(never)]
 fn learned(flow: &Flow) -> Option<Slot> {
     let record = maps::learned(&flow_key(flow))?;
-    let age = maps::now().wrapping_sub(record.seen_ns);
+    // SAFETY: a helper without arguments.
+    let age = unsafe { bpf_ktime_get_boot_ns() }.wrapping_sub(record.seen_ns);
     let fresh = age <= maps::settings().learned_idle_ns && record.local == flow.local;
     fresh.then(|| Slot::from_bit(record.slot as u8))
 }

@@ -4,7 +4,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, SYN, Socket};
@@ -237,7 +237,9 @@ fn learn(slot: Slot, packet: &Packet) {
 /// Writes or refreshes a learned flow.
 #[inline(never)]
 pub fn remember(slot: Slot, packet: &Packet, local: &Address) {
-    let record = FlowRecord { seen_ns: maps::now(), local: *local, slot: slot.index(), pad: 0 };
+    // SAFETY: a helper without arguments.
+    let seen_ns = unsafe { bpf_ktime_get_boot_ns() };
+    let record = FlowRecord { seen_ns, local: *local, slot: slot.index(), pad: 0 };
     if maps::learn(&flow_key(&packet.flow), &record) {
         event(Event::Learned);
     } else {

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FragmentKey, unmapped};
+use patchswitch_common::maps::{Address, FragmentKey, FragmentRecord, unmapped};
 use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Packet, protocol};
 use patchswitch_common::verdict::Event;
 
@@ -56,14 +56,15 @@ fn service_of(slot: Slot, network: &Network, packet: &Packet) -> Option<Address>
         return (record.rewritten != 0).then_some(record.local);
     }
     let record = maps::learned(&flow_key(&packet.flow))?;
-    if Slot::from_bit(record.slot as u8) != slot || !maps::is_service(&record.local) {
+    if Slot::from_bit(record.slot as u8) != slot {
         return None;
     }
     if packet.kind == Kind::Direct {
         remember(slot, packet, &record.local);
     }
     if network.fragment == Fragment::First {
-        maps::remember_fragment(&fragment_key(network), slot, Some(&record.local));
+        let fragment = FragmentRecord { slot: slot.index(), rewritten: 1, local: record.local };
+        maps::remember_fragment(&fragment_key(network), &fragment);
     }
     Some(record.local)
 }

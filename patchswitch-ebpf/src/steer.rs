@@ -4,7 +4,7 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{Owner, owner};
-use patchswitch_common::maps::FragmentKey;
+use patchswitch_common::maps::{FragmentKey, FragmentRecord};
 use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Octets as _, Packet};
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
@@ -158,7 +158,7 @@ fn note(active: Slot, owner: Owner, network: &Network) {
     if network.fragment == Fragment::First {
         let Network { source, destination, fragment_id, protocol, v6, .. } = network;
         let key = FragmentKey::new(source, destination, *fragment_id, *protocol, *v6);
-        maps::remember_fragment(&key, slot, None);
+        maps::remember_fragment(&key, &FragmentRecord { slot: slot.index(), rewritten: 0, local: [0; 16] });
     } else if owner.both && network.fragment == Fragment::Later {
         event(Event::FragmentUnknown);
     }

@@ -12,9 +12,7 @@ use patchswitch::dataplane::{self, to_wire};
 use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{
-    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
-};
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
@@ -177,16 +175,6 @@ impl Bench {
         let seen_ns = boot_ns() - age_ns;
         let record = FlowRecord { seen_ns, local: to_wire(local), slot: slot.index(), pad: 0 };
         Ok(self.hash("LEARNED")?.insert(key, record, 0)?)
-    }
-
-    /// Makes all first fragments that were seen older.
-    pub(crate) fn age_fragments(&mut self, by_ns: u64) -> anyhow::Result<()> {
-        let mut map = self.hash::<FragmentKey, FragmentRecord>("FRAGMENTS")?;
-        let all: Vec<(FragmentKey, FragmentRecord)> = map.iter().collect::<Result<_, _>>()?;
-        all.into_iter().try_for_each(|(key, record)| {
-            let seen_ns = record.seen_ns.saturating_sub(by_ns);
-            Ok(map.insert(key, FragmentRecord { seen_ns, ..record }, 0)?)
-        })
     }
 
     /// What is remembered of a flow.

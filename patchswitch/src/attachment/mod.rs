@@ -352,7 +352,7 @@ impl Attachment {
         if !self.plane.word().learns() {
             return Ok(());
         }
-        let full = self.plane.counters()?.events(Event::LearnFull);
+        let full = self.plane.count_of(Event::LearnFull)?;
         match full.saturating_sub(self.record.learn_full) {
             0 => Ok(()),
             packets if options.despite_unlearned => {
@@ -369,7 +369,7 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Dataplane`], [`AttachError::Record`].
     pub fn learn(&mut self) -> Result<(), AttachError> {
-        self.record.learn_full = self.plane.counters()?.events(Event::LearnFull);
+        self.record.learn_full = self.plane.count_of(Event::LearnFull)?;
         self.record.save()?;
         let word = self.plane.word();
         Ok(self.plane.store(word, word.with_learning(true))?)

@@ -37,6 +37,14 @@ pub(super) fn read(directory: &Path) -> Result<Counters, DataplaneError> {
     sum(&map.try_into().map_err(maps::failed("open", maps::COUNTERS))?)
 }
 
+/// How often one thing happened. All counters take tens of calls, which is too much beside a switch.
+pub(super) fn event(directory: &Path, event: Event) -> Result<u64, DataplaneError> {
+    let map = Map::PerCpuArray(maps::open(directory, maps::COUNTERS)?);
+    let array: PerCpuArray<MapData, u64> = map.try_into().map_err(maps::failed("open", maps::COUNTERS))?;
+    let values = array.get(&event.counter(), 0).map_err(maps::failed("read", maps::COUNTERS))?;
+    Ok(values.iter().sum())
+}
+
 pub(super) fn sum<T: Borrow<MapData>>(array: &PerCpuArray<T, u64>) -> Result<Counters, DataplaneError> {
     let failed = || maps::failed("read", maps::COUNTERS);
     let sum = |index| Ok::<u64, DataplaneError>(array.get(&index, 0).map_err(failed())?.iter().sum());

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
+use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Word;
 
 use crate::names::{self, Name};
@@ -241,6 +242,14 @@ impl Dataplane {
     /// [`DataplaneError::Map`].
     pub fn counters(&self) -> Result<Counters, DataplaneError> {
         counters::read(&self.directory)
+    }
+
+    /// How often one thing happened since the programs were loaded.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn count_of(&self, event: Event) -> Result<u64, DataplaneError> {
+        counters::event(&self.directory, event)
     }
 
     /// How many flows without a socket of their own are remembered of a slot, those that are idle for too long left

@@ -26,59 +26,87 @@ const SEEN: [&str; 9] = [
     "ipv4/tcp_window_scaling",
 ];
 
-/// A setting in which two partitions differ.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Difference {
-    setting: &'static str,
-    from: String,
-    to: String,
+/// What a partition shows: the key, and the settings in their order. One that a kernel does not have is empty.
+#[derive(Clone, Debug)]
+struct Shown {
+    key: String,
+    settings: [String; SEEN.len()],
+}
+
+impl Shown {
+    fn here() -> Self {
+        let read = |setting| sysctl::read(setting).unwrap_or_default();
+        Self { key: read(FAST_OPEN_KEY), settings: SEEN.map(read) }
+    }
+
+    /// Whether anybody has listened with the key yet: else no client has a cookie.
+    fn has_key(&self) -> bool {
+        self.key.contains(|digit| matches!(digit, '1'..='9' | 'a'..='f'))
+    }
 }
 
 /// Gives `to` the key of `from`, and tells in what the two differ. That they differ, or that the key cannot be copied,
 /// is no reason not to switch: clients notice it at worst by one more round trip.
+///
+/// Each namespace is entered once: this is done right before a switch, and clients want the processor.
 pub(super) fn prepare(from: &Netns, to: &Netns) {
-    match copy_key(from, to) {
-        Ok(true) => tracing::debug!("the key of TCP Fast Open was copied"),
-        Ok(false) => {}
-        Err(error) => tracing::warn!("{error}: clients with TCP Fast Open take one round trip more"),
-    }
-    match differences(from, to) {
-        Ok(found) => found.iter().for_each(|one| {
-            tracing::warn!(
-                "net.{} is {} in the partition that serves and {} in the one that takes over",
-                one.setting.replace('/', "."),
-                one.from,
-                one.to
-            );
-        }),
-        Err(error) => tracing::debug!("{error}"),
-    }
-}
-
-/// Whether the key had to be copied.
-fn copy_key(from: &Netns, to: &Netns) -> Result<bool, AttachError> {
-    let key = from.run(|| sysctl::read(FAST_OPEN_KEY))??;
-    // Nobody has listened with it yet, so no client has a cookie.
-    if !key.contains(|digit| matches!(digit, '1'..='9' | 'a'..='f')) {
-        return Ok(false);
-    }
-    let put = || -> Result<bool, SysctlError> {
-        if sysctl::read(FAST_OPEN_KEY)? == key {
-            return Ok(false);
-        }
-        sysctl::write(FAST_OPEN_KEY, &key)?;
-        Ok(true)
+    let shown = || -> Result<(Shown, Shown), AttachError> {
+        let serving = from.run(Shown::here)?;
+        let next = to.run(|| adopt(&serving))??;
+        Ok((serving, next))
     };
-    Ok(to.run(put)??)
+    let (serving, next) = match shown() {
+        Ok(both) => both,
+        Err(error) => {
+            tracing::warn!("{error}: clients with TCP Fast Open take one round trip more");
+            return;
+        }
+    };
+    for (setting, from, to) in differences(&serving, &next) {
+        let setting = setting.replace('/', ".");
+        tracing::warn!(
+            "net.{setting} is {from} in the partition that serves and {to} in the one that takes over"
+        );
+    }
 }
 
-fn differences(from: &Netns, to: &Netns) -> Result<Vec<Difference>, AttachError> {
-    // One that a kernel does not have is not there on either side.
-    let values = || SEEN.map(|key| sysctl::read(key).unwrap_or_default());
-    let (from, to) = (from.run(values)?, to.run(values)?);
-    let pairs = SEEN.into_iter().zip(from.into_iter().zip(to));
-    Ok(pairs
+/// Inside the partition that takes over.
+fn adopt(serving: &Shown) -> Result<Shown, SysctlError> {
+    let shown = Shown::here();
+    if serving.has_key() && serving.key != shown.key {
+        sysctl::write(FAST_OPEN_KEY, &serving.key)?;
+    }
+    Ok(shown)
+}
+
+fn differences<'a>(from: &'a Shown, to: &'a Shown) -> impl Iterator<Item = (&'static str, &'a str, &'a str)> {
+    let pairs = SEEN.into_iter().zip(from.settings.iter().zip(&to.settings));
+    pairs
         .filter(|(_, (from, to))| from != to)
-        .map(|(setting, (from, to))| Difference { setting, from, to })
-        .collect())
+        .map(|(setting, (from, to))| (setting, from.as_str(), to.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(key: &str, timestamps: &str) -> Shown {
+        let settings =
+            SEEN.map(|name| if name.ends_with("timestamps") { timestamps } else { "1" }.to_owned());
+        Shown { key: key.to_owned(), settings }
+    }
+
+    #[test]
+    fn what_differs_is_named_with_both_values() {
+        let (one, other) = (shown("", "1"), shown("", "0"));
+        assert_eq!(differences(&one, &other).collect::<Vec<_>>(), [("ipv4/tcp_timestamps", "1", "0")]);
+        assert_eq!(differences(&one, &one.clone()).count(), 0);
+    }
+
+    #[test]
+    fn a_key_of_zeroes_is_none() {
+        assert!(!shown("00000000-00000000-00000000-00000000", "1").has_key());
+        assert!(shown("00000000-00000000-00a00000-00000000", "1").has_key());
+        assert!(!shown("", "1").has_key());
+    }
 }

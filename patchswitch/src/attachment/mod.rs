@@ -403,7 +403,7 @@ impl Attachment {
                 remove::remains(name, &Netlink::open(&Netns::own()?)?).await?
             }
             Err(error @ RecordError::Unknown(_)) => {
-                record::sweep();
+                record::sweep(name);
                 return Err(error.into());
             }
             other => other?,

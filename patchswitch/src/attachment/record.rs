@@ -216,21 +216,17 @@ impl Record {
     /// # Errors
     /// [`RecordError::Io`].
     pub fn delete(&self) -> Result<(), RecordError> {
-        let path = file(&self.name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &path)(error)),
-            _ => {
-                sweep();
-                Ok(())
-            }
-        }
+        remove_json(&file(&self.name))?;
+        sweep(&self.name);
+        Ok(())
     }
 }
 
-/// Removes the directories of records if they are empty: the last attachment is gone, or was when somebody was killed
-/// here.
-pub(super) fn sweep() {
-    // Not empty, or not there: nothing to do.
+/// Removes what is left of an attachment that has no record: what was being written when somebody was killed, and the
+/// directories of records if they are empty.
+pub(super) fn sweep(name: &Name) {
+    // Not there, or not empty: nothing to do.
+    let _ = fs::remove_file(unfinished(&file(name)));
     let _ = fs::remove_dir(directory());
     let _ = fs::remove_dir(RUN_ROOT);
 }
@@ -255,11 +251,27 @@ pub(super) fn identity(netns: &Netns) -> Result<(u64, u64), NetnsError> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
+/// Where a file is written before it gets its name.
+fn unfinished(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
+/// Removes a file of [`write_json`], also one that was not written to its end. Not there: nothing to do.
+pub(super) fn remove_json(path: &Path) -> Result<(), RecordError> {
+    for path in [unfinished(path), path.to_owned()] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io("remove", &path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Writes a file as a whole or not at all.
 pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordError> {
     let text = serde_json::to_vec_pretty(value)
         .map_err(|source| RecordError::Parse { path: path.to_owned(), source })?;
-    let new = path.with_extension("new");
+    let new = unfinished(path);
     fs::write(&new, text).map_err(io("write", &new))?;
     fs::rename(&new, path).map_err(io("write", path))
 }

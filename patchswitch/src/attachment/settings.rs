@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{RecordError, io, write_json};
+use super::record::{RecordError, io, remove_json, write_json};
 use super::{AttachError, Lock};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::sysctl;
@@ -77,10 +77,7 @@ impl<'a> Settings<'a> {
         if !self.entries.is_empty() {
             return write_json(&file(), &self.entries);
         }
-        match fs::remove_file(file()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", &file())(error)),
-            _ => Ok(()),
-        }
+        remove_json(&file())
     }
 
     /// Joins the users of a change that was made already.

@@ -160,10 +160,9 @@ impl Manager {
         Ok(commit.is_some_and(|step| matches!(step.state, StepState::Intended | StepState::Failed)))
     }
 
-    /// Whether a job has begun a phase and it did not fail.
-    fn went_through(&self, job: &Job, phase: &str) -> Result<bool, ManagerError> {
-        let failed = |state| matches!(state, StepState::Failed);
-        Ok(self.store.steps(job.id)?.iter().any(|step| step.phase == phase && !failed(step.state)))
+    /// Whether a job has a step of a phase in such a state.
+    fn has(&self, job: &Job, phase: &str, is: impl Fn(StepState) -> bool) -> Result<bool, ManagerError> {
+        Ok(self.store.steps(job.id)?.iter().any(|step| step.phase == phase && is(step.state)))
     }
 
     fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
@@ -202,7 +201,8 @@ impl Manager {
         self.follow_applied(job, &serving, &other)?;
         if other.clones().is_empty() {
             // A rollback that was killed may have started it again, only to be checked.
-            let only_checked = job.kind == "rollback" && self.went_through(job, "boot")?;
+            let only_checked =
+                job.kind == "rollback" && self.has(job, "boot", |state| state != StepState::Failed)?;
             let of = (!only_checked).then_some(settings);
             let retired = self.retire_drained(&mut attachment, &serving, &other, of).await?;
             let flows = if retired { "" } else { ", which still has flows," };
@@ -212,7 +212,8 @@ impl Manager {
                 other.name()
             ));
         }
-        let was_switched = self.went_through(job, "take_over")? || self.went_through(job, "give_back")?;
+        let was_switched = self.has(job, "take_over", |state| state == StepState::Done)?
+            || self.has(job, "give_back", |state| state != StepState::Failed)?;
         if attachment.plane().word().phase() == WordPhase::Draining {
             // Given back: what the clone still answers may end, for as long as the service's own drain may take.
             let deadline = Some(settings.drain.deadline);

@@ -7,7 +7,7 @@
 //!                   └─► [arp]      ─► ForgedControl: a claim of addresses, or of somebody else's
 //! ```
 //!
-//! What is merely malformed is not judged here: the kernel drops and counts that as it would without us.
+//! What is merely malformed is not judged here: see [`Verdict::Malformed`].
 
 use crate::maps::{Address, mapped, unmapped};
 use crate::parse::{Fragment, LINK_HEADER, Network, Octets, is_error, protocol};

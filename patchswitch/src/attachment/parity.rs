@@ -2,7 +2,7 @@
 //!
 //! Secrets of the kernel for sequence numbers, time stamps and SYN cookies are the host's, not a namespace's, so both
 //! agree on them already (`net/core/secure_seq.c`, `net/ipv4/syncookies.c`). The key of TCP Fast Open is a
-//! namespace's own (`net/ipv4/tcp_fastopen.c`): it is copied, or a client's first segment after the switch would lose
+//! namespace's own (`net/ipv4/tcp_fastopen.c`, RFC 7413): it is copied, or a client's first segment after the switch would lose
 //! its data and be sent again. Settings that clients see are compared: what a partition is set to is for its owner to
 //! say, not for a switch to change.
 

@@ -8,9 +8,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{Machine, Manager, ManagerError, Teardown, chain, service, slot_of};
-use crate::attachment::{AttachError, Attachment, DrainOptions, OnDeadline, RecordError};
+use crate::attachment::{Attachment, DrainOptions, OnDeadline};
 use crate::config::Service;
-use crate::dataplane::DataplaneError;
 use crate::exit::ExitCode;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
@@ -127,16 +126,7 @@ impl Manager {
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
-        let attachment = match Attachment::open(&job.service) {
-            Ok(attachment) => Some(attachment),
-            // Begun and not ready, or without its programs: `serve` makes it anew.
-            Err(
-                AttachError::Record(RecordError::Unknown(_))
-                | AttachError::Incomplete(_)
-                | AttachError::Dataplane(DataplaneError::NotAttached(_)),
-            ) => None,
-            Err(error) => return Err(error.into()),
-        };
+        let attachment = service::usable(&job.service)?;
         if self.was_committing(job)? {
             drop(attachment);
             // The disks are usable while they are merged: the service does not wait for that.

@@ -90,16 +90,7 @@ impl Manager {
 
     /// Makes the partition of a service that serves run and serve, and returns what had to be mended of what was there.
     pub(super) async fn serve(&mut self, service: &Service) -> Result<Vec<String>, ManagerError> {
-        let attachment = match Attachment::open(&service.name) {
-            Ok(attachment) => Some(attachment),
-            // Not there, begun by a command that was killed, or with programs that somebody removed: made anew.
-            Err(
-                AttachError::Record(RecordError::Unknown(_))
-                | AttachError::Incomplete(_)
-                | AttachError::Dataplane(DataplaneError::NotAttached(_)),
-            ) => None,
-            Err(error) => return Err(error.into()),
-        };
+        let attachment = usable(&service.name)?;
         if attachment.as_ref().is_some_and(|attachment| !attachment.record().of_service) {
             return Err(ManagerError::refused(format!(
                 "{0} was attached by hand under the name of the service; nothing was changed there; `patchswitch detach \
@@ -240,6 +231,20 @@ fn spec(service: &Service) -> Spec {
         udp_idle: service.udp_idle,
         hook: None,
         of_service: true,
+    }
+}
+
+/// The attachment of a service, if it is one that packets can pass: one that is not there, that was begun by a command
+/// that was killed, or whose programs somebody removed, is none and is made anew by [`Manager::serve`].
+pub(super) fn usable(name: &Name) -> Result<Option<Attachment>, ManagerError> {
+    match Attachment::open(name) {
+        Ok(attachment) => Ok(Some(attachment)),
+        Err(
+            AttachError::Record(RecordError::Unknown(_))
+            | AttachError::Incomplete(_)
+            | AttachError::Dataplane(DataplaneError::NotAttached(_)),
+        ) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -14,6 +14,8 @@ use crate::paths::TARGET;
 pub(crate) struct Count {
     pub(crate) run: u64,
     pub(crate) passed: u64,
+    /// Of those that passed: only when they were tried again.
+    pub(crate) flaky: u64,
     pub(crate) skipped: u64,
 }
 
@@ -21,14 +23,19 @@ impl Count {
     pub(crate) fn add(&mut self, other: &Self) {
         self.run += other.run;
         self.passed += other.passed;
+        self.flaky += other.flaky;
         self.skipped += other.skipped;
     }
 }
 
 impl fmt::Display for Count {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { run, passed, skipped } = self;
-        write!(f, "{run} tests run: {passed} passed, ")?;
+        let Self { run, passed, flaky, skipped } = self;
+        write!(f, "{run} tests run: {passed} passed")?;
+        if *flaky > 0 {
+            write!(f, " ({flaky} flaky)")?;
+        }
+        write!(f, ", ")?;
         match run - passed {
             0 => write!(f, "{skipped} skipped"),
             failed => write!(f, "{failed} failed, {skipped} skipped"),
@@ -92,8 +99,15 @@ fn parse_summary(line: &str) -> Option<Count> {
     Some(Count {
         run: ran,
         passed: number("passed").unwrap_or(0),
+        flaky: flaky(parts).unwrap_or(0),
         skipped: number("skipped").unwrap_or(0) + cut,
     })
+}
+
+/// Reads the number of `(1 slow, 2 flaky)`.
+fn flaky(parts: &str) -> Option<u64> {
+    let (inside, _) = parts.split_once('(')?.1.split_once(')')?;
+    inside.split(", ").find_map(|item| item.strip_suffix(" flaky")?.trim().parse().ok())
 }
 
 fn without_color(line: &str) -> String {
@@ -122,13 +136,18 @@ mod tests {
         let mixed = "\u{1b}[31;1m     Summary\u{1b}[0m [ 1.0s] \u{1b}[1m5\u{1b}[0m tests run: 3 passed (1 flaky), 1 failed, \
                      1 timed out, 2 skipped";
         assert_eq!(count(mixed), Some((5, 3, 2)));
+        let flaky = |line: &str| parse_summary(&without_color(line)).map(|c| c.flaky);
+        assert_eq!(flaky(mixed), Some(1));
+        assert_eq!(flaky("Summary [ 1.0s] 9 tests run: 9 passed (3 slow, 2 flaky), 0 skipped"), Some(2));
         assert_eq!(count("Summary [ 1.0s] 2/5 tests run: 1 passed, 1 failed, 0 skipped"), Some((2, 1, 3)));
         assert_eq!(count("PASS [ 1.0s] summary"), None);
     }
 
     #[test]
     fn failures_show_in_the_total() {
-        let count = Count { run: 5, passed: 3, skipped: 1 };
+        let count = Count { run: 5, passed: 3, flaky: 0, skipped: 1 };
         assert_eq!(count.to_string(), "5 tests run: 3 passed, 2 failed, 1 skipped");
+        let flaky = Count { run: 5, passed: 5, flaky: 2, skipped: 0 };
+        assert_eq!(flaky.to_string(), "5 tests run: 5 passed (2 flaky), 0 skipped");
     }
 }

@@ -38,6 +38,7 @@ pub use plan::{Options, Plan, plan};
 pub use report::{AtSwitch, Loss, Report};
 
 use crate::exit::ExitCode;
+use crate::host::linux::priority::Priority;
 use drain::Undrained;
 
 /// Runs a job. On an error everything before the switch is undone, and everything after it is given back, as far as
@@ -50,6 +51,8 @@ pub async fn run(job: &mut Context<'_>, plan: Plan) -> Result<ExitCode, SwitchEr
         Ok(verified) => verified,
         Err(failure) => return Err(undo::after(job, failure).await),
     };
+    // Around the switch nobody must wait for the agent; what it starts has the usual priority.
+    let _way = Priority::give_way();
     let taken = match verified.take_over(job).await {
         Ok(taken) => taken,
         Err(failure) => return Err(undo::after(job, failure).await),

@@ -15,6 +15,7 @@ use super::verify::inside;
 use super::{Context, Loss, drain, undo};
 use crate::attachment::{DrainOptions, OnDeadline, SwitchOptions};
 use crate::exit::ExitCode;
+use crate::host::linux::priority::Priority;
 use crate::manager::{Machine, Manager, ManagerError, attachable, chain, slot_of};
 use crate::store::JobId;
 use crate::verify::{Reach, Target, gate};
@@ -28,6 +29,8 @@ pub async fn rollback(
     last: Option<&AtSwitch>,
     patched: Option<JobId>,
 ) -> Result<ExitCode, SwitchError> {
+    // As in a switch the other way.
+    let _way = Priority::give_way();
     let result = reverse(job, last, patched).await;
     let serving = undo::serving(job).unwrap_or_else(|| job.service.partition.clone());
     match result {

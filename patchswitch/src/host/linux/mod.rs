@@ -13,6 +13,7 @@ pub mod netlink;
 pub mod netns;
 pub mod pidfd;
 pub mod poll;
+pub mod priority;
 pub mod programs;
 pub mod root;
 pub mod runtime;

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 
+use super::priority::Priority;
+
 /// Directories that are searched, in this order.
 const DIRECTORIES: [&str; 6] =
     ["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/local/bin"];
@@ -272,6 +274,8 @@ impl Run {
     pub fn spawn(self) -> Result<Child, ProgramError> {
         let program = self.program;
         let path = self.path.clone().or_else(|| program.find()).ok_or(ProgramError::Missing { program })?;
+        // What is started may be a partition, which keeps what it is started with.
+        let _usual = Priority::usual();
         self.command(&path)
             .and_then(|mut command| command.spawn())
             .map_err(|source| ProgramError::Io { program, source })

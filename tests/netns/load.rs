@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use patchswitch_common::Slot;
 use patchswitch_load::client::{DownloadSettings, Settings};
 use patchswitch_load::record::Class;
-use patchswitch_load::report::{Download, Run};
+use patchswitch_load::report::{Download, Run, Window};
 use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::observe::{Counters, Trouble};
 
-use crate::rig::{Load, Rig, Server, load};
+use crate::rig::{ECHO, Load, Rig, Server, echo_in, load};
 
 /// What the kernels of clients and partitions had to repair, together.
 fn trouble(spaces: &[&Ns]) -> anyhow::Result<Vec<Trouble>> {
@@ -91,6 +92,62 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     assert_eq!(during.established_reset, 0, "{during:?}");
     assert!(during.retransmitted <= before.retransmitted, "{before:?} {during:?}");
     rig.finish().unwrap();
+}
+
+/// So many switches, half of them back.
+const SWITCHES: u32 = 200;
+
+#[test]
+fn two_hundred_switches_fail_nothing() {
+    let rig = Rig::new("hundreds").unwrap();
+    let (a, b) = (&rig.lab.a, &rig.lab.b);
+    let _servers = [Server::start(a, "a").unwrap(), Server::start(b, "b").unwrap()];
+    echo_in(a, "a").unwrap();
+    echo_in(b, "b").unwrap();
+    rig.attach_owned(Duration::from_secs(125)).unwrap();
+    let spaces = [&rig.lab.client, &rig.lab.host, a, b];
+    // Kept connections are renewed all the time, so that each side has flows at every switch.
+    let kept = Settings { rate: 600.0, connections: 16, renew: Duration::from_millis(500), ..load() };
+    let load = Load::start(&rig.lab.client, Settings { udp_port: Some(ECHO), udp_rate: 100.0, ..kept });
+    std::thread::sleep(Duration::from_millis(500));
+    load.order("mark first").unwrap();
+    let before = trouble(&spaces).unwrap();
+    let longest = rig
+        .with(async |attachment| {
+            let mut longest = 0.0_f64;
+            for number in 0..SWITCHES {
+                let to = if number % 2 == 0 { Slot::B } else { Slot::A };
+                longest = longest.max(attachment.switch(to).await?.flip_us);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(longest)
+        })
+        .unwrap();
+    load.order("mark last").unwrap();
+    let during = since(&before, &trouble(&spaces).unwrap());
+    let run = load.stop().unwrap();
+
+    assert_eq!(run.failures, []);
+    let stats = run.stats(Window { from_ns: run.mark("first").unwrap(), to_ns: run.mark("last").unwrap() });
+    let each = f64::from(u32::try_from(stats.requests).unwrap()) / f64::from(SWITCHES);
+    // Nothing in n: with 95 % confidence fewer than 3 in n (the rule of three).
+    eprintln!(
+        "0 of {} requests failed in {SWITCHES} switches ({each:.0} for each): fewer than {:.1e} of them fail; longest \
+         flip {longest:.1} us; {during:?}",
+        stats.requests,
+        3.0 / f64::from(u32::try_from(stats.requests).unwrap()),
+    );
+    assert!(each >= 5.0, "{each}");
+    for side in ["a", "b"] {
+        let share = stats.answered_by[side] * 100 / stats.requests;
+        assert!((20..=80).contains(&share), "{side} answered {share} %");
+    }
+    assert_eq!(
+        (during.resets_sent, during.established_reset, during.attempts_failed),
+        (0, 0, 0),
+        "{during:?}"
+    );
+    rig.finish_owned().unwrap();
 }
 
 #[test]

@@ -25,6 +25,8 @@ mod quarantine;
 #[cfg(test)]
 mod reassert;
 #[cfg(test)]
+mod reload;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod shared;

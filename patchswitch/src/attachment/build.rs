@@ -115,8 +115,19 @@ fn attach(record: &mut Record, plane: &Dataplane, point: Point, link: String) ->
     Ok(plane.attach(&hook)?)
 }
 
-/// Sends packets of every partition through the programs. With one partition there is nobody to confuse it with.
+/// Asks a twin of the programs who would get a packet, as soon as there are two to choose from.
 pub(super) fn self_test(record: &Record, plane: &Dataplane) -> Result<(), AttachError> {
+    with_ends(record, |ends| match ends {
+        [] => Ok(()),
+        ends => Ok(plane.self_test(ends)?),
+    })
+}
+
+/// Opens the namespaces of both partitions for the self-test; with one partition there is nothing to ask.
+pub(super) fn with_ends<T>(
+    record: &Record,
+    ask: impl FnOnce(&[End<'_>]) -> Result<T, AttachError>,
+) -> Result<T, AttachError> {
     let mut namespaces = Vec::new();
     for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(&record.slots) {
         if let Some(entry) = entry {
@@ -124,7 +135,7 @@ pub(super) fn self_test(record: &Record, plane: &Dataplane) -> Result<(), Attach
         }
     }
     if namespaces.len() < 2 {
-        return Ok(());
+        return ask(&[]);
     }
     let ends: Vec<End<'_>> = namespaces
         .iter()
@@ -132,5 +143,5 @@ pub(super) fn self_test(record: &Record, plane: &Dataplane) -> Result<(), Attach
             record.addresses.iter().map(|address| End { slot: *slot, netns, address: *address })
         })
         .collect();
-    Ok(plane.self_test(&ends)?)
+    ask(&ends)
 }

@@ -43,7 +43,7 @@ use patchswitch_common::word::{Phase, Word};
 
 use self::record::identity;
 use self::settings::Settings;
-use crate::dataplane::{Dataplane, HookKind};
+use crate::dataplane::{Dataplane, HookKind, Replacement};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::netns::{Netns, NetnsRef};
 use crate::names::{self, Name};
@@ -386,6 +386,20 @@ impl Attachment {
         }
         self.plane.fence()?;
         Ok(self.plane.forget_learned()?)
+    }
+
+    /// Puts the programs of this version in the place of those that are attached, without a packet lost; whether they
+    /// were others. With `force`, equal ones as well.
+    ///
+    /// # Errors
+    /// As [`Dataplane::replace`]; [`AttachError::Netns`].
+    pub fn reload(&mut self, force: bool) -> Result<bool, AttachError> {
+        self.report_events();
+        let (record, plane) = (&self.record, &mut self.plane);
+        build::with_ends(record, |ends| {
+            let (hooks, addresses) = (record.hooks.as_slice(), record.addresses.as_slice());
+            Ok(plane.replace(Replacement { hooks, addresses, ends, force })?)
+        })
     }
 
     /// Detaches everything, whatever of it is there.

@@ -8,6 +8,7 @@ mod job;
 mod partition;
 mod patch;
 mod print;
+mod reload;
 mod report;
 mod service;
 mod size;
@@ -48,6 +49,8 @@ enum Verb {
     Drain(alone::Drain),
     /// List the flows of both partitions.
     Flows(alone::Named),
+    /// Put the BPF programs of this version in the place of those that are attached, without a packet lost.
+    Reload(reload::Reload),
     /// Take a service address away again, and everything that came with it.
     Detach(alone::Detach),
     /// Show who serves, and what was counted.
@@ -107,6 +110,7 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Switch(verb) => verb.run(json).await,
         Verb::Drain(verb) => verb.run(json).await,
         Verb::Flows(verb) => verb.flows(json),
+        Verb::Reload(verb) => verb.run(json),
         Verb::Detach(verb) => verb.run(json).await,
         Verb::Status(verb) => verb.run(&arguments.config, json),
         _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
-use aya::programs::{Link, LinkOrder, ProgramError, TcAttachType, TcError};
+use aya::programs::{Link, LinkOrder, ProgramError, SchedClassifier, TcAttachType, TcError};
 use aya::util::KernelVersion;
 use serde::{Deserialize, Serialize};
 
@@ -112,6 +112,38 @@ pub(super) fn attach(directory: &Path, hook: &Hook) -> Result<(), DataplaneError
             // A filter stays when its owner goes; the library would remove it with this value.
             std::mem::forget(program.take_link(id).map_err(failed)?);
         }
+    }
+    Ok(())
+}
+
+/// Puts a program into the place of the one that is attached, at once.
+pub(super) fn update(
+    directory: &Path,
+    hook: &Hook,
+    program: &mut SchedClassifier,
+) -> Result<(), DataplaneError> {
+    let failed = |error: ProgramError| refused("replace", hook.point.program(), &error);
+    let link = match hook.kind {
+        HookKind::Tcx => {
+            let opened = PinnedLink::from_pin(hook.pin(directory)).map(FdLink::from);
+            let link = opened.and_then(SchedClassifierLink::try_from);
+            link.map_err(|error| DataplaneError::Program {
+                action: "open the link of",
+                program: hook.point.program().to_owned(),
+                reason: error.to_string(),
+            })?
+        }
+        HookKind::Clsact => {
+            let handle = handle(directory, hook.point);
+            SchedClassifierLink::attached(&hook.link, hook.point.direction(), PRIORITY, handle, None)
+                .map_err(|error| failed(TcError::IoError(error).into()))?
+        }
+    };
+    let id = program.attach_to_link(link).map_err(failed)?;
+    let link = program.take_link(id).map_err(failed)?;
+    if hook.kind == HookKind::Clsact {
+        // A filter stays when its owner goes; the library would remove it with this value.
+        std::mem::forget(link);
     }
     Ok(())
 }

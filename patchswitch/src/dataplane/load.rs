@@ -34,7 +34,12 @@ pub fn object() -> Result<Cow<'static, [u8]>, DataplaneError> {
 pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
     let links = directory.join("links");
     fs::create_dir_all(&links).map_err(made(&links))?;
-    pin(load(None)?, directory, &Point::ALL)
+    pin(load(None, None)?, directory, &Point::ALL)
+}
+
+/// Loads the object onto the maps that are pinned below `directory`; its programs are not in the kernel yet.
+pub(super) fn load_onto(directory: &Path) -> Result<Ebpf, DataplaneError> {
+    load(None, Some(directory))
 }
 
 /// Loads the object once more, as the twin that the self-test asks, and pins it below `directory`.
@@ -43,7 +48,7 @@ pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
 /// joins while clients are served is tested with what is there then.
 pub(super) fn load_and_pin_twin(directory: &Path) -> Result<(), DataplaneError> {
     // It learns nothing.
-    pin(load(Some(1))?, directory, &[Point::Uplink])
+    pin(load(Some(1), None)?, directory, &[Point::Uplink])
 }
 
 fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), DataplaneError> {
@@ -71,9 +76,9 @@ fn made(path: &Path) -> impl FnOnce(std::io::Error) -> DataplaneError {
     move |source| DataplaneError::File { action: "make directory", path, source }
 }
 
-/// Loads the maps of the object, those of flows with room for `flows` if that is given; programs are loaded by
-/// [`program`] and `load`.
-fn load(flows: Option<u32>) -> Result<Ebpf, DataplaneError> {
+/// Loads the maps of the object, those of flows with room for `flows` if that is given, or takes those that are pinned
+/// below `onto`; programs are loaded by [`program`] and `load`.
+fn load(flows: Option<u32>, onto: Option<&Path>) -> Result<Ebpf, DataplaneError> {
     let version = aya::util::KernelVersion::current().ok();
     let at_least =
         |major, minor| version.is_some_and(|v| v >= aya::util::KernelVersion::new(major, minor, 0));
@@ -96,10 +101,13 @@ fn load(flows: Option<u32>) -> Result<Ebpf, DataplaneError> {
         // The least that a ring can have.
         loader.map_max_entries(maps::LOG, 4096);
     }
+    for (directory, name) in onto.into_iter().flat_map(|directory| maps::ALL.map(|name| (directory, name))) {
+        loader.map_pin_path(name, maps::path(directory, name));
+    }
     loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
+pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
     let missing = || DataplaneError::Missing(format!("program {name}"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
     program.try_into().map_err(|_another_kind: ProgramError| missing())
@@ -138,7 +146,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Removes all pins below `directory`, the twin's as well, and the directories that are empty then.
 pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
-    let twin = remove_all(&super::twin_dir(directory));
+    let twin = remove_all(&super::twin_dir(directory)).and(super::replace::remove_remains(directory));
     let all = remove_all(directory);
     // The shared directories above go with the last attachment; in use: they stay.
     for parent in directory.ancestors().skip(1).take(2) {
@@ -147,19 +155,28 @@ pub(super) fn remove_pins(directory: &Path) -> Result<(), DataplaneError> {
     all.and(twin)
 }
 
-fn remove_all(directory: &Path) -> Result<(), DataplaneError> {
-    let gone = |result: std::io::Result<()>, action, path: &Path| match result {
+/// Removes one pin, if it is there.
+pub(super) fn remove_file(path: &Path) -> Result<(), DataplaneError> {
+    gone(fs::remove_file(path), "remove pin", path)
+}
+
+fn gone(result: std::io::Result<()>, action: &'static str, path: &Path) -> Result<(), DataplaneError> {
+    match result {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(DataplaneError::File { action, path: path.to_owned(), source })
         }
         _ => Ok(()),
-    };
+    }
+}
+
+/// Removes all pins of a directory and the directory itself, whatever of it is there.
+pub(super) fn remove_all(directory: &Path) -> Result<(), DataplaneError> {
     let mut result = Ok(());
     // Links first: they are what packets depend on.
     for part in ["links", "programs", "maps"] {
         let part = directory.join(part);
         for entry in fs::read_dir(&part).into_iter().flatten().flatten() {
-            result = result.and(gone(fs::remove_file(entry.path()), "remove pin", &entry.path()));
+            result = result.and(remove_file(&entry.path()));
         }
         result = result.and(gone(fs::remove_dir(&part), "remove directory", &part));
     }

@@ -22,7 +22,7 @@ const FRAGMENTS: &str = "FRAGMENTS";
 pub(super) const LOG: &str = "AYA_LOGS";
 /// Maps with an entry for each flow.
 pub(super) const OF_FLOWS: [&str; 2] = [LEARNED, FRAGMENTS];
-const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];
+pub(super) const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];
 
 pub(super) fn path(directory: &Path, map: &str) -> PathBuf {
     directory.join("maps").join(map)
@@ -58,6 +58,21 @@ fn hash<K: aya::Pod, V: aya::Pod>(
     name: &'static str,
 ) -> Result<HashMap<MapData, K, V>, DataplaneError> {
     HashMap::try_from(Map::HashMap(open(directory, name)?)).map_err(failed("open", name))
+}
+
+/// Whether the maps of two directories have entries of the same form, so that programs of one can use those of the
+/// other. How many entries there are may differ.
+pub(super) fn compare(one: &Path, other: &Path) -> Result<(), DataplaneError> {
+    let form = |directory: &Path, name| -> Result<_, DataplaneError> {
+        let info = open(directory, name)?.info().map_err(failed("look at", name))?;
+        Ok((info.map_type().ok(), info.key_size(), info.value_size()))
+    };
+    for name in ALL {
+        if form(one, name)? != form(other, name)? {
+            return Err(DataplaneError::OtherMaps(name));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn write_settings(directory: &Path, settings: &Settings) -> Result<(), DataplaneError> {

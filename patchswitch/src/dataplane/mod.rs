@@ -15,6 +15,7 @@ mod fence;
 mod load;
 mod log;
 mod maps;
+mod replace;
 mod self_test;
 mod word;
 
@@ -88,6 +89,12 @@ pub enum DataplaneError {
     /// The object is not the one this version was built for.
     #[error("the BPF object has no {0}")]
     Missing(String),
+    /// The programs that are attached belong to a version whose maps have another form.
+    #[error(
+        "this version's map {0} has another form than the one in use, so its programs cannot take the place of those \
+         that are attached; nothing was changed; detach and attach again when the service may pause"
+    )]
+    OtherMaps(&'static str),
     /// Nothing is pinned under that name.
     #[error("the programs of {0} are gone; `patchswitch detach {0}` removes what else there is")]
     NotAttached(Name),
@@ -236,6 +243,18 @@ impl Dataplane {
         attach::detach(&names::pin_dir(name), hook)
     }
 
+    /// Puts the programs of this version in the place of those that are attached, without a packet lost; whether they
+    /// were others. The maps stay, and with them the word, the counters and the learned flows.
+    ///
+    /// # Errors
+    /// [`DataplaneError::OtherMaps`] and [`DataplaneError::SelfTest`] before anything is changed. With any other error
+    /// some hooks may have the new program already, which works; to be repeated.
+    pub fn replace(&mut self, what: Replacement<'_>) -> Result<bool, DataplaneError> {
+        // The programs write their log into a ring of their own.
+        self.log = None;
+        replace::replace(&self.directory, what)
+    }
+
     /// What the programs counted since they were loaded.
     ///
     /// # Errors
@@ -287,6 +306,7 @@ impl Dataplane {
     }
 }
 
+pub use replace::Replacement;
 pub use self_test::End;
 
 /// Where the self-test's twin of what is pinned in a directory is pinned.

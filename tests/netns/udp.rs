@@ -327,7 +327,7 @@ fn a_table_that_is_full_refuses_the_switch() {
     rig.with(async |attachment| Ok(attachment.settle()?)).unwrap();
     // Told to, it is done all the same.
     learn(&rig).unwrap();
-    let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
+    let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     rig.with(async |attachment| Ok(attachment.switch_with(Slot::A, options).await?)).unwrap();
     rig.lab.client.ip("addr del 10.77.0.3/24 dev eth0").unwrap();
     rig.finish_owned().unwrap();

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use patchswitch_common::Slot;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, Record, ServicePorts, here, preflight};
+use super::{AttachError, Attachment, Record, ServicePorts, SwitchOptions, here, limits, preflight};
 use crate::dataplane::Dataplane;
 use crate::host::linux::netns::{Netns, NetnsRef};
 use crate::host::linux::sockets::{self, Protocol, Socket};
@@ -49,6 +49,18 @@ impl View {
     /// [`AttachError::Sockets`]; [`AttachError::Netns`] if the partition left meanwhile.
     pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
         flows(&self.record, &self.plane, slot)
+    }
+
+    /// Whether a switch would be refused because the side that serves has sockets whose flows it would cut.
+    ///
+    /// # Errors
+    /// [`AttachError::Refused`] if so; [`AttachError::Sockets`], [`AttachError::Netns`].
+    pub fn check_switch(&self) -> Result<(), AttachError> {
+        let active = self.plane.word().active();
+        let Some(slot) = &self.record.slots[active as usize] else { return Ok(()) };
+        let netns = netns(&self.record, active)?;
+        let sockets = sockets::all(&netns)?;
+        limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), SwitchOptions::default())
     }
 }
 
@@ -120,14 +132,6 @@ impl Attachment {
     pub fn flows(&self, slot: Slot) -> Result<Flows, AttachError> {
         flows(self.record(), self.plane(), slot)
     }
-
-    /// The ports on which a partition serves now.
-    pub(super) fn service_ports(&self, slot: Slot) -> Result<ServicePorts, AttachError> {
-        if self.record().slots[slot as usize].is_none() {
-            return Ok(ServicePorts::default());
-        }
-        Ok(ports(&sockets::all(&self.netns(slot)?)?, &self.record().addresses))
-    }
 }
 
 /// The network namespace of the partition in a slot.
@@ -177,7 +181,7 @@ fn flow(socket: &Socket) -> Flow {
 }
 
 /// The ports on which somebody waits for flows to one of the addresses.
-fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
+pub(super) fn ports(sockets: &[Socket], addresses: &[IpAddr]) -> ServicePorts {
     let of = |protocol| {
         let waits = |s: &&Socket| s.protocol == protocol && !s.is_connected();
         let hears = |s: &&Socket| s.local.ip().is_unspecified() || addresses.contains(&s.local.ip());

@@ -16,6 +16,7 @@ mod build;
 mod drain;
 mod error;
 mod flows;
+mod limits;
 mod lock;
 mod parity;
 mod preflight;
@@ -46,6 +47,7 @@ use self::settings::Settings;
 use crate::dataplane::{Dataplane, HookKind, Replacement};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::netns::{Netns, NetnsRef};
+use crate::host::linux::sockets;
 use crate::names::{self, Name};
 
 /// Default of [`Spec::udp_idle`].
@@ -93,13 +95,14 @@ pub struct SwitchOptions {
     /// Give replies of the retiring partition that carry its own address the service's: the notice of the patent. Off
     /// only to show what it is good for.
     pub notice: bool,
-    /// Switch although flows without a socket could not all be remembered.
-    pub despite_unlearned: bool,
+    /// Switch although it cuts flows: those without a socket that could not all be remembered, and those of sockets that
+    /// are bound to a device.
+    pub despite_losses: bool,
 }
 
 impl Default for SwitchOptions {
     fn default() -> Self {
-        Self { notice: true, despite_unlearned: false }
+        Self { notice: true, despite_losses: false }
     }
 }
 
@@ -310,8 +313,7 @@ impl Attachment {
         let (from, target) = (to.other(), self.slot(to)?.clone());
         self.report_events();
         self.all_learned(options)?;
-        self.record.service_ports = self.service_ports(from)?;
-        self.record.save()?;
+        self.look_at_retiring(from, options)?;
         parity::prepare(&self.netns(from)?, &self.netns(to)?);
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
         let word = self.plane.word();
@@ -335,6 +337,19 @@ impl Attachment {
         })
     }
 
+    /// What has to be known of the side that retires: the ports on which it serves, and what a switch would cut.
+    fn look_at_retiring(&mut self, from: Slot, options: SwitchOptions) -> Result<(), AttachError> {
+        self.record.service_ports = ServicePorts::default();
+        if let Some(slot) = &self.record.slots[from as usize] {
+            let netns = self.netns(from)?;
+            let sockets = sockets::all(&netns)?;
+            limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), options)?;
+            limits::tell_of_multipath(slot, &netns);
+            self.record.service_ports = flows::ports(&sockets, &self.record.addresses);
+        }
+        Ok(self.record.save()?)
+    }
+
     /// What a partition begins from now on, it begins with its own address.
     async fn retire(&self, slot: Slot) -> Result<(), AttachError> {
         let Some(entry) = &self.record.slots[slot as usize] else { return Ok(()) };
@@ -355,7 +370,7 @@ impl Attachment {
         let full = self.plane.count_of(Event::LearnFull)?;
         match full.saturating_sub(self.record.learn_full) {
             0 => Ok(()),
-            packets if options.despite_unlearned => {
+            packets if options.despite_losses => {
                 tracing::warn!("flows of {packets} packets found no room to be remembered: they are cut");
                 Ok(())
             }

@@ -108,7 +108,7 @@ impl TakenOver {
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let (to, from, patched) = (&self.clone.active, &self.clone.standby, Some(job.job));
             // A service that fails is given back also where that cuts flows that found no room to be remembered.
-            let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
+            let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
             let back = Turn { phase: Phase::GiveBack, to, slot: slot.other(), from, patched, options };
             let switched = turn(job, back).await.map_err(person)?;
             job.report.give_back = Some(switched);

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::json;
 
+use crate::attachment::View;
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names::Name;
@@ -65,6 +66,10 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
     }
     let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
+    // What would be refused in the end. A service that is not attached is attached first.
+    if let Ok(view) = View::open(service) {
+        view.check_switch()?;
+    }
     Ok(Plan { active, standby, patches })
 }
 

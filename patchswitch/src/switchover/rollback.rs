@@ -71,7 +71,7 @@ async fn reverse(
     job.watched = new.clones().into_iter().filter(|clone| clone.watched).collect();
     let lossy = agreed(job, &new, last)?;
     // Whoever rolls back has a reason to: flows for which there was no room are cut, which is said.
-    let options = SwitchOptions { despite_unlearned: true, ..SwitchOptions::default() };
+    let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let slot = match still_serving(job, &old)? {
         Some(slot) => {
             remembered(job).await?;

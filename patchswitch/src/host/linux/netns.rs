@@ -290,6 +290,14 @@ fn new_network_namespace() -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?)
 }
 
+/// The index of a link of the calling thread's namespace, if there is one of that name.
+pub fn link_index(name: &str) -> Option<u32> {
+    use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+    // Any socket will do: it stands for its namespace.
+    let any = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
+    netdevice::name_to_index(&any, name).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -88,6 +88,20 @@ impl Socket {
         !matches!(u32::from(self.state), tcp_state::LISTEN | tcp_state::CLOSE)
     }
 
+    /// The index of the device that it is bound to (`SO_BINDTODEVICE`), 0 if it is to none.
+    pub fn device(&self) -> u32 {
+        self.id.interface_id
+    }
+
+    /// A listener as the kernel would list it.
+    #[cfg(test)]
+    pub(crate) fn listening(protocol: Protocol, local: SocketAddr, device: u32) -> Self {
+        let mut id = if local.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() };
+        (id.source_address, id.source_port, id.interface_id) = (local.ip(), local.port(), device);
+        let remote = SocketAddr::new(id.destination_address, 0);
+        Self { protocol, local, remote, state: 10, receive_queue: 0, id }
+    }
+
     fn new(protocol: Protocol, header: InetResponseHeader) -> Self {
         let id = header.socket_id;
         Self {

@@ -1,0 +1,85 @@
+//! What a switch would cut although it should not is refused or told before it.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use patchswitch::attachment::{Attachment, SwitchOptions};
+use patchswitch_common::Slot;
+use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::observe::Counters;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::ask::who;
+use crate::rig::{NAME, PORT, Rig, Server, ends};
+
+/// A listener that only packets of a device find.
+fn bound(ns: &Ns, device: &str) -> anyhow::Result<Socket> {
+    ns.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind_device(Some(device.as_bytes()))?;
+        socket.bind(&SocketAddr::from(([0, 0, 0, 0], PORT)).into())?;
+        socket.listen(1)?;
+        Ok(socket)
+    })
+}
+
+#[test]
+fn a_service_that_is_bound_to_a_device_is_not_switched() {
+    let rig = Rig::new("device").unwrap();
+    let _server = Server::start(&rig.lab.b, "b").unwrap();
+    rig.attach_owned(Duration::from_secs(125)).unwrap();
+    let listener = bound(&rig.lab.a, "eth0").unwrap();
+    let said = rig.refused(&["switch", NAME], 1).unwrap();
+    assert!(said.contains("SO_BINDTODEVICE") && said.contains("nothing was switched"), "{said}");
+    let active = |attachment: &Attachment| attachment.plane().word().active();
+    assert_eq!(rig.with(async |attachment| Ok(active(attachment))).unwrap(), Slot::A);
+    // Who goes back has a reason to: it is told, and done.
+    let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+    rig.with(async |attachment| Ok(attachment.switch_with(Slot::B, options).await?)).unwrap();
+    for end in ends() {
+        assert_eq!(who(&rig.lab.client, end).unwrap(), "b");
+    }
+    rig.with(async |attachment| Ok(attachment.switch(Slot::A).await?)).unwrap();
+    drop(listener);
+    // One that is bound to another device has never had a packet of the service.
+    let _other = bound(&rig.lab.a, "lo").unwrap();
+    rig.with(async |attachment| Ok(attachment.switch(Slot::B).await?)).unwrap();
+    assert_eq!(rig.with(async |attachment| Ok(active(attachment))).unwrap(), Slot::B);
+    rig.finish_owned().unwrap();
+}
+
+/// A stream socket of Multipath TCP.
+fn multipath() -> std::io::Result<Socket> {
+    Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP))
+}
+
+#[test]
+fn clients_of_multipath_tcp_are_told_of() {
+    let rig = Rig::new("paths").unwrap();
+    rig.attach().unwrap();
+    let listener = rig.lab.a.enter(|| {
+        let socket = multipath()?;
+        socket.bind(&SocketAddr::from(([0, 0, 0, 0], PORT)).into())?;
+        socket.listen(4)?;
+        Ok(TcpListener::from(socket))
+    });
+    let listener = listener.unwrap();
+    let warned = |ended: &crate::rig::Ended| ended.stderr.contains("Multipath TCP");
+    let connect = |make: &(dyn Fn() -> std::io::Result<Socket> + Sync)| {
+        let client = rig.lab.client.enter(|| {
+            let socket = make()?;
+            socket.connect(&ends()[0].into())?;
+            Ok(TcpStream::from(socket))
+        });
+        drop((client.unwrap(), listener.accept().unwrap()));
+    };
+    connect(&|| Socket::new(Domain::IPV4, Type::STREAM, None));
+    let plain = rig.run(&["switch", NAME]).unwrap();
+    assert!(plain.code == Some(0) && !warned(&plain), "{plain:?}");
+    rig.run(&["switch", NAME]).unwrap();
+    connect(&multipath);
+    assert_eq!(Counters::of(&rig.lab.a).unwrap().get("MPTcpExt.MPCapableACKRX").unwrap(), 1);
+    let told = rig.run(&["switch", NAME]).unwrap();
+    assert!(told.code == Some(0) && warned(&told), "{told:?}");
+    rig.finish().unwrap();
+}

@@ -27,6 +27,7 @@ pub mod host;
 pub mod init;
 pub mod manager;
 pub mod names;
+pub mod network;
 pub mod partition;
 pub mod patch;
 pub mod storage;

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod alike;
 #[cfg(test)]
+mod announce;
+#[cfg(test)]
 mod ask;
 #[cfg(test)]
 mod drain;

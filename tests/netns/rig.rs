@@ -116,6 +116,9 @@ impl Rig {
             v6,
             "--uplink",
             UPLINK,
+            // Once: nobody waits for the second time.
+            "--announce",
+            "1",
             self.lab.a.name(),
             self.lab.b.name(),
         ]

@@ -30,6 +30,15 @@ pub enum AttachError {
     /// The list of sockets.
     #[error(transparent)]
     Sockets(#[from] SocketsError),
+    /// An address could not be announced.
+    #[error("failed to send frames on {link}")]
+    Announce {
+        /// The uplink.
+        link: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The request makes no sense on this host; nothing was changed.
     #[error("{0}")]
     Refused(String),

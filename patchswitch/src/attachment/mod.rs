@@ -12,6 +12,7 @@
 //! The record of an attachment is in `/run/patchswitch/attachments`, its programs, maps and links are pinned, and no
 //! process has to live for it to work.
 
+mod announce;
 mod build;
 mod drain;
 mod error;
@@ -27,6 +28,7 @@ mod remove;
 mod settings;
 mod wiring;
 
+pub use announce::AGAIN as ANNOUNCE_AGAIN;
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
@@ -156,7 +158,11 @@ impl Attachment {
         let mut settings = Settings::load(record.host, &shared)?;
         let plan = (links.as_slice(), partitions.as_slice());
         match build::build(&mut record, spec, &host, &mut settings, plan).await {
-            Ok(plane) => Ok(Self { record, plane, host, _lock: lock }),
+            Ok(plane) => {
+                let attachment = Self { record, plane, host, _lock: lock };
+                attachment.announce().await;
+                Ok(attachment)
+            }
             Err(cause) => {
                 let undone = match remove::remove(&record, &host, &shared).await {
                     Ok(()) => "everything was undone".to_owned(),
@@ -165,6 +171,12 @@ impl Attachment {
                 Err(AttachError::Undone { name: spec.name.clone(), undone, cause: Box::new(cause) })
             }
         }
+    }
+
+    /// Tells everybody on the uplinks that the service addresses are here. [`Attachment::create`] has done it once; as a
+    /// frame may be lost, it is to be done again after [`ANNOUNCE_AGAIN`]. A failure is logged.
+    pub async fn announce(&self) {
+        announce::announce(&self.record, &self.host).await;
     }
 
     /// Whether [`Attachment::create`] would be refused, if what has the name now were detached first.

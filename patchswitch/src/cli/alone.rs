@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
-    Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE, View,
-    phase_name,
+    ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE,
+    View, phase_name,
 };
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::doctor::{self, Item};
@@ -54,6 +54,9 @@ pub(crate) struct Attach {
     /// After so many seconds without an answer a datagram flow that was remembered for a switch is forgotten.
     #[arg(long, value_name = "SECONDS", default_value_t = UDP_IDLE.as_secs_f64())]
     udp_idle: f64,
+    /// How often neighbours on the uplinks are told (ARP, NDP) where the addresses are; a second apart.
+    #[arg(long, value_name = "TIMES", default_value = "2", value_parser = clap::value_parser!(u32).range(1..=60))]
+    announce: u32,
 }
 
 /// Where the programs are on the path of a packet.
@@ -90,6 +93,10 @@ impl Attach {
             advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
         }
         show(&attachment, json)?;
+        for _ in 1..self.announce {
+            tokio::time::sleep(ANNOUNCE_AGAIN).await;
+            attachment.announce().await;
+        }
         Ok(ExitCode::Done)
     }
 }

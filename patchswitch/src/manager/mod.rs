@@ -51,6 +51,8 @@ pub struct Manager {
     pub store: Store,
     state: PathBuf,
     runtime: Runtime,
+    /// Services whose addresses were announced once, and are to be once more.
+    announced: Vec<Name>,
 }
 
 impl Manager {
@@ -66,7 +68,7 @@ impl Manager {
             config::Runtime::Runc => Program::Runc,
         };
         let runtime = Runtime::new(program, &Path::new(RUN_ROOT).join("oci"));
-        Ok(Self { store: Store::open(&state)?, config, state, runtime })
+        Ok(Self { store: Store::open(&state)?, config, state, runtime, announced: Vec::new() })
     }
 
     /// The directory of the store, of disks, patches and reports.

@@ -60,6 +60,7 @@ impl Manager {
         }
         let merges = self.recover_jobs(&mut done).await?;
         self.serve_all(&merges, &mut done).await?;
+        self.announce_again().await;
         // Merges take long, and no client waits for one.
         for (job, _lock) in merges {
             match self.finish_commit(&job) {

@@ -6,7 +6,9 @@ use std::path::Path;
 use patchswitch_common::Slot;
 
 use super::{Machine, Manager, ManagerError, chain};
-use crate::attachment::{AttachError, Attachment, Inside, Partition, Record, RecordError, Spec};
+use crate::attachment::{
+    ANNOUNCE_AGAIN, AttachError, Attachment, Inside, Partition, Record, RecordError, Spec,
+};
 use crate::config::Service;
 use crate::dataplane::DataplaneError;
 use crate::host::linux::netns::NetnsRef;
@@ -31,10 +33,12 @@ impl Manager {
             ManagerError::refused(format!("the configuration has no [[service]] with name = \"{name}\""))
         })?;
         let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
-        match self.store.service(name)? {
+        let done = match self.store.service(name)? {
             Some(old) => self.change_service(&old, &service).await,
             None => self.begin_service(&service).await.map(|()| Vec::new()),
-        }
+        };
+        self.announce_again().await;
+        done
     }
 
     async fn begin_service(&mut self, service: &Service) -> Result<(), ManagerError> {
@@ -120,7 +124,23 @@ impl Manager {
         }
         detach(&service.name).await?;
         Attachment::create(&spec(service), &attachable(&machine), None).await?;
+        self.announced.push(service.name.clone());
         Ok(mended)
+    }
+
+    /// Announces the addresses of services that were attached a second time, for all of them at once.
+    pub(super) async fn announce_again(&mut self) {
+        let names = std::mem::take(&mut self.announced);
+        if names.is_empty() {
+            return;
+        }
+        tokio::time::sleep(ANNOUNCE_AGAIN).await;
+        for name in names {
+            // Whoever took it away meanwhile has nothing to announce.
+            if let Ok(attachment) = Attachment::open(&name) {
+                attachment.announce().await;
+            }
+        }
     }
 
     /// Why an attachment is of no use for a service, if it is not.

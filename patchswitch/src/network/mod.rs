@@ -1,0 +1,3 @@
+//! What is said on a wire, as bytes: nothing here touches the kernel.
+
+pub mod announce;

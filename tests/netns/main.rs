@@ -9,6 +9,8 @@ mod ask;
 #[cfg(test)]
 mod drain;
 #[cfg(test)]
+mod examples;
+#[cfg(test)]
 mod flows;
 #[cfg(test)]
 mod hand;

@@ -28,7 +28,7 @@ type Package = (&'static str, &'static str);
 /// SQLite and the bundled C parts are compiled here; static binaries want libc's archive.
 const BUILD: [Package; 2] = [("gcc", "gcc"), ("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a")];
 /// Tests look at the kernel with these, not with patchswitch.
-const TEST: [Package; 7] = [
+const TEST: [Package; 9] = [
     ("iproute2", "ip"),
     ("iputils-ping", "ping"),
     ("ethtool", "ethtool"),
@@ -36,6 +36,9 @@ const TEST: [Package; 7] = [
     ("nftables", "nft"),
     ("procps", "ps"),
     ("bpftool", "bpftool"),
+    // The examples are run as they are written.
+    ("runc", "runc"),
+    ("systemd-container", "systemd-nspawn"),
 ];
 const MACHINE: [Package; 9] = [
     ("qemu-system-x86", "qemu-system-x86_64"),

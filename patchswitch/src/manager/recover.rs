@@ -236,10 +236,7 @@ impl Manager {
 
     /// The patches that the service runs with are those of whoever serves.
     fn follow_applied(&mut self, job: &Job, serving: &Machine, other: &Machine) -> Result<(), ManagerError> {
-        let jobs = self.store.jobs(Some(&job.service), u32::MAX)?;
-        let Some(patched) = jobs.iter().rev().find(|job| job.kind == "apply").map(|job| job.id) else {
-            return Ok(());
-        };
+        let Some(patched) = self.store.last_apply(&job.service)? else { return Ok(()) };
         if !serving.clones().is_empty() {
             let _ = self.store.set_applied(patched)?;
         } else if !other.clones().is_empty() {

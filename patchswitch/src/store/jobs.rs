@@ -175,6 +175,18 @@ impl Store {
         })
     }
 
+    /// The newest job that was to patch a service: the one that made its clone, while there is one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn last_apply(&self, service: &Name) -> Result<Option<JobId>, StoreError> {
+        self.read("read the last job", |connection| {
+            let mut query = connection
+                .prepare_cached("SELECT max(id) FROM jobs WHERE service = ?1 AND kind = 'apply'")?;
+            Ok(query.query_row(params![service], |row| row.get(0))?)
+        })
+    }
+
     /// The jobs that are not over: what recovery looks at.
     ///
     /// # Errors

@@ -53,9 +53,8 @@ fn last_report(
     manager: &Manager,
     service: &Name,
 ) -> Result<Option<(std::path::PathBuf, Value)>, ManagerError> {
-    let jobs = manager.store.jobs(Some(service), u32::MAX)?;
-    let Some(job) = jobs.iter().rev().find(|job| job.kind == "apply") else { return Ok(None) };
-    let path = Report::path(manager.state(), job.id);
+    let Some(job) = manager.store.last_apply(service)? else { return Ok(None) };
+    let path = Report::path(manager.state(), job);
     read(&path).map(|report| report.map(|report| (path, report)))
 }
 

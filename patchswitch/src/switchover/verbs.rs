@@ -13,7 +13,7 @@ use crate::attachment::Attachment;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError, chain};
 use crate::names::{Name, RUN_ROOT};
-use crate::store::{Job, JobId, JobLock, NewJob, boot_id};
+use crate::store::{Job, JobLock, NewJob, boot_id};
 
 /// How long a stopped job's process may take to let go of the service after the job has ended.
 const TIDY: Duration = Duration::from_secs(10);
@@ -90,7 +90,7 @@ pub async fn roll_back(
         return end(job, Ok(ExitCode::Done), lock);
     }
     let last = last_switch(manager, service)?;
-    let patched = last_apply(manager, service)?;
+    let patched = manager.store.last_apply(service)?;
     let mut job = begin(manager, service, ROLLBACK, &json!({}), options, watcher)?;
     let result = rollback(&mut job, last.as_ref().and_then(|last| last.at_switch.as_ref()), patched).await;
     end(job, result, lock)
@@ -180,14 +180,8 @@ fn end(
 
 /// What the last job that switched has kept for a rollback or a commit.
 fn last_switch(manager: &Manager, service: &Name) -> Result<Option<Kept>, ManagerError> {
-    match last_apply(manager, service)? {
+    match manager.store.last_apply(service)? {
         None => Ok(None),
         Some(job) => kept(manager.state(), job),
     }
-}
-
-/// The last job that patched the service.
-fn last_apply(manager: &Manager, service: &Name) -> Result<Option<JobId>, ManagerError> {
-    let jobs = manager.store.jobs(Some(service), 100)?;
-    Ok(jobs.iter().rev().find(|job| job.kind == "apply").map(|job| job.id))
 }

@@ -288,6 +288,7 @@ fn a_service_has_one_open_job_and_steps_go_one_way() {
     assert_eq!(store.end_job(job, ExitCode::PatchFailed, "dpkg: 1").unwrap(), Change::Changed);
     assert_eq!(store.end_job(job, ExitCode::PatchFailed, "again").unwrap(), Change::AlreadySo);
     assert!(conflict(store.end_job(job, ExitCode::Done, "")).contains("ended with 20"));
+
     assert!(conflict(store.intend(job, "boot", &json!(null))).contains("is over"));
     assert_eq!(store.open_job(&web).unwrap(), None);
     assert_eq!(store.open_jobs().unwrap()[0].id, other);
@@ -296,4 +297,21 @@ fn a_service_has_one_open_job_and_steps_go_one_way() {
     assert_eq!(listed, [job, next]);
     let ended = store.job(job).unwrap().unwrap();
     assert_eq!((ended.exit_code, ended.message.as_deref()), (Some(20), Some("dpkg: 1")));
+}
+
+#[test]
+fn the_last_job_that_was_to_patch_a_service_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = Store::open(dir.path()).unwrap();
+    let (web, plan) = (name("web"), json!(null));
+    assert_eq!(store.last_apply(&web).unwrap(), None);
+    let first = begin(&mut store, "web");
+    let _other = begin(&mut store, "api");
+    assert_eq!(store.end_job(first, ExitCode::Done, "").unwrap(), Change::Changed);
+    let commit = NewJob { service: &web, kind: "commit", plan: &plan, boot_id: "boot" };
+    let commit = store.begin_job(&commit).unwrap();
+    assert_eq!(store.last_apply(&web).unwrap(), Some(first), "neither the commit nor the other service's");
+    assert_eq!(store.end_job(commit, ExitCode::Done, "").unwrap(), Change::Changed);
+    let second = begin(&mut store, "web");
+    assert_eq!(store.last_apply(&web).unwrap(), Some(second));
 }

@@ -4,6 +4,7 @@
 //! Who serves is asked through the service address; what is left behind is looked for in the kernel's own lists.
 
 mod background;
+mod beside;
 mod client;
 mod decisions;
 mod failing;
@@ -12,5 +13,6 @@ mod inputs;
 mod kills;
 mod mend;
 mod power;
+mod rollbacks;
 mod stage;
 mod systemd;

@@ -238,6 +238,17 @@ impl Attachment {
         Ok(identity(&named)? == identity(&self.netns(slot)?)?)
     }
 
+    /// Whether an uplink is not the device to which the programs were attached: one that was removed and made again is
+    /// another one, on which nothing is. One that is gone is for [`Attachment::reassert`] to tell.
+    ///
+    /// # Errors
+    /// [`AttachError::Netlink`], [`AttachError::Dataplane`].
+    pub async fn has_other_uplinks(&self) -> Result<bool, AttachError> {
+        let (known, links) = (self.plane.uplinks()?, self.host.links().await?);
+        let mut there = links.iter().filter(|link| self.record.uplinks.contains(&link.name));
+        Ok(there.any(|link| !known.contains(&link.index)))
+    }
+
     /// Changes [`Spec::udp_idle`]; whether it was another one.
     ///
     /// # Errors

@@ -8,6 +8,8 @@
 //! | the host's route for the service addresses | to it | – | – |
 //! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
 //! | notice, learning | – | – | off, as nobody retires |
+//!
+//! An uplink that is gone is told of here as well.
 
 use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
@@ -35,6 +37,10 @@ impl Attachment {
                 Ok(what) => mended.extend(what),
                 Err(error) => errors.push(error),
             }
+        }
+        for uplink in &self.record.uplinks {
+            // Nothing can be done about one that is gone, but somebody has to know.
+            errors.extend(self.host.link(uplink).await.err().map(AttachError::from));
         }
         if retiring.is_none() && (word.notice() || word.learns()) {
             match self.settle() {

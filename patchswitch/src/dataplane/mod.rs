@@ -219,6 +219,14 @@ impl Dataplane {
         maps::add_uplink(&self.directory, ifindex)
     }
 
+    /// The indices of the links that [`Dataplane::add_uplink`] was told.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn uplinks(&self) -> Result<Vec<u32>, DataplaneError> {
+        maps::uplinks(&self.directory)
+    }
+
     /// Writes the settings anew; packets under way may still see the old ones.
     ///
     /// # Errors

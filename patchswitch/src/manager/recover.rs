@@ -99,6 +99,10 @@ impl Manager {
                 Err(LockError::Busy { .. }) => continue,
                 lock => lock?,
             };
+            // It may have ended until the lock was free.
+            if self.store.job(job.id)?.is_none_or(|job| job.ended_at.is_some()) {
+                continue;
+            }
             match self.recover(&job, false, &mut done.actions).await {
                 Ok(Recovery::Ended) => {}
                 Ok(Recovery::Later(wait)) => waiting.push(Waiting { job, wait, _lock: lock }),
@@ -109,8 +113,8 @@ impl Manager {
     }
 
     async fn serve_all(&mut self, waiting: &[Waiting], done: &mut Recovered) -> Result<(), ManagerError> {
-        for settings in self.store.services()? {
-            let name = &settings.name;
+        let names: Vec<Name> = self.store.services()?.into_iter().map(|service| service.name).collect();
+        for name in &names {
             let _lock = if waiting.iter().any(|waiting| waiting.job.service == *name) {
                 None
             } else {
@@ -118,6 +122,8 @@ impl Manager {
                 let Ok(lock) = JobLock::acquire(std::path::Path::new(RUN_ROOT), name) else { continue };
                 Some(lock)
             };
+            // It may have been changed or removed until the lock was free.
+            let Some(settings) = self.store.service(name)? else { continue };
             let was = self.is_served(&settings).unwrap_or(false);
             match self.serve(&settings).await {
                 Ok(mended) => {
@@ -235,8 +241,9 @@ impl Manager {
                 other.name()
             ));
         }
-        let was_switched = self.has(job, "take_over", |state| state == StepState::Done)?
-            || self.has(job, "give_back", |state| state != StepState::Failed)?;
+        // A rollback that has begun to take the clone away has given back, whatever failed afterwards.
+        let was_switched =
+            job.kind == "rollback" || self.has(job, "take_over", |state| state == StepState::Done)?;
         if attachment.plane().word().phase() == WordPhase::Draining {
             // Given back: what the clone still answers may end, for as long as the service's own drain may take.
             let deadline = Some(settings.drain.deadline);

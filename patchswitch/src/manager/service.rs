@@ -113,11 +113,12 @@ impl Manager {
         self.ensure_running(&machine)?;
         let mut mended = Vec::new();
         if let Some(mut attachment) = attachment {
-            let Some(reason) = self.outdated(&attachment, service)? else {
+            let Some(reason) = self.outdated(&attachment, service).await? else {
+                mended.extend(attachment.reassert().await?);
+                // Last: if it is, all else is well, and whoever goes back to other settings need not take it back.
                 if attachment.set_udp_idle(service.udp_idle)? {
                     mended.push("udp_idle was changed".to_owned());
                 }
-                mended.extend(attachment.reassert().await?);
                 return Ok(mended);
             };
             mended.push(format!("it was attached anew: {reason}"));
@@ -144,12 +145,19 @@ impl Manager {
     }
 
     /// Why an attachment is of no use for a service, if it is not.
-    fn outdated(&self, attachment: &Attachment, service: &Service) -> Result<Option<&str>, ManagerError> {
+    async fn outdated(
+        &self,
+        attachment: &Attachment,
+        service: &Service,
+    ) -> Result<Option<&'static str>, ManagerError> {
         if !attachment.is_current(attachment.plane().word().active())? {
             return Ok(Some("its partition has another network namespace now"));
         }
         if !attachment.record().is_of(&spec(service)) && self.other(&service.name)?.is_none() {
             return Ok(Some("its addresses or uplinks have changed"));
+        }
+        if attachment.has_other_uplinks().await? {
+            return Ok(Some("one of its uplinks is another device now"));
         }
         Ok(None)
     }
@@ -211,8 +219,14 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Lock`] while a job runs; [`ManagerError::Refused`] while it has two partitions: commit or roll back first.
     pub async fn remove_service(&mut self, name: &Name) -> Result<bool, ManagerError> {
-        let Some(service) = self.store.service(name)? else { return self.remove_remains(name).await };
         let lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
+        // Read when nobody can change it any more.
+        let Some(service) = self.store.service(name)? else {
+            let removed = Self::remove_remains(name).await;
+            drop(lock);
+            Self::remove_empty_directories();
+            return removed;
+        };
         if self.other(name)?.is_some() {
             return Err(ManagerError::refused(format!(
                 "service {name} still has its old partition; `patchswitch commit {name}` or \
@@ -229,14 +243,9 @@ impl Manager {
     }
 
     /// Detaches what a service has left that the store does not know any more; whether there was something.
-    async fn remove_remains(&self, name: &Name) -> Result<bool, ManagerError> {
+    async fn remove_remains(name: &Name) -> Result<bool, ManagerError> {
         if !Record::load(name).is_ok_and(|record| record.of_service) {
             return Ok(false);
-        }
-        let _lock = JobLock::acquire(Path::new(RUN_ROOT), name)?;
-        // Somebody may have added it until the lock was free.
-        if self.store.service(name)?.is_some() {
-            return Err(ManagerError::refused(format!("service {name} was added meanwhile; it stays")));
         }
         detach(name).await.map(|()| true)
     }

@@ -40,13 +40,18 @@ pub async fn commit(job: &mut Context<'_>, lost: Option<&Loss>) -> Result<ExitCo
 
 /// What the old side wrote after the clone is gone with the merge; outside what was declared it needs a word.
 pub(super) fn agreed(job: &Context<'_>, lost: Option<&Loss>) -> Result<(), Failure> {
-    let Some(loss) = lost.filter(|loss| loss.files > 0 && !job.options.discard_writes) else { return Ok(()) };
-    let first = loss.first.first().map(|path| path.display().to_string()).unwrap_or_default();
-    let reason = format!(
-        "the old partition wrote {} files after the clone that may_lose does not declare ({first} …); \
-         --discard-writes commits all the same",
-        loss.files
+    if job.options.discard_writes || lost.is_some_and(|loss| loss.files == 0) {
+        return Ok(());
+    }
+    let what = lost.map_or_else(
+        // Not known is not nothing.
+        || "the report of the switch is gone, so what the old partition wrote after the clone is not known".to_owned(),
+        |Loss { files, first, .. }| {
+            let first = first.first().map(|path| path.display().to_string()).unwrap_or_default();
+            format!("the old partition wrote {files} files after the clone that may_lose does not declare ({first} …)")
+        },
     );
+    let reason = format!("{what}; --discard-writes commits all the same");
     Err(Failure { phase: Phase::Commit, reason, code: ExitCode::WritesLost })
 }
 

@@ -23,10 +23,7 @@ pub(crate) fn recount(manager: &Manager, service: &Service, old: &Machine) -> Re
     if !manager.is_running(old)? {
         return Ok(());
     }
-    // Marks are of one boot; after another the sectors are not known, the files still are.
-    let loss = undo::written(service, old, &cut.marks, cut.at)
-        .or_else(|_| undo::written(service, old, &[], cut.at))?;
-    report["lost_by_switch"] = json!(loss);
+    report["lost_by_switch"] = json!(undo::written_since(service, old, &cut)?);
     report::write(&path, &report)
 }
 

@@ -25,8 +25,8 @@ const FIRST: usize = 20;
 /// Writes that a switch or a rollback leaves behind.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Loss {
-    /// Sectors of 512 bytes.
-    pub sectors: u64,
+    /// Sectors of 512 bytes; nothing where that is not known: the devices were made anew meanwhile, or cannot be read.
+    pub sectors: Option<u64>,
     /// Files outside what the service declared it may lose, and places that could not be looked into.
     pub files: u64,
     /// The first of them.

@@ -141,11 +141,18 @@ async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(
 
 /// What the new side wrote since the switch is lost; outside what was declared it needs a word.
 fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Result<bool, Failure> {
-    let Some(last) = last else { return Ok(false) };
-    // Marks are of one boot; after another the sectors are not known, the files still are.
-    let metered =
-        undo::meter(job, new, &last.marks, last.at).or_else(|_| undo::meter(job, new, &[], last.at));
-    let loss = match metered {
+    let refuse = |reason: String| Failure { phase: Phase::GiveBack, reason, code: ExitCode::WritesLost };
+    let Some(last) = last else {
+        // Not known is not nothing.
+        return if job.options.discard_writes {
+            Ok(true)
+        } else {
+            let reason = "the report of the switch is gone, so what the new partition has written since is not known; \
+                          --discard-writes rolls back all the same";
+            Err(refuse(reason.to_owned()))
+        };
+    };
+    let loss = match undo::written_since(&job.service, new, last) {
         Ok(loss) => loss,
         // A clone that has run out of room cannot be read any more, and is given up on purpose.
         Err(error) if job.options.discard_writes => {
@@ -163,7 +170,7 @@ fn agreed(job: &mut Context<'_>, new: &Machine, last: Option<&AtSwitch>) -> Resu
             "the new partition has written {files} files since the switch that may_lose does not declare ({first}); \
              --discard-writes rolls back all the same"
         );
-        return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::WritesLost });
+        return Err(refuse(reason));
     }
     Ok(files > 0)
 }

@@ -6,6 +6,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
+use super::report::AtSwitch;
 use super::{Context, Loss};
 use crate::config::Service;
 use crate::exit::ExitCode;
@@ -114,8 +115,21 @@ pub(super) fn meter(
     written(&job.service, machine, marks, since)
 }
 
+/// As [`meter()`], from a moment that was written down. Marks are of one boot and of devices that stay; after that the
+/// sectors are not known, the files still are.
+pub(super) fn written_since(
+    service: &Service,
+    machine: &Machine,
+    then: &AtSwitch,
+) -> Result<Loss, ManagerError> {
+    written(service, machine, &then.marks, then.at).or_else(|_| {
+        let files = written(service, machine, &[], then.at)?;
+        Ok(Loss { sectors: None, ..files })
+    })
+}
+
 /// As [`meter()`], outside of a job as well.
-pub(super) fn written(
+fn written(
     service: &Service,
     machine: &Machine,
     marks: &[Mark],
@@ -128,7 +142,7 @@ pub(super) fn written(
     let patterns = service.may_lose.iter().map(String::as_str);
     let may_lose = MayLose::parse(patterns).map_err(|error| ManagerError::refused(error.to_string()))?;
     let mounts = Manager::mounts()?;
-    let mut loss = Loss { sectors, ..Loss::default() };
+    let mut loss = Loss { sectors: Some(sectors), ..Loss::default() };
     for (at, root) in Manager::mount_points(machine) {
         loss.add(&mounts.run(|_| changed_since(&root, &at, since, &may_lose, Limits::default()))??);
     }

@@ -1,7 +1,7 @@
 //! A client that asks all the time, each time on a new connection.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -51,6 +51,70 @@ pub(super) fn who_at(client: &Ns, addresses: [&str; 2]) -> anyhow::Result<String
         ensure!(v4 == v6, "{v4} answers in IPv4, {v6} in IPv6");
         Ok(v4)
     })
+}
+
+/// A connection that stays.
+#[derive(Debug)]
+pub(super) struct Kept(TcpStream);
+
+impl Kept {
+    /// Connects to the service.
+    pub(super) fn begin(client: &Ns) -> Self {
+        let address = SocketAddr::new(SERVICE[0].parse().unwrap(), PORT);
+        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&address, LIMIT)?)).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        Self(stream)
+    }
+
+    /// Who answers on it.
+    pub(super) fn who(&mut self) -> anyhow::Result<String> {
+        self.0.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte).context("no answer")?;
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8(head)?.to_ascii_lowercase();
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length:"));
+        let mut body = vec![0; length.context("an answer without length")?.trim().parse()?];
+        self.0.read_exact(&mut body).context("an answer that was cut off")?;
+        Ok(String::from_utf8(body)?.trim().to_owned())
+    }
+}
+
+/// A flow without a connection.
+#[derive(Debug)]
+pub(super) struct Datagrams {
+    client: UdpSocket,
+    server: UdpSocket,
+}
+
+impl Datagrams {
+    /// With a partition that serves.
+    pub(super) fn begin(client: &Ns, partition: &str) -> Self {
+        let bind = |at: &str| -> anyhow::Result<UdpSocket> {
+            let socket = UdpSocket::bind(at)?;
+            socket.set_read_timeout(Some(LIMIT))?;
+            Ok(socket)
+        };
+        // As a server that does not care for the address at which it is asked.
+        let server = Ns::named(&format!("ps-{partition}")).unwrap().enter(|| bind("0.0.0.0:7007")).unwrap();
+        let client = client.enter(|| bind("0.0.0.0:0")).unwrap();
+        client.connect((SERVICE[0], 7007)).unwrap();
+        let flow = Self { client, server };
+        flow.ask();
+        flow
+    }
+
+    /// The partition gets the question, and the client its answer.
+    #[track_caller]
+    pub(super) fn ask(&self) {
+        self.client.send(b"question").unwrap();
+        let (_, from) = self.server.recv_from(&mut [0; 16]).unwrap();
+        self.server.send_to(b"answer", from).unwrap();
+        self.client.recv(&mut [0; 16]).unwrap();
+    }
 }
 
 /// Asks until it is stopped.

@@ -2,13 +2,11 @@
 //! standby serves for the next job each time.
 
 use std::fs;
-use std::net::UdpSocket;
 use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
-use patchswitch_tests::netlab::{self, Ns};
 
-use super::client::Client;
+use super::client::{Client, Datagrams};
 use super::stage::{SERVICE, Settings, Stage, path};
 
 /// Runs a job that must end with this code before the switch; what it said.
@@ -49,38 +47,6 @@ fn a_job_that_fails_is_undone() {
     stage.finish();
 }
 
-/// A flow without a connection, with the patched partition.
-struct Datagrams {
-    client: UdpSocket,
-    server: UdpSocket,
-}
-
-impl Datagrams {
-    fn begin(stage: &Stage) -> Self {
-        let bind = |at: &str| -> anyhow::Result<UdpSocket> {
-            let socket = UdpSocket::bind(at)?;
-            socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-            Ok(socket)
-        };
-        // As a server that does not care for the address at which it is asked.
-        let server = Ns::named("ps-web-b").unwrap().enter(|| bind("0.0.0.0:7007")).unwrap();
-        let client = stage.client.enter(|| bind("0.0.0.0:0")).unwrap();
-        client.connect((netlab::SERVICE[0], 7007)).unwrap();
-        let flow = Self { client, server };
-        flow.ask();
-        flow
-    }
-
-    /// The patched partition gets the question, and the client its answer.
-    #[track_caller]
-    fn ask(&self) {
-        self.client.send(b"question").unwrap();
-        let (_, from) = self.server.recv_from(&mut [0; 16]).unwrap();
-        self.server.send_to(b"answer", from).unwrap();
-        self.client.recv(&mut [0; 16]).unwrap();
-    }
-}
-
 /// Passes its probes, and breaks a moment after the switch: given back by itself. Flows that the patched partition has
 /// stay with it until they end, those without a connection as well.
 fn breaks_after_the_switch(stage: &Stage) {
@@ -93,7 +59,7 @@ fn breaks_after_the_switch(stage: &Stage) {
     );
     let mut apply = stage.start_until(&["apply", SERVICE, "--patch", &id, "--commit"], "observe");
     assert_eq!(stage.who(), "v2");
-    let flow = Datagrams::begin(stage);
+    let flow = Datagrams::begin(&stage.client, "web-b");
     stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "touch /srv/break"]);
     while !apply.output().contains("give_back: web-a serves again") {
         assert!(!apply.has_ended(), "{}", apply.output());

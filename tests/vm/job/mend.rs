@@ -4,27 +4,29 @@
 use std::fs;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use patchswitch_tests::netlab;
 use patchswitch_tests::programs::Running;
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::client::{self, who_at};
 use super::stage::{SERVICE, Settings, Stage, job_root, path, wait_until};
 
 /// Addresses that the service did not have before.
-const MOVED: [&str; 2] = ["10.77.0.20", "fd77::20"];
+pub(super) const MOVED: [&str; 2] = ["10.77.0.20", "fd77::20"];
 
 #[track_caller]
-fn nothing_to_do(stage: &Stage) {
+pub(super) fn nothing_to_do(stage: &Stage) {
     let said = stage.ok(&["up"]);
     assert!(said.contains("nothing to do"), "{said}");
 }
 
 /// A service that was started listens a little later.
 #[track_caller]
-fn comes(stage: &Stage, addresses: [&str; 2]) {
+pub(super) fn comes(stage: &Stage, addresses: [&str; 2]) {
     wait_until("v1 answers", Duration::from_secs(10), || {
         who_at(&stage.client, addresses).is_ok_and(|who| who == "v1")
     });
@@ -52,6 +54,7 @@ fn settings_reach_a_service_that_is_there() {
     stage.configure(&Settings::default());
     stage.ok(&["service", "add", SERVICE]);
     assert_eq!(stage.who(), "v1");
+    what_cannot_be_served_is_put_back(&stage);
 
     // While two partitions have flows, addresses stay.
     stage.says("v2");
@@ -66,6 +69,30 @@ fn settings_reach_a_service_that_is_there() {
     stage.ok(&["rollback", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     stage.finish();
+}
+
+/// It could not be known before.
+fn what_cannot_be_served_is_put_back(stage: &Stage) {
+    let fails = |settings: &Settings, why: &str| {
+        stage.configure(settings);
+        let said = stage.run(&["service", "add", SERVICE]);
+        assert!(said.code != 0 && said.stderr.contains(why), "{said:?}");
+        assert_eq!(stage.who(), "v1");
+        said.stderr
+    };
+    // The kernel has no IPv6 on it.
+    stage.host_ip("link add narrow0 mtu 1000 type veth peer name narrow0x mtu 1000");
+    let said = fails(&Settings { uplink: "narrow0", ..Settings::default() }, "narrow0");
+    assert!(said.contains("it is served as before"), "{said}");
+    nothing_to_do(stage);
+    stage.host_ip("link del narrow0");
+
+    // The partition cannot be looked at: neither the store nor the data path has the new time.
+    stage.host_ip("-n ps-web-a link set eth0 name eth9");
+    fails(&Settings { udp_idle: "3s", ..Settings::default() }, "eth0");
+    stage.host_ip("-n ps-web-a link set eth9 name eth0");
+    nothing_to_do(stage);
+    stage.configure(&Settings::default());
 }
 
 /// The record of a service would not know of it.
@@ -83,7 +110,7 @@ fn by_hand(stage: &Stage) {
 
 /// Kills everything that runs in a partition.
 #[track_caller]
-fn dies(stage: &Stage, partition: &str) {
+pub(super) fn dies(stage: &Stage, partition: &str) {
     let pids = stage.host_ip(&format!("netns pids ps-{partition}"));
     assert!(!pids.trim().is_empty(), "{partition} does not run");
     for pid in pids.split_whitespace() {
@@ -151,20 +178,7 @@ fn images_are_known(stage: &Stage) {
 #[test]
 fn services_are_started_before_a_merge_is_finished() {
     let stage = Stage::new(&Settings { observe: "500ms", ..Settings::default() });
-    let second = format!(
-        "[[service]]\nname = \"api\"\naddresses = [\"{}\", \"{}\"]\nuplinks = [\"{}\"]\npartition = \"api-a\"\n\
-         [[service.probe]]\nkind = \"http\"\nport = {}\n",
-        MOVED[0],
-        MOVED[1],
-        Settings::default().uplink,
-        client::PORT
-    );
-    let file = path("patchswitch.toml");
-    fs::File::options().append(true).open(&file).unwrap().write_all(second.as_bytes()).unwrap();
-    let root = job_root();
-    let from = ["--from", root.to_str().unwrap(), "--size", "40M", "--command", "/usr/bin/serve"];
-    stage.ok(&[&["partition", "define", "api-a"][..], &from].concat());
-    stage.ok(&["service", "add", "api"]);
+    add_api(&stage, &[netlab::UPLINK]);
     stage.patch(
         "says-v2",
         "dd if=/dev/urandom of=/srv/ballast bs=1M count=8 2>/dev/null; echo v2 > /etc/says",
@@ -180,9 +194,29 @@ fn services_are_started_before_a_merge_is_finished() {
     assert!(at("service api was started") < at("the commit was finished"), "{said}");
     comes(&stage, MOVED);
     assert_eq!(stage.who(), "v2");
+    remove_api(&stage);
+    stage.finish();
+}
+
+/// A second service, with a partition that has no standby.
+pub(super) fn add_api(stage: &Stage, uplinks: &[&str]) {
+    let second = format!(
+        "[[service]]\nname = \"api\"\naddresses = {MOVED:?}\nuplinks = {uplinks:?}\npartition = \"api-a\"\n\
+         [[service.probe]]\nkind = \"http\"\nport = {}\n",
+        client::PORT
+    );
+    let file = path("patchswitch.toml");
+    fs::File::options().append(true).open(&file).unwrap().write_all(second.as_bytes()).unwrap();
+    let root = job_root();
+    let from = ["--from", root.to_str().unwrap(), "--size", "40M", "--command", "/usr/bin/serve"];
+    let own = ["--own", "10.77.0.21", "--own", "fd77::21"];
+    stage.ok(&[&["partition", "define", "api-a"][..], &from, &own].concat());
+    stage.ok(&["service", "add", "api"]);
+}
+
+pub(super) fn remove_api(stage: &Stage) {
     stage.ok(&["service", "remove", "api"]);
     stage.ok(&["partition", "remove", "api-a"]);
-    stage.finish();
 }
 
 /// Whoever retires the old partition counts its last writes, and a commit that loses them needs a word.
@@ -222,8 +256,29 @@ fn what_the_old_side_wrote_after_the_switch_is_counted_by_who_retires_it() {
         let flows = stage.json(&["flows", SERVICE]);
         flows["partitions"][1]["flows"]["accepted"].as_array().is_some_and(Vec::is_empty)
     });
+    // As if the devices had been made anew: what is not known is not said to be nothing.
+    let (file, mut report) = last_report();
+    assert!(report["lost_by_switch"]["sectors"].is_u64(), "{report}");
+    report["at_cut"]["marks"][0]["boot"] = "another".into();
+    fs::write(&file, report.to_string()).unwrap();
     refused("by-commit");
+    let (_, report) = last_report();
+    let lost = &report["lost_by_switch"];
+    assert!(lost["sectors"].is_null() && lost["files"].as_u64() > Some(0), "{lost}");
     stage.ok(&["commit", SERVICE, "--discard-writes"]);
     assert_eq!(stage.who(), "v2");
     stage.finish();
+}
+
+/// The report of the last job that switched.
+pub(super) fn last_report() -> (PathBuf, Value) {
+    let files = fs::read_dir(path("state/reports")).unwrap().map(|file| file.unwrap().path());
+    let number = |file: &PathBuf| file.file_stem().unwrap().to_str().unwrap().parse::<u64>().unwrap();
+    let read = |file: PathBuf| {
+        let report: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        (file, report)
+    };
+    let mut reports: Vec<_> = files.map(read).filter(|(_, report)| report["kind"] == "apply").collect();
+    reports.sort_by_key(|(file, _)| number(file));
+    reports.pop().unwrap()
 }

@@ -46,6 +46,7 @@ pub(super) struct Settings {
     /// How long a boot, a restart and the checks may take.
     pub(super) come_up: &'static str,
     pub(super) stop: &'static str,
+    pub(super) udp_idle: &'static str,
 }
 
 impl Default for Settings {
@@ -62,6 +63,7 @@ impl Default for Settings {
             drain: "deadline = \"20s\"",
             come_up: "",
             stop: "5s",
+            udp_idle: "1s",
         }
     }
 }
@@ -130,8 +132,8 @@ impl Stage {
 
     /// Writes the configuration.
     pub(super) fn configure(&self, settings: &Settings) {
-        let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, drain, stop, .. } =
-            settings;
+        let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, .. } = settings;
+        let Settings { drain, stop, udp_idle, .. } = settings;
         let (boot, gate) = match settings.come_up {
             "" => ("30s", "10s"),
             limit => (limit, limit),
@@ -151,7 +153,7 @@ name = "{SERVICE}"
 addresses = ["{v4}", "{v6}"]
 uplinks = ["{uplink}"]
 partition = "web-a"
-udp_idle = "1s"
+udp_idle = "{udp_idle}"
 may_lose = ["/srv", "/srv/**", "/var/log/**", "/var/lib/systemd/**"]
 {more}
 [service.gate]

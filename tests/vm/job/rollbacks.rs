@@ -1,0 +1,172 @@
+//! Rollbacks of what was not switched by the book: the old side died while it had flows, nobody remembered the new side's
+//! flows, the switch was made in part, or what it lost is not known any more.
+
+use std::fs;
+use std::time::Duration;
+
+use patchswitch::dataplane::Dataplane;
+use patchswitch_tests::leftovers::Snapshot;
+use patchswitch_tests::programs::Running;
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::client::{Client, Datagrams, Kept};
+use super::mend::{dies, last_report, nothing_to_do};
+use super::stage::{SERVICE, Settings, Stage, path};
+
+/// A job that was killed after its switch, and put right while the old side still has a flow, which is returned.
+fn switched(stage: &Stage) -> Kept {
+    let mut old = Kept::begin(&stage.client);
+    assert_eq!(old.who().unwrap(), "v1");
+    let job = stage.start_until(&["apply", SERVICE], "observe");
+    job.signal(Signal::KILL).unwrap();
+    assert_eq!(job.wait(Duration::from_secs(10)).unwrap().code(), None);
+    let said = stage.ok(&["up"]);
+    assert!(said.contains("web-b serves; web-a, which still has flows,"), "{said}");
+    assert_eq!((stage.who().as_str(), old.who().unwrap().as_str()), ("v2", "v1"));
+    old
+}
+
+/// Flows with the side that is to go.
+struct Flows {
+    connection: Kept,
+    datagrams: Datagrams,
+}
+
+impl Flows {
+    fn begin(stage: &Stage) -> Self {
+        let mut connection = Kept::begin(&stage.client);
+        assert_eq!(connection.who().unwrap(), "v2");
+        Self { connection, datagrams: Datagrams::begin(&stage.client, "web-b") }
+    }
+
+    #[track_caller]
+    fn ask(&mut self) {
+        assert_eq!(self.connection.who().unwrap(), "v2");
+        self.datagrams.ask();
+    }
+}
+
+/// Rolls back while these flows go on, until they end by themselves after the switch; what it said.
+#[track_caller]
+fn roll_back_under(stage: &Stage, mut flows: Flows) -> String {
+    let mut rollback: Running = stage.start(&["rollback", SERVICE]);
+    while !rollback.output().contains("give_back done") {
+        assert!(!rollback.has_ended(), "{}", rollback.output());
+        flows.ask();
+        // Well within the idle time of a flow, but not so often that any moment would do.
+        std::thread::sleep(Duration::from_millis(800));
+    }
+    for _ in 0..3 {
+        flows.ask();
+    }
+    drop(flows);
+    let said = rollback.output();
+    let code = rollback.wait(Duration::from_secs(60)).unwrap().code();
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    said
+}
+
+/// The two ways back to a side that was not stopped in order.
+#[test]
+fn a_rollback_keeps_flows_that_nobody_remembered_and_starts_a_side_that_died() {
+    let stage = Stage::new(&Settings { observe: "60s", udp_idle: "4s", ..Settings::default() });
+    stage.says("v2");
+    let before = Snapshot::take().unwrap();
+    let client = Client::start(&stage.client);
+
+    let mut old = switched(&stage);
+    forgets(&Dataplane::open(&SERVICE.parse().unwrap()).unwrap());
+    let said = roll_back_under(&stage, Flows::begin(&stage));
+    assert!(said.contains("arm …") && !said.contains("boot …"), "{said}");
+    assert_eq!(old.who().unwrap(), "v1");
+    drop(old);
+
+    let old = switched(&stage);
+    let flows = Flows::begin(&stage);
+    dies(&stage, "web-a");
+    let said = roll_back_under(&stage, flows);
+    assert!(said.contains("boot …") && said.contains("verify done"), "{said}");
+    drop(old);
+
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2", "v1"]);
+    stage.nothing_of_a_job_left(&before);
+    nothing_to_do(&stage);
+    stage.finish();
+}
+
+/// As a kill leaves it between the store of the word and what is done at once afterwards.
+fn forgets(plane: &Dataplane) {
+    let word = plane.word();
+    assert!(word.learns(), "{word:?}");
+    plane.store(word, word.with_learning(false)).unwrap();
+    plane.forget_learned().unwrap();
+}
+
+/// The link inside a partition has another name, under which packets go on to pass: what is done by name fails.
+fn rename(stage: &Stage, partition: &str, from: &str, to: &str) {
+    stage.host_ip(&format!("-n ps-{partition} link set {from} name {to}"));
+}
+
+/// The word is stored, what follows it fails.
+#[test]
+fn a_switch_that_is_made_in_part_has_a_way_back() {
+    let stage = Stage::new(&Settings::default());
+    stage.says("v2");
+    // IPv4 addresses carry the name of their link, numbered from the second change on.
+    rename(&stage, "web-a", "eth0", "eth9");
+    rename(&stage, "web-a", "eth9", "eth0");
+    let before = Snapshot::take().unwrap();
+    let client = Client::start(&stage.client);
+    rename(&stage, "web-a", "eth0", "eth9");
+    let said = stage.ends_with(74, &["apply", SERVICE]);
+    assert!(said.contains("web-b serves; the old partition is still there"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+
+    // Not before the store: nothing is switched, and the record says the same.
+    let said = stage.ends_with(1, &["rollback", SERVICE]);
+    assert!(said.contains("eth0") && said.contains("now: web-b serves"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+    rename(&stage, "web-a", "eth9", "eth0");
+
+    // After it: there is only one way from there on.
+    rename(&stage, "web-b", "eth0", "eth9");
+    let said = stage.ends_with(23, &["rollback", SERVICE]);
+    assert!(said.contains("now: web-a serves again; `patchswitch up` takes the patched one away"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    assert_eq!(stage.patch_row("1")["applied"], Value::Null);
+    let said = stage.ok(&["up"]);
+    assert!(said.contains("web-a serves, again; the clone web-b was discarded"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    nothing_to_do(&stage);
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1"]);
+    stage.nothing_of_a_job_left(&before);
+    what_is_not_known_is_not_claimed(&stage);
+    stage.finish();
+}
+
+/// The devices are made anew, so their counts are not those of before; then the report is gone.
+fn what_is_not_known_is_not_claimed(stage: &Stage) {
+    stage.ok(&["apply", SERVICE]);
+    stage.ok(&["down"]);
+    stage.ok(&["up"]);
+    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "echo order > /etc/order"]);
+    let said = stage.ends_with(25, &["rollback", SERVICE]);
+    assert!(said.contains("/etc/order"), "{said}");
+    let lost = &stage.json(&["report"])["report"]["lost_by_give_back"];
+    assert_eq!((&lost["sectors"], lost["files"].as_u64() > Some(0)), (&Value::Null, true), "{lost}");
+
+    let ((last, _), aside) = (last_report(), path("aside"));
+    fs::rename(&last, &aside).unwrap();
+    for verb in ["commit", "rollback"] {
+        let said = stage.ends_with(25, &[verb, SERVICE]);
+        assert!(said.contains("is not known") && said.contains("--discard-writes"), "{verb}: {said}");
+        assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+    }
+    fs::rename(aside, last).unwrap();
+    let said = stage.run(&["rollback", SERVICE, "--discard-writes"]);
+    assert_eq!(said.code, 25, "{said:?}");
+    assert!(said.stdout.contains("lost by the rollback: sectors that are not known"), "{said:?}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+}

@@ -10,7 +10,7 @@
 //! What is merely malformed is not judged here: see [`Verdict::Malformed`].
 
 use crate::maps::{Address, mapped, unmapped};
-use crate::parse::{Fragment, LINK_HEADER, Network, Octets, is_error, protocol};
+use crate::parse::{Fragment, LINK_HEADER, Network, Octets, is_error, protocol, quoted};
 use crate::verdict::Verdict;
 
 /// Whether an address cannot be anybody's source beyond its link (RFC 1122 3.2.1.3, RFC 4291 2.5).
@@ -105,20 +105,24 @@ fn icmpv4<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
         5 => Some(Verdict::Redirect),
         // Routers' advertisements and what asks for them; time, information and masks.
         9 | 10 | 13..=18 => Some(Verdict::ForHost),
-        _ if is_error(kind, false) => {
-            // The protocol and the length of the header that it quotes.
-            let inner = network.payload + 8;
-            let ([first], [number]) = (octets.at(inner)?, octets.at(inner + 9)?);
-            let [high, low] = octets.at(inner + 6)?;
-            if u16::from_be_bytes([high, low]) & 0x1fff != 0 {
-                // What a later fragment begins with is data.
-                return None;
-            }
-            let [quoted] = octets.at(inner + u32::from(first & 0xf) * 4)?;
-            (number == protocol::ICMP && is_error(quoted, false)).then_some(Verdict::NestedError)
-        }
+        _ if is_error(kind, false) => about_an_error(octets, network),
         _ => None,
     }
+}
+
+/// Whether the packet that an error quotes is an error itself, behind whatever options and extension headers (RFC 1122
+/// 3.2.2, RFC 4443 2.4). What cannot be read is left to the rules.
+#[inline(always)]
+fn about_an_error<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> {
+    let mut inner = Network::EMPTY;
+    quoted(octets, network, &mut inner).ok()?;
+    let icmp = if network.v6 { protocol::ICMPV6 } else { protocol::ICMP };
+    // What a later fragment begins with is data.
+    if inner.protocol != icmp || matches!(inner.fragment, Fragment::Later) {
+        return None;
+    }
+    let [kind] = octets.at(inner.payload)?;
+    is_error(kind, network.v6).then_some(Verdict::NestedError)
 }
 
 /// Messages of ICMP for IPv6.
@@ -134,11 +138,7 @@ fn icmpv6<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
         137 => Some(Verdict::Redirect),
         // Neighbour and router discovery; membership in groups (RFC 2710, RFC 3810).
         130..=136 | 143 => Some(Verdict::ForHost),
-        _ if is_error(kind, true) => {
-            let [number] = octets.at(network.payload + 8 + 6)?;
-            let [quoted] = octets.at(network.payload + 8 + 40)?;
-            (number == protocol::ICMPV6 && is_error(quoted, true)).then_some(Verdict::NestedError)
-        }
+        _ if is_error(kind, true) => about_an_error(octets, network),
         _ => None,
     }
 }

@@ -36,6 +36,7 @@ fn nobody_gets_what_should_not_have_been_sent() {
     };
     let quoted4 = icmp(v4.service, v4.client, 3, [0; 4], &[0; 28]).bytes();
     let quoted6 = icmp(v6.service, v6.client, 1, [0; 4], &[0; 48]).bytes();
+    let chained6 = Ip { extensions: vec![0, 60], ..icmp(v6.service, v6.client, 3, [0; 4], &[0; 48]) }.bytes();
     let split = Ip {
         place: Some(Place { offset: 0, more: true, id: 7 }),
         ..icmp(v6.client, v6.service, 135, [0; 4], &[0; 16])
@@ -56,6 +57,12 @@ fn nobody_gets_what_should_not_have_been_sent() {
         (
             "an error about an error, v6",
             icmp(v6.client, v6.service, 1, [0; 4], &quoted6),
+            DROP,
+            "nested_error",
+        ),
+        (
+            "an error about an error behind extension headers",
+            icmp(v6.client, v6.service, 2, [0; 4], &chained6),
             DROP,
             "nested_error",
         ),

@@ -396,6 +396,60 @@ fn errors_follow_the_packet_they_carry() {
     bench.finish().unwrap();
 }
 
+/// What IPv6 has between the header that an error quotes and the ports.
+#[test]
+fn errors_follow_a_packet_with_extension_headers() {
+    let mut bench = Bench::new("chained").unwrap();
+    bench.word(DRAINING).unwrap();
+    let [_, family] = families();
+    let listening = listener(&bench.lab.a, family).unwrap();
+    let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+    let (service, client) = ((family.service, PORT), |port| (family.client, port));
+    for (port, protocol) in [(PORT, frame::UDP), (0, frame::ICMPV6)] {
+        bench.remember(key(client(1000), port, protocol), family.service, Slot::A, 0).unwrap();
+    }
+    let kept = &["to_a", "kept_by_retiring"][..];
+    let quoted = |extensions: &[u8], place: Option<Place>, inner: Ip| Ip {
+        extensions: extensions.to_vec(),
+        place,
+        ..inner
+    };
+    let [high, low] = 1000_u16.to_be_bytes();
+    let pong = icmp(family.service, family.client, 129, [high, low, 0, 1], b"pong");
+    let (first, later) = (Place { offset: 0, more: true, id: 9 }, Place { offset: 185, more: false, id: 9 });
+    for kind in 1..=4 {
+        for chain in [&[0][..], &[60], &[43], &[51, 60], &[0, 60, 43, 60, 51, 60]] {
+            for (what, inner, counted) in [
+                ("a segment", tcp(service, client(1000), ACK, b"data"), kept),
+                ("a segment of nobody", tcp(service, client(1001), ACK, b"data"), &["to_b"]),
+                ("a datagram", udp(service, client(1000), b"data"), kept),
+                ("a datagram of nobody", udp(service, client(1001), b"data"), &["to_b"]),
+                ("an echo", pong.clone(), kept),
+            ] {
+                let inner = quoted(chain, None, inner).bytes();
+                let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &inner);
+                let seen = bench.client(&error).unwrap();
+                check(&seen, REDIRECT, counted, &format!("type {kind} about {what} behind {chain:?}"));
+            }
+        }
+        let segment = || tcp(service, client(1000), ACK, b"data");
+        for (what, inner, action, counted) in [
+            ("the first fragment", quoted(&[60], Some(first), segment()), REDIRECT, kept),
+            ("a later one", quoted(&[60], Some(later), segment()), REDIRECT, &["to_both"]),
+            ("what is behind seven", quoted(&[60; 7], None, segment()), NEXT, &["malformed"]),
+        ] {
+            let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &inner.bytes());
+            check(&bench.client(&error).unwrap(), action, counted, &format!("type {kind} about {what}"));
+        }
+        // Cut off within the chain it tells of no flow.
+        let mut cut = quoted(&[0, 60], None, segment()).bytes();
+        cut.truncate(40 + 12);
+        let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &cut);
+        check(&bench.client(&error).unwrap(), NEXT, &["malformed"], "a chain that is cut off");
+    }
+    bench.finish().unwrap();
+}
+
 #[test]
 fn later_fragments_follow_the_first() {
     let mut bench = Bench::new("fragment").unwrap();

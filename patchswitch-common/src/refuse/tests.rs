@@ -173,9 +173,26 @@ fn an_error_about_an_error_is_refused() {
             (58, 129, FINE),
             (6, 1, FINE),
         ] {
-            let inner = v6([0x20; 16], number, &[quoted, 0, 0, 0, 0, 0, 0, 0]);
-            let error = v6(CLIENT6, 58, &[&[kind, 0, 0, 0, 0, 0, 0, 0], &inner[..]].concat());
-            assert_eq!(judge(&error, true), expected, "{kind} about {number}/{quoted}");
+            let message = [quoted, 0, 0, 0, 0, 0, 0, 0];
+            let about = |inner: Vec<u8>, expected, what: &str| {
+                let error = v6(CLIENT6, 58, &[&[kind, 0, 0, 0, 0, 0, 0, 0], &inner[..]].concat());
+                assert_eq!(judge(&error, true), expected, "{kind} about {number}/{quoted}{what}");
+            };
+            about(v6([0x20; 16], number, &message), expected, "");
+            let chain = |length: usize| {
+                let header = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+                let mut chain = vec![header(60); length - 1].concat();
+                chain.extend([header(number), message].concat());
+                v6([0x20; 16], 60, &chain)
+            };
+            about(chain(1), expected, " behind an extension header");
+            about(chain(6), expected, " behind six");
+            // Nobody looks behind the seventh; it is none of the errors that are known, and no flow's either.
+            about(chain(7), FINE, " behind seven");
+            for (offset, expected) in [(0, expected), (8, FINE)] {
+                let fragment = [[number, 0, 0, offset | 1, 0, 0, 0, 9], message].concat();
+                about(v6([0x20; 16], 44, &fragment), expected, " in a fragment");
+            }
         }
     }
 }

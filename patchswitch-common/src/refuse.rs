@@ -4,6 +4,7 @@
 //!  to the service    ─► [inbound]  ─► Martian, SourceRoute, Redirect, NestedError, SplitDiscovery: dropped
 //!                                 └─► ForHost: router and neighbour discovery, group membership: the host's own
 //!  from a partition  ─► [outbound] ─► ForgedControl: what only a router or a server of addresses may say
+//!                   │             └─► HostControl: to addresses by which the host itself is governed
 //!                   └─► [arp]      ─► ForgedControl: a claim of addresses, or of somebody else's
 //! ```
 //!
@@ -32,15 +33,15 @@ pub const fn is_link_local(address: &Address) -> bool {
     address[0] == 0xfe && address[1] & 0xc0 == 0x80
 }
 
-/// Whether [`inbound`] has nothing to say, as of nearly all packets: nothing of ICMP, no options, and a source that any
-/// client may have.
+/// Whether [`inbound`] has nothing to say, as of nearly all packets: nothing of ICMP or IGMP, no options, and a source
+/// that any client may have.
 #[inline(always)]
 pub fn is_plain(network: &Network) -> bool {
     let first = network.source[0];
     if network.v6 {
         network.protocol != protocol::ICMPV6 && !matches!(first, 0 | 0xfe | 0xff)
     } else {
-        network.protocol != protocol::ICMP
+        !matches!(network.protocol, protocol::ICMP | protocol::IGMP)
             && network.payload == LINK_HEADER + 20
             && !is_martian(&network.source, false)
     }
@@ -65,7 +66,12 @@ pub fn inbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verd
     if network.payload > LINK_HEADER + 20 && has_source_route(octets, network.payload) {
         return Some(Verdict::SourceRoute);
     }
-    if network.protocol == protocol::ICMP { icmpv4(octets, network) } else { None }
+    match network.protocol {
+        protocol::ICMP => icmpv4(octets, network),
+        // Who is in which group is the link's own business, to whichever address it is said.
+        protocol::IGMP => Some(Verdict::ForHost),
+        _ => None,
+    }
 }
 
 /// Options of IPv4 that say which way a packet takes (RFC 791 3.1, RFC 7126 4.3, 4.4).
@@ -144,23 +150,36 @@ fn icmpv6<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
 }
 
 /// Whether a partition says what only a router, a server of addresses or the host may say: that it is a router, that
-/// there is a better way, who has which address, or that a service address is on a link of its own (RFC 6104, RFC 7610).
+/// there is a better way, who has which address, or that a service address is on a link of its own (RFC 6104, RFC 7610);
+/// or speaks to an address by which the host is governed.
 #[inline(always)]
 pub fn outbound<O: Octets + ?Sized>(
     octets: &O,
     network: &Network,
     is_service: impl Fn(&Address) -> bool,
 ) -> Option<Verdict> {
+    if is_control(&network.destination, network.v6)
+        && !is_control(&network.source, network.v6)
+        && !asks_for_name_or_time(octets, network)
+    {
+        return Some(Verdict::HostControl);
+    }
     if matches!(network.fragment, Fragment::Later) {
         return None;
     }
     let forged = match (network.v6, network.protocol) {
         (true, protocol::ICMPV6) => match octets.at(network.payload) {
-            Some([134 | 137]) => true,
+            // Who asks for members of groups is a router, too.
+            Some([130 | 134 | 137]) => true,
             Some([136]) => octets.at(network.payload + 8).is_some_and(|target| is_service(&target)),
             _ => false,
         },
         (false, protocol::ICMP) => matches!(octets.at(network.payload), Some([5 | 9])),
+        // A report goes to a group, which no router passes on (RFC 3376 4.2.14); a question only a router asks.
+        (false, protocol::IGMP) => {
+            !matches!(unmapped(&network.destination)[0], 224..=239)
+                || matches!(octets.at(network.payload), Some([0x11]))
+        }
         (v6, protocol::UDP) => {
             let [high, low, to_high, to_low] = octets.at(network.payload)?;
             let ports = (u16::from_be_bytes([high, low]), u16::from_be_bytes([to_high, to_low]));
@@ -169,6 +188,37 @@ pub fn outbound<O: Octets + ?Sized>(
         _ => false,
     };
     forged.then_some(Verdict::ForgedControl)
+}
+
+/// Whether an address means the host itself, or what governs it, to whoever it forwards for: the loopback, which a host
+/// with `route_localnet` would take, and the IPv4 addresses of links, which nobody may forward (RFC 3927 7) and Linux
+/// does. Clouds answer there for the credentials of the machine. Linux itself keeps IPv6's where they belong.
+#[inline(always)]
+fn is_control(address: &Address, v6: bool) -> bool {
+    if v6 {
+        u128::from_be_bytes(*address) == 1
+    } else {
+        matches!(unmapped(address), [127, ..] | [169, 254, ..])
+    }
+}
+
+/// Clouds answer there for names and time as well, and these are no secrets.
+#[inline(always)]
+fn asks_for_name_or_time<O: Octets + ?Sized>(octets: &O, network: &Network) -> bool {
+    const NAMES: u16 = 53;
+    const TIME: u16 = 123;
+    if network.v6
+        || unmapped(&network.destination)[0] == 127
+        || !matches!(network.fragment, Fragment::Whole)
+        || !matches!(network.protocol, protocol::TCP | protocol::UDP)
+    {
+        return false;
+    }
+    octets.at(network.payload + 2).is_some_and(|port| match u16::from_be_bytes(port) {
+        NAMES => true,
+        TIME => network.protocol == protocol::UDP,
+        _ => false,
+    })
 }
 
 /// Whether a partition's ARP packet (RFC 826) may pass: it asks for somebody with an address of its own, or with none

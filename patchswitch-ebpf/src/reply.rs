@@ -109,11 +109,11 @@ fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict
     if ends[6..] != maps::settings().inner_mac {
         return Some(Verdict::SpoofedMac);
     }
-    if is_ip(ethertype) {
+    if is_ip(ethertype) && !frame.has_tag() {
         None
-    } else if ethertype == ETH_ARP {
+    } else if ethertype == ETH_ARP && !frame.has_tag() {
         Some(arp(frame, slot))
-    } else if ends[..3] == LINK_CONTROL || is_tagged(ethertype) {
+    } else if ends[..3] == LINK_CONTROL || is_tagged(frame, ethertype) {
         Some(Verdict::ForgedControl)
     } else {
         Some(Verdict::NotOurs)
@@ -123,8 +123,8 @@ fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict
 /// Whether a frame has a VLAN tag. The kernel takes off one with number 0 after this hook and goes on with what is
 /// inside, which nobody would have judged then; a partition has no VLANs.
 #[inline(always)]
-fn is_tagged(ethertype: u16) -> bool {
-    matches!(ethertype, 0 | ETH_VLAN | ETH_SERVICE_VLAN)
+fn is_tagged(frame: &Frame<'_>, ethertype: u16) -> bool {
+    frame.has_tag() || matches!(ethertype, ETH_VLAN | ETH_SERVICE_VLAN)
 }
 
 /// `ETH_P_8021Q` of `linux/if_ether.h`.

@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, ensure};
 use aya::maps::{Array, HashMap, PerCpuArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::tc::qdisc_add_clsact;
+use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, Pod};
 use patchswitch::dataplane::{self, to_wire};
@@ -232,7 +233,7 @@ impl Bench {
     }
 
     /// Every counter that is not 0: verdicts of all hooks and events.
-    fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
+    pub(crate) fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
         let array: PerCpuArray<_, u64> = self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
         let sum = |index| Ok::<u64, anyhow::Error>(array.get(&index, 0)?.iter().sum());
         let mut found = BTreeMap::new();
@@ -260,6 +261,19 @@ impl Bench {
             ensure!(verdicts == packets, "{} packets and {verdicts} verdicts at {hook:?}", packets);
         }
         Ok(())
+    }
+
+    /// Attaches the program of the uplink, for packets that only a wire brings.
+    pub(crate) fn attach_uplink(&mut self) -> anyhow::Result<()> {
+        let host = self.lab.host.clone();
+        let program = self.program(Hook::Uplink)?;
+        host.enter(|| {
+            if KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
+                qdisc_add_clsact(UPLINK)?;
+            }
+            program.attach(UPLINK, TcAttachType::Ingress)?;
+            Ok(())
+        })
     }
 
     /// The descriptor of a program.

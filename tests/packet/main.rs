@@ -9,5 +9,6 @@ mod reply;
 mod steer;
 mod sums;
 mod truncated;
+mod wire;
 
 use patchswitch_tests::frame;

@@ -7,10 +7,11 @@ use anyhow::Context as _;
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::{AGAIN_MARK, Hook};
 use patchswitch_common::word::Word;
+use patchswitch_tests::netlab::Ns;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socket_with};
 
 use crate::bench::{Bench, DROP, Family, NEXT, PORT, REDIRECT, Seen, families};
-use crate::frame::{ETHERNET, ICMP, ICMPV6, Ip, Place, SENDER, ethernet, icmp, tcp, udp};
+use crate::frame::{ETHERNET, ICMP, ICMPV6, IGMP, Ip, Place, SENDER, ethernet, icmp, tcp, udp};
 use crate::steer::{ACK, DRAINING, SYN, connection, listener};
 
 const STEADY: Word = Word::steady(Slot::A, 1);
@@ -70,6 +71,12 @@ fn nobody_gets_what_should_not_have_been_sent() {
         ("a source of the link", segment(v6, address("fe80::9")), NEXT, "for_host"),
         ("a question for the time", icmp(v4.client, v4.service, 13, [0; 4], &[0; 12]), NEXT, "for_host"),
         ("a router", icmp(v4.client, v4.service, 9, [0; 4], &[0; 8]), NEXT, "for_host"),
+        (
+            "a question for members of groups, to one alone",
+            Ip::new(v4.client, v4.service, IGMP, vec![0x11; 8]),
+            NEXT,
+            "for_host",
+        ),
         ("a listener's report", icmp(v6.client, v6.service, 143, [0; 4], &[0; 20]), NEXT, "for_host"),
     ];
     for word in [STEADY, DRAINING] {
@@ -147,7 +154,7 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
     };
-    let ff02 = address("ff02::1");
+    let (ff02, metadata) = (address("ff02::1"), address("169.254.169.254"));
     let claim = |target: Vec<u8>| icmp(v6.service, ff02, 136, [0x20, 0, 0, 0], &target);
     let own = match v6.own_a {
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -168,12 +175,32 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
         ("an answer of DHCPv6", udp((v6.service, 547), (v6.client, 546), &[0; 8]), DROP, "forged_control"),
         ("to the other one", udp((v4.own_a, 9), (v4.own_b, 9), b"x"), DROP, "lateral"),
         ("to the other one, v6", udp((v6.service, 9), (v6.own_b, 9), b"x"), DROP, "lateral"),
+        (
+            "a question for members of groups",
+            Ip::new(v4.service, v4.client, IGMP, vec![0x11; 8]),
+            DROP,
+            "forged_control",
+        ),
+        ("the same, v6", icmp(v6.service, v6.client, 130, [0; 4], &[0; 16]), DROP, "forged_control"),
+        (
+            "a report to a group",
+            Ip::new(v4.own_a, address("224.0.0.22"), IGMP, vec![0x22; 8]),
+            NEXT,
+            "out_by_stack",
+        ),
+        ("to the metadata", tcp((v4.service, 9), (metadata, 80), SYN, b""), DROP, "host_control"),
+        ("the same, its own", udp((v4.own_a, 9), (metadata, 80), b"x"), DROP, "host_control"),
+        ("for a name", udp((v4.own_a, 9), (metadata, 53), b"x"), NEXT, "out_by_stack"),
+        ("to the loopback", tcp((v4.service, 9), (address("127.0.0.1"), 80), SYN, b""), DROP, "host_control"),
+        ("to the loopback, v6", tcp((v6.own_a, 9), (address("::1"), 80), SYN, b""), DROP, "host_control"),
         ("to a client", udp((v4.service, 67), (v4.client, 69), &[0; 8]), REDIRECT, "out"),
     ];
     for word in [STEADY, DRAINING] {
         bench.word(word).unwrap();
         for (what, packet, action, verdict) in &cases {
-            check(&bench.partition(Slot::A, packet).unwrap(), *action, &[verdict], what);
+            let seen = bench.partition(Slot::A, packet).unwrap();
+            check(&seen, *action, &[verdict], what);
+            assert_eq!(seen.frame, packet.frame(bench.links[0].mac), "{what}");
         }
     }
     bench.finish().unwrap();
@@ -287,7 +314,7 @@ fn what_nobody_can_tell_goes_to_both() {
                 if what == "a later fragment" { &["to_both", "fragment_unknown"] } else { &["to_both"] };
             let frame = packet.frame(uplink.mac);
             bench.word(DRAINING).unwrap();
-            let listening = listen(&bench, "lca").unwrap();
+            let listening = listen(&bench.lab.host, "lca").unwrap();
             let seen = bench.run(Hook::Uplink, uplink, 0, &frame).unwrap();
             check(&seen, REDIRECT, unknown, what);
             assert_eq!((&seen.frame, seen.mark), (&frame, 0), "{what}: as it came");
@@ -316,9 +343,9 @@ fn what_nobody_can_tell_goes_to_both() {
     bench.finish().unwrap();
 }
 
-/// A socket that sees every frame that leaves through a link of the host.
-fn listen(bench: &Bench, link: &str) -> anyhow::Result<socket2::Socket> {
-    bench.lab.host.enter(|| {
+/// A socket that sees every frame of a link.
+fn listen(ns: &Ns, link: &str) -> anyhow::Result<socket2::Socket> {
+    ns.enter(|| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // `ETH_P_ALL` of `linux/if_ether.h`.
         let protocol = rustix::net::Protocol::from_raw(

@@ -9,7 +9,7 @@ use patchswitch_common::word::Word;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use crate::bench::{Bench, DROP, Family, LEARNED, NEXT, PORT, REDIRECT, Seen, families, key, service};
-use crate::frame::{self, Ip, Place, ethernet, finish, icmp, payload_sum, seal, sum, tcp, udp};
+use crate::frame::{self, Ip, Place, ethernet, finish, icmp, payload_sum, sctp, seal, sum, tcp, udp};
 use crate::steer::{ACK, DRAINING, SYN};
 
 const STEADY: Word = Word::steady(Slot::A, 1);
@@ -205,7 +205,9 @@ fn replies_of_learned_flows_get_the_services_address() {
     for family in families() {
         let v4 = family.client.is_ipv4();
         let (rewritten, icmp_protocol) = if v4 { ("rewritten_v4", 1) } else { ("rewritten_v6", 58) };
-        for (port, protocol) in [(1000, frame::UDP), (7, icmp_protocol), (1000, frame::TCP)] {
+        for (port, protocol) in
+            [(1000, frame::UDP), (7, icmp_protocol), (1000, frame::TCP), (1000, frame::SCTP)]
+        {
             let service_port = if protocol == icmp_protocol { 0 } else { PORT };
             bench
                 .remember(key((family.client, port), service_port, protocol), family.service, Slot::A, 0)
@@ -223,6 +225,8 @@ fn replies_of_learned_flows_get_the_services_address() {
                 vec!["out", rewritten, "learned"],
             ),
             ("a segment", tcp(own, client, ACK, b"x"), Some(16), vec!["out", rewritten, "learned"]),
+            // Its sum is not about addresses, and stays.
+            ("an association", sctp(own, client, b"chunk"), None, vec!["out", rewritten, "learned"]),
             (
                 "an echo",
                 icmp(family.own_a, family.client, pong, [0, 7, 0, 1], b"pong"),
@@ -243,10 +247,17 @@ fn replies_of_learned_flows_get_the_services_address() {
         bench.word(noticed).unwrap();
         // The error that the retiring one sends about a client's datagram; what it quotes is not touched.
         let quoted = udp(client, (family.service, PORT), b"x").bytes();
-        let error = icmp(family.own_a, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted);
-        let seen = bench.partition(Slot::A, &error).unwrap();
-        check(&seen, REDIRECT, &["out", rewritten], "an error");
-        assert_eq!(seen.frame, expected(&error, family.service, Some(2)).frame(mac));
+        let behind = Ip {
+            extensions: if v4 { Vec::new() } else { vec![0, 60] },
+            ..udp(client, (family.service, PORT), b"x")
+        };
+        let association = sctp(client, (family.service, PORT), b"chunk").bytes();
+        for quoted in [quoted, behind.bytes(), association] {
+            let error = icmp(family.own_a, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted);
+            let seen = bench.partition(Slot::A, &error).unwrap();
+            check(&seen, REDIRECT, &["out", rewritten], "an error");
+            assert_eq!(seen.frame, expected(&error, family.service, Some(2)).frame(mac));
+        }
         // What is nobody's, and what has the right source already.
         let unknown = udp(own, (family.client, 1001), b"x");
         let seen = bench.partition(Slot::A, &unknown).unwrap();

@@ -11,7 +11,7 @@ use patchswitch_tests::observe::tcp_sockets_in;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use crate::bench::{Bench, Family, NEXT, PORT, REDIRECT, Seen, families, key, service};
-use crate::frame::{self, Ip, Place, ethernet, icmp, tcp, udp};
+use crate::frame::{self, Ip, Place, ethernet, icmp, sctp, tcp, udp};
 
 pub(crate) const SYN: u8 = 2;
 const FIN: u8 = 1;
@@ -337,6 +337,20 @@ fn echoes_and_other_protocols_follow_what_was_learned() {
         check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], "GRE");
         bench.remember(key((family.client, 0), 0, 47), family.service, Slot::A, 0).unwrap();
         check(&bench.client(&other).unwrap(), REDIRECT, kept, "GRE, learned");
+        // Protocols with ports: by the whole flow, and not all of a client's.
+        for number in [frame::SCTP, 33, 136] {
+            bench.forget().unwrap();
+            bench.remember(key((family.client, 1000), PORT, number), family.service, Slot::A, 0).unwrap();
+            let packet = |port, chunk: &[u8]| Ip {
+                protocol: number,
+                ..sctp((family.client, port), (family.service, PORT), chunk)
+            };
+            check(&bench.client(&packet(1000, b"data")).unwrap(), REDIRECT, kept, "its ports");
+            check(&bench.client(&packet(1001, b"data")).unwrap(), REDIRECT, &["to_b"], "other ports");
+            let mut short = packet(1000, b"");
+            short.payload.truncate(7);
+            check(&bench.client(&short).unwrap(), NEXT, &["malformed"], "seven bytes");
+        }
         bench.forget().unwrap();
     }
     bench.finish().unwrap();
@@ -361,6 +375,7 @@ fn errors_follow_the_packet_they_carry() {
         bench.remember(key(client(1000), PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
         let echo_protocol = if v4 { frame::ICMP } else { frame::ICMPV6 };
         bench.remember(key((family.client, 7), 0, echo_protocol), family.service, Slot::A, 0).unwrap();
+        bench.remember(key(client(1000), PORT, frame::SCTP), family.service, Slot::A, 0).unwrap();
         let (header, answer) = if v4 { (20, 0) } else { (40, 129) };
         let later = Place { offset: 185, more: false, id: 9 };
         for (what, inner, counted) in [
@@ -380,6 +395,8 @@ fn errors_follow_the_packet_they_carry() {
                 &["to_both"],
             ),
             ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), &["to_b"]),
+            ("an association", sctp(service, client(1000), b"chunk"), kept),
+            ("an association of nobody", sctp(service, client(1001), b"chunk"), &["to_b"]),
         ] {
             for kind in kinds {
                 // Eight bytes of what follows the header are sure to be there (RFC 792), and no more.
@@ -392,6 +409,31 @@ fn errors_follow_the_packet_they_carry() {
             }
         }
         bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+/// What an error says of a path is passed on as it is, a lie as well: the partition's kernel knows the least.
+#[test]
+fn errors_pass_whatever_they_say_of_the_path() {
+    let mut bench = Bench::new("mtu").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        for (port, counted) in [(1000, &["to_a", "kept_by_retiring"][..]), (1001, &["to_b"])] {
+            let inner = tcp((family.service, PORT), (family.client, port), ACK, b"data").bytes();
+            for mtu in [0_u16, 68, 1279, 1280, 1500, 65535] {
+                let [high, low] = mtu.to_be_bytes();
+                // Fragmentation needed; packet too big.
+                let mut error = icmp(family.stranger, family.service, 2, [0, 0, high, low], &inner);
+                if family.client.is_ipv4() {
+                    (error.payload[0], error.payload[1]) = (3, 4);
+                    frame::seal(&mut error, 2);
+                }
+                check(&bench.client(&error).unwrap(), REDIRECT, counted, &format!("MTU {mtu}"));
+            }
+        }
     }
     bench.finish().unwrap();
 }

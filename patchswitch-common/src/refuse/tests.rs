@@ -143,6 +143,82 @@ fn messages_of_the_link_are_the_hosts_and_redirects_nobodys() {
 }
 
 #[test]
+fn membership_in_groups_is_the_hosts_to_whichever_address() {
+    for kind in [0x11, 0x12, 0x16, 0x17, 0x22] {
+        for options in [&[][..], &[148, 4, 0, 0]] {
+            let report = v4(CLIENT4, 2, options, &[kind, 0, 0, 0, 192, 0, 2, 80]);
+            assert_eq!(judge(&report, true), Some(Verdict::ForHost), "{kind:#x}");
+        }
+    }
+    assert_eq!(judge(&v4([127, 0, 0, 1], 2, &[], &[0x11; 8]), true), Some(Verdict::Martian));
+    // A partition reports to groups; who asks, or reports to somebody, is a router.
+    let (forged, group) = (Some(Verdict::ForgedControl), [224, 0, 0, 22]);
+    for (kind, to, expected) in [
+        (0x22, group, FINE),
+        (0x17, [224, 0, 0, 2], FINE),
+        (0x16, [239, 1, 2, 3], FINE),
+        (0x11, [224, 0, 0, 1], forged),
+        (0x11, CLIENT4, forged),
+        (0x22, CLIENT4, forged),
+    ] {
+        let message = v4_to(to, v4(CLIENT4, 2, &[], &[kind, 0, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(judge(&message, false), expected, "{kind:#x} to {to:?}");
+    }
+}
+
+fn v4_to(to: [u8; 4], mut packet: Vec<u8>) -> Vec<u8> {
+    packet[16..20].copy_from_slice(&to);
+    packet
+}
+
+#[test]
+fn what_governs_the_host_is_not_a_partitions_to_reach() {
+    const METADATA: [u8; 4] = [169, 254, 169, 254];
+    let control = Some(Verdict::HostControl);
+    let ports = |to: u16| [&[0x99, 0x99][..], &to.to_be_bytes(), &[0, 28], &[0; 14]].concat();
+    for (to, number, port, expected) in [
+        (METADATA, 6, 80, control),
+        (METADATA, 17, 80, control),
+        (METADATA, 1, 0, control),
+        (METADATA, 47, 53, control),
+        (METADATA, 6, 53, FINE),
+        (METADATA, 17, 53, FINE),
+        (METADATA, 17, 123, FINE),
+        (METADATA, 6, 123, control),
+        ([169, 254, 0, 0], 6, 80, control),
+        ([169, 254, 255, 255], 6, 80, control),
+        ([169, 253, 255, 255], 6, 80, FINE),
+        ([169, 255, 0, 0], 6, 80, FINE),
+        ([127, 0, 0, 1], 6, 80, control),
+        ([127, 0, 0, 53], 17, 53, control),
+        ([126, 255, 255, 255], 6, 80, FINE),
+        ([128, 0, 0, 1], 6, 80, FINE),
+    ] {
+        let packet = v4_to(to, v4(CLIENT4, number, &[], &ports(port)));
+        assert_eq!(judge(&packet, false), expected, "{number} to {to:?}:{port}");
+        // Of a fragment nobody knows what it asks for.
+        let mut fragment = packet;
+        for place in [0x20, 0] {
+            (fragment[6], fragment[7]) = (place, u8::from(place == 0));
+            let expected = if is_governing(to) { control } else { FINE };
+            assert_eq!(judge(&fragment, false), expected, "a fragment to {to:?}");
+        }
+    }
+    // Where the service itself lives on such a link, so do its clients.
+    let answer = v4_to([169, 254, 7, 7], v4([169, 254, 7, 1], 6, &[], &ports(4000)));
+    assert_eq!(judge(&answer, false), FINE);
+    let mut loopback = v6(CLIENT6, 6, &[0; 20]);
+    loopback[24..40].copy_from_slice(&text6("::1"));
+    assert_eq!(judge(&loopback, false), control);
+    loopback[24..40].copy_from_slice(&text6("::2"));
+    assert_eq!(judge(&loopback, false), FINE);
+}
+
+fn is_governing(to: [u8; 4]) -> bool {
+    to[0] == 127 || to[..2] == [169, 254]
+}
+
+#[test]
 fn an_error_about_an_error_is_refused() {
     for kind in [3, 11, 12] {
         for (number, quoted, expected) in [
@@ -212,6 +288,7 @@ fn a_partition_is_no_router_and_no_server_of_addresses() {
         ("asks for a neighbour", about([0x20; 16], 135), FINE),
         ("asks for a router", about([0; 16], 133), FINE),
         ("joins a group", about([0; 16], 143), FINE),
+        ("asks who is in a group", about([0; 16], 130), forged),
     ] {
         assert_eq!(judge(&v6(CLIENT6, 58, &payload), false), expected, "{what}");
     }

@@ -1,0 +1,95 @@
+//! What a test run cannot make: the kernel takes a VLAN tag out of a frame when it comes in, before the program sees it.
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use patchswitch_common::Slot;
+use patchswitch_common::word::Word;
+use patchswitch_tests::netlab::{CLIENT_LINK, Ns};
+use pnet::datalink::{self, Channel, DataLinkSender};
+
+use crate::bench::{Bench, Family, PORT, families};
+use crate::frame::{ETHERNET, udp};
+use crate::steer::DRAINING;
+
+/// A frame with a tag: priority and number of the VLAN.
+fn tagged(frame: &[u8], priority: u16, number: u16) -> Vec<u8> {
+    let tag = (priority << 13 | number).to_be_bytes();
+    [&frame[..12], &[0x81, 0x00], &tag, &frame[12..]].concat()
+}
+
+/// What sends frames as they are.
+fn wire(client: &Ns) -> anyhow::Result<Box<dyn DataLinkSender>> {
+    client.enter(|| {
+        let link = datalink::interfaces().into_iter().find(|link| link.name == CLIENT_LINK);
+        match datalink::channel(&link.context("no link")?, datalink::Config::default())? {
+            Channel::Ethernet(sender, _) => Ok(sender),
+            _ => anyhow::bail!("not a link of frames"),
+        }
+    })
+}
+
+/// A server for a family in each partition, whose kernel does not ask where clients are.
+fn servers(bench: &Bench, family: Family) -> anyhow::Result<[UdpSocket; 2]> {
+    let of = |ns: &Ns| {
+        for link in ["all", "eth0"] {
+            ns.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "0")?;
+        }
+        ns.enter(|| {
+            let socket = UdpSocket::bind(SocketAddr::new(family.service, PORT))?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        })
+    };
+    Ok([of(&bench.lab.a)?, of(&bench.lab.b)?])
+}
+
+/// Which server gets the next datagram, and what it says.
+fn received(servers: &[UdpSocket; 2]) -> anyhow::Result<Option<(usize, Vec<u8>)>> {
+    let (mut bytes, end) = ([0; 64], Instant::now() + Duration::from_millis(500));
+    while Instant::now() < end {
+        for (index, server) in servers.iter().enumerate() {
+            match server.recv_from(&mut bytes) {
+                Ok((length, _)) => return Ok(Some((index, bytes[..length].to_vec()))),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(None)
+}
+
+#[test]
+fn a_tag_that_names_no_vlan_is_none() {
+    let mut bench = Bench::new("tagged").unwrap();
+    bench.attach_uplink().unwrap();
+    let mut wire = wire(&bench.lab.client).unwrap();
+    for family in families() {
+        let servers = servers(&bench, family).unwrap();
+        for (word, to, verdict) in [(Word::steady(Slot::A, 1), 0, "to_a"), (DRAINING, 1, "to_b")] {
+            bench.word(word).unwrap();
+            let packet = udp((family.stranger, 1000), (family.service, PORT), b"question");
+            let plain = packet.frame(bench.uplink.mac);
+            for (what, frame, answered) in [
+                ("no tag", plain.clone(), true),
+                ("a priority", tagged(&plain, 5, 0), true),
+                ("no priority and no number", tagged(&plain, 0, 0), true),
+                ("a VLAN", tagged(&plain, 0, 7), false),
+                ("a priority in a VLAN", tagged(&plain, 5, 4095), false),
+                ("a VLAN within a priority", tagged(&tagged(&plain, 0, 7), 5, 0), false),
+            ] {
+                let before = bench.counters().unwrap();
+                wire.send_to(&frame, None).unwrap().unwrap();
+                let seen = received(&servers).unwrap();
+                let expected = answered.then(|| (to, packet.payload[8..].to_vec()));
+                assert_eq!(seen, expected, "{what}, {} bytes", frame.len() - ETHERNET);
+                let after = bench.counters().unwrap();
+                let steered = after[verdict] - before[verdict];
+                assert_eq!(steered, u64::from(answered), "{what}: {before:?} {after:?}");
+            }
+        }
+    }
+}

@@ -205,10 +205,18 @@ pub enum Event {
     FragmentUnknown = 5,
     /// A packet went to the retiring partition: the flow is its own.
     KeptByRetiring = 6,
+    /// Both partitions sent one client fragments under one identification within [`FRAGMENT_NS`]: the client may join
+    /// what does not belong together, which only its checksums tell.
+    ///
+    /// [`FRAGMENT_NS`]: crate::maps::FRAGMENT_NS
+    FragmentIdShared = 7,
+    /// The retiring partition had not even a listener for a TCP packet: it has closed the port, or its network namespace
+    /// is gone.
+    NothingInRetiring = 8,
 }
 
 /// All events, in the order of their counters.
-pub const EVENTS: [Event; 7] = [
+pub const EVENTS: [Event; 9] = [
     Event::Learned,
     Event::LearnFull,
     Event::RewrittenV4,
@@ -216,6 +224,8 @@ pub const EVENTS: [Event; 7] = [
     Event::RewriteFailed,
     Event::FragmentUnknown,
     Event::KeptByRetiring,
+    Event::FragmentIdShared,
+    Event::NothingInRetiring,
 ];
 
 impl Event {
@@ -229,6 +239,8 @@ impl Event {
             Self::RewriteFailed => "rewrite_failed",
             Self::FragmentUnknown => "fragment_unknown",
             Self::KeptByRetiring => "kept_by_retiring",
+            Self::FragmentIdShared => "fragment_id_shared",
+            Self::NothingInRetiring => "nothing_in_retiring",
         }
     }
 

@@ -51,6 +51,16 @@ impl Frame<'_> {
         if tag & VLAN_NUMBER == 0 { u16::from_be(protocol as u16) } else { 0 }
     }
 
+    /// The link address that the frame comes from, as the last bytes of an address.
+    #[inline(always)]
+    pub fn sender(&self) -> Address {
+        let mut address = [0; 16];
+        if let Some(mac) = self.at::<6>(6) {
+            address[10..].copy_from_slice(&mac);
+        }
+        address
+    }
+
     /// Whether there is a tag of any kind beside the frame.
     #[inline(always)]
     pub fn has_tag(&self) -> bool {

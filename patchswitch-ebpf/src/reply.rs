@@ -4,12 +4,12 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, SYN, Socket};
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
-use patchswitch_common::parse::{Kind, Network, Octets as _, Packet, Transport, protocol};
+use patchswitch_common::parse::{Fragment, Kind, Network, Octets as _, Packet, Transport, protocol};
 use patchswitch_common::refuse;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::Phase;
@@ -45,8 +45,12 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         ctx.set_mark(0);
         return exit(Hook::FromPartition, Verdict::Again, NEXT);
     }
-    if let Some(verdict) = link_refused(&frame, slot, ethertype) {
-        return turned_away(Hook::FromPartition, verdict);
+    match link_refused(&frame, slot, ethertype) {
+        None => {}
+        Some(Verdict::SpoofedMac) => {
+            return exit_told(Hook::FromPartition, Verdict::SpoofedMac, DROP, &frame.sender());
+        }
+        Some(verdict) => return turned_away(Hook::FromPartition, verdict),
     }
     let mut network = Network::EMPTY;
     if !packet::network(ctx, ethertype, &mut network) {
@@ -88,6 +92,9 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     }
     if !from_service {
         return exit(Hook::FromPartition, Verdict::OutByStack, NEXT);
+    }
+    if word.phase() == Phase::Draining && network.fragment == Fragment::First {
+        rewrite::note_identification(slot, &network, &source);
     }
     match next_hop(ctx, &network, &source) {
         Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
@@ -237,9 +244,7 @@ fn learn(slot: Slot, packet: &Packet) {
 /// Writes or refreshes a learned flow.
 #[inline(never)]
 pub fn remember(slot: Slot, packet: &Packet, local: &Address) {
-    // SAFETY: a helper without arguments.
-    let seen_ns = unsafe { bpf_ktime_get_boot_ns() };
-    let record = FlowRecord { seen_ns, local: *local, slot: slot.index(), pad: 0 };
+    let record = FlowRecord { seen_ns: maps::now(), local: *local, slot: slot.index(), pad: 0 };
     if maps::learn(&flow_key(&packet.flow), &record) {
         event(Event::Learned);
     } else {

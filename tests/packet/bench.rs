@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use aya::maps::{Array, HashMap, PerCpuArray};
@@ -13,7 +14,9 @@ use patchswitch::dataplane::{self, to_wire};
 use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::maps::{
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+};
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
@@ -158,11 +161,11 @@ impl Bench {
         Ok(self.array("SLOTS")?.set(slot.index(), SlotEntry::default(), 0)?)
     }
 
-    /// Gives a slot the id of a namespace that nobody has.
-    pub(crate) fn misplace(&mut self, slot: Slot) -> anyhow::Result<()> {
+    /// Gives a slot another id of a namespace.
+    pub(crate) fn misplace(&mut self, slot: Slot, nsid: i32) -> anyhow::Result<()> {
         let mut slots = self.array::<SlotEntry>("SLOTS")?;
         let entry = slots.get(&slot.index(), 0)?;
-        Ok(slots.set(slot.index(), SlotEntry { nsid: 999_999, ..entry }, 0)?)
+        Ok(slots.set(slot.index(), SlotEntry { nsid, ..entry }, 0)?)
     }
 
     /// Remembers a flow, as if it had been answered a time ago.
@@ -176,6 +179,17 @@ impl Bench {
         let seen_ns = boot_ns() - age_ns;
         let record = FlowRecord { seen_ns, local: to_wire(local), slot: slot.index(), pad: 0 };
         Ok(self.hash("LEARNED")?.insert(key, record, 0)?)
+    }
+
+    /// Makes what is remembered of fragments older.
+    pub(crate) fn age_fragments(&mut self, by: Duration) -> anyhow::Result<()> {
+        let mut map = self.hash::<FragmentKey, FragmentRecord>("FRAGMENTS")?;
+        let all: Vec<_> = map.iter().collect::<Result<_, _>>()?;
+        ensure!(!all.is_empty(), "nothing is remembered");
+        all.into_iter().try_for_each(|(key, record)| {
+            let seen_ns = record.seen_ns - u64::try_from(by.as_nanos())?;
+            Ok(map.insert(key, FragmentRecord { seen_ns, ..record }, 0)?)
+        })
     }
 
     /// What is remembered of a flow.
@@ -274,6 +288,11 @@ impl Bench {
             program.attach(UPLINK, TcAttachType::Ingress)?;
             Ok(())
         })
+    }
+
+    /// What the programs have to say from now on.
+    pub(crate) fn told<T: log::Log>(&mut self, to: T) -> anyhow::Result<aya_log::EbpfLogger<T>> {
+        Ok(aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, to)?)
     }
 
     /// The descriptor of a program.

@@ -38,6 +38,8 @@ struct Known {
     service: Address,
     /// Where first fragments went: by source, identification and protocol.
     fragments: BTreeMap<(Address, Address, u32, u8), Slot>,
+    /// Whether the retiring one was asked in vain, with the packet at hand.
+    nothing: bool,
 }
 
 impl Kernel for Known {
@@ -49,6 +51,8 @@ impl Kernel for Known {
         } else if to_listener {
             Socket::Listener { cookie: false }
         } else {
+            // Only the retiring one is asked in the packets that come here.
+            self.nothing |= slot == Slot::A;
             Socket::None
         }
     }
@@ -103,6 +107,7 @@ fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
     if !simple && inbound(bytes, &network, &mut packet).is_err() {
         return refuse(Verdict::Malformed);
     }
+    known.nothing = false;
     let found = owner(word, &packet, known);
     let mut counted = vec![match (found.both, found.slot) {
         (true, _) => Verdict::ToBoth.name(),
@@ -111,6 +116,9 @@ fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
     }];
     if found.slot != word.active() {
         counted.push("kept_by_retiring");
+    }
+    if known.nothing {
+        counted.push("nothing_in_retiring");
     }
     match network.fragment {
         Fragment::First => {
@@ -257,7 +265,13 @@ fn the_programs_do_what_the_model_says() {
             held.push((connection(ns, &listening, family, port).unwrap(), listening));
         }
         let [client, service] = [family.client, family.service].map(to_wire);
-        known.push(Known { v4: family.client.is_ipv4(), client, service, fragments: BTreeMap::new() });
+        known.push(Known {
+            v4: family.client.is_ipv4(),
+            client,
+            service,
+            fragments: BTreeMap::new(),
+            nothing: false,
+        });
     }
     for family in families {
         for (port, protocol) in [(PORT, frame::UDP), (0, echo(family.client.is_ipv4()))] {

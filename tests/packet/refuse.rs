@@ -97,6 +97,7 @@ fn what_is_too_short_for_what_it_says_is_left_to_the_kernel() {
     let mut bench = Bench::new("stated").unwrap();
     bench.word(DRAINING).unwrap();
     for family in families() {
+        let _listening = listener(&bench.lab.a, family).unwrap();
         let v4 = family.client.is_ipv4();
         let header = if v4 { 20 } else { 40 };
         let whole = tcp((family.client, 1000), (family.service, PORT), ACK, b"data");
@@ -242,6 +243,60 @@ fn a_partitions_frames_are_its_own() {
             let seen = bench.run(Hook::FromPartition, link, 0, &frame).unwrap();
             check(&seen, action, &[verdict], what);
         }
+    }
+    bench.finish().unwrap();
+}
+
+/// Keeps what the programs have to say.
+#[derive(Default)]
+struct Lines(std::sync::Mutex<Vec<String>>);
+
+impl log::Log for &'static Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_flood_of_forged_frames_is_told_in_a_few_lines() {
+    const FRAMES: u64 = 1000;
+    static LINES: Lines = Lines(std::sync::Mutex::new(Vec::new()));
+    let mut bench = Bench::new("told").unwrap();
+    let [v4, v6] = families();
+    let mut ring = bench.told(&LINES).unwrap();
+    let link = bench.links[0];
+    bench.word(STEADY).unwrap();
+    for (what, frame, verdict, line) in [
+        (
+            "a link address",
+            reply_from([2, 0, 0x5e, 0, 0xab, 8], v4),
+            "spoofed_mac",
+            "a partition sent a frame from 02:00:5e:00:ab:08, which is not its link address: dropped",
+        ),
+        (
+            "an address",
+            udp((v6.stranger, PORT), (v6.client, 1000), b"x").frame(link.mac),
+            "spoofed",
+            "a partition sent a packet from fd66::6, which is not its address: dropped",
+        ),
+    ] {
+        for _ in 0..FRAMES {
+            let seen = bench.run(Hook::FromPartition, link, 0, &frame).unwrap();
+            check(&seen, DROP, &[verdict], what);
+            assert_eq!(seen.frame, frame, "{what}");
+        }
+        ring.flush();
+        let lines = std::mem::take(&mut *LINES.0.lock().unwrap());
+        // The 1st, 2nd, 4th … of each processor.
+        let most = 10 * std::thread::available_parallelism().unwrap().get();
+        assert!((1..=most).contains(&lines.len()), "{what}: {lines:#?}");
+        assert!(lines.iter().all(|text| text.eq_ignore_ascii_case(line)), "{what}: {lines:#?}");
     }
     bench.finish().unwrap();
 }

@@ -1,6 +1,7 @@
 //! What a partition sends: who may, what is learned of it, what is rewritten, and where it goes.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use patchswitch::dataplane::probe_mark;
 use patchswitch_common::Slot;
@@ -161,6 +162,17 @@ fn flows_are_learned_from_what_the_serving_one_answers() {
                 assert_eq!((record.slot, record.local), (0, patchswitch::dataplane::to_wire(family.service)));
             }
         }
+        // A flow that goes on has a new time; one that moves to the other side is that one's.
+        let told = |bench: &mut Bench| bench.remembered(flow).unwrap().unwrap();
+        for (slot, what) in [(Slot::A, "again"), (Slot::B, "the other one"), (Slot::A, "and back")] {
+            bench.word(Word::steady(slot, 1).with_learning(true)).unwrap();
+            let before = told(&mut bench);
+            let seen = bench.partition(slot, &reply(family.service, family)).unwrap();
+            check(&seen, REDIRECT, &["out", "learned"], what);
+            let after = told(&mut bench);
+            assert!(after.seen_ns > before.seen_ns, "{what}");
+            assert_eq!((after.slot, after.local), (slot.index(), before.local), "{what}");
+        }
         bench.forget().unwrap();
         // An echo by its identifier, an error not at all.
         bench.word(learning).unwrap();
@@ -305,6 +317,54 @@ fn sums_that_are_none_and_sums_that_become_none() {
     bench.finish().unwrap();
 }
 
+/// Each namespace counts identifications by itself; a client that gets two datagrams under one may mix them.
+#[test]
+fn identifications_that_both_use_are_counted() {
+    let mut bench = Bench::new("ids").unwrap();
+    let noticed = DRAINING.with_notice(true);
+    for family in families() {
+        let rewritten = if family.client.is_ipv4() { "rewritten_v4" } else { "rewritten_v6" };
+        let of = |from: IpAddr, to: IpAddr, id, offset| {
+            let place = Place { offset, more: offset == 0, id };
+            Ip { place: Some(place), ..udp((from, PORT), (to, 1000), &[7; 64]) }
+        };
+        let (service, client) = (family.service, family.client);
+        let another: IpAddr = if client.is_ipv4() { "10.77.0.99" } else { "fd77::99" }.parse().unwrap();
+        let first = |id| of(service, client, id, 0);
+        let (alone, shared) = (&["out"][..], &["out", "fragment_id_shared"][..]);
+        let mut step = |word: Word, slot: Slot, packet: Ip, counted: &[&str], what: &str| {
+            bench.word(word).unwrap();
+            let seen = bench.partition(slot, &packet).unwrap();
+            check(&seen, REDIRECT, counted, what);
+            assert_eq!(seen.frame, packet.frame(bench.links[slot as usize].mac), "{what}");
+        };
+        // In peace there is one who sends.
+        step(STEADY, Slot::A, first(1), alone, "in peace");
+        step(DRAINING, Slot::B, first(1), alone, "its first");
+        step(DRAINING, Slot::B, first(1), alone, "its own again");
+        step(DRAINING, Slot::A, first(2), alone, "another number");
+        step(DRAINING, Slot::A, first(1), shared, "the other one's number");
+        step(DRAINING, Slot::B, first(1), shared, "and back");
+        step(DRAINING, Slot::A, of(service, client, 1, 8), alone, "a later fragment");
+        step(DRAINING, Slot::A, of(service, another, 1, 0), alone, "to another client");
+        // What is rewritten is sent from the service's address as well.
+        bench.remember(key((client, 1000), PORT, frame::UDP), service, Slot::A, 0).unwrap();
+        let mut step = |word: Word, slot: Slot, packet: Ip, counted: &[&str], what: &str| {
+            bench.word(word).unwrap();
+            check(&bench.partition(slot, &packet).unwrap(), REDIRECT, counted, what);
+        };
+        step(noticed, Slot::B, first(5), alone, "who serves");
+        let own = of(family.own_a, client, 5, 0);
+        step(noticed, Slot::A, own, &["out", rewritten, "learned", "fragment_id_shared"], "rewritten");
+        bench.age_fragments(Duration::from_secs(31)).unwrap();
+        bench.word(DRAINING).unwrap();
+        let seen = bench.partition(Slot::B, &first(5)).unwrap();
+        check(&seen, REDIRECT, alone, "after half a minute");
+        bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
 #[test]
 fn later_fragments_are_rewritten_as_the_first_was() {
     let mut bench = Bench::new("refragment").unwrap();
@@ -337,6 +397,13 @@ fn later_fragments_are_rewritten_as_the_first_was() {
         }
         let seen = bench.partition(Slot::A, &of(2, 100)).unwrap();
         check(&seen, NEXT, &["out_by_stack"], "of another datagram");
+        bench.age_fragments(Duration::from_secs(29)).unwrap();
+        let seen = bench.partition(Slot::A, &later).unwrap();
+        check(&seen, REDIRECT, &["out", rewritten], "29 seconds after it");
+        bench.age_fragments(Duration::from_secs(2)).unwrap();
+        let seen = bench.partition(Slot::A, &later).unwrap();
+        check(&seen, NEXT, &["out_by_stack"], "31 seconds after it");
+        assert_eq!(seen.frame, later.frame(mac));
         bench.forget().unwrap();
     }
     bench.finish().unwrap();

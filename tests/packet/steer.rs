@@ -148,6 +148,7 @@ fn what_is_malformed_is_left_to_the_kernel() {
         let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
         check(&seen, NEXT, &["malformed"], what);
     }
+    let _listening = listener(&bench.lab.a, v6).unwrap();
     // Eight of them are one too many, six are not.
     let chain = Ip { extensions: vec![0, 60, 43, 60, 51, 60], ..segment(v6, 1000, ACK) };
     check(&bench.client(&chain).unwrap(), REDIRECT, &["to_b"], "six extension headers");
@@ -508,6 +509,13 @@ fn later_fragments_follow_the_first() {
         check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "before the first one");
         check(&bench.client(&of(1000, 1, 0)).unwrap(), REDIRECT, kept, "the first one");
         check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "after it");
+        // Half a minute after the first one nobody would join them any more, and another datagram may have the number.
+        bench.age_fragments(Duration::from_secs(29)).unwrap();
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "29 seconds after it");
+        bench.age_fragments(Duration::from_secs(2)).unwrap();
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "31 seconds after it");
+        check(&bench.client(&of(1001, 1, 0)).unwrap(), REDIRECT, &["to_b"], "the number used again");
+        check(&bench.client(&of(1001, 1, 100)).unwrap(), REDIRECT, &["to_b"], "by another datagram");
         check(&bench.client(&of(1000, 2, 100)).unwrap(), REDIRECT, unknown, "of another packet");
         check(&bench.client(&of(1001, 3, 0)).unwrap(), REDIRECT, &["to_b"], "the first of the active one's");
         // What began in peace ends where it began.
@@ -523,10 +531,54 @@ fn later_fragments_follow_the_first() {
 fn a_namespace_that_is_not_known_owns_nothing() {
     let mut bench = Bench::new("nonsid").unwrap();
     bench.word(DRAINING).unwrap();
-    let [v4, _] = families();
-    let listening = listener(&bench.lab.a, v4).unwrap();
-    let _ends = connection(&bench.lab.a, &listening, v4, 1000).unwrap();
-    bench.misplace(Slot::A).unwrap();
-    check(&bench.client(&segment(v4, 1000, ACK)).unwrap(), REDIRECT, &["to_b"], "an id that nobody has");
+    // The host may have a connection with the same two ends, which is no partition's.
+    bench.lab.host.ip("link set lo up").unwrap();
+    let mut held = Vec::new();
+    for family in families() {
+        for address in [family.service, family.client] {
+            let width = if family.client.is_ipv4() { "/32" } else { "/128 nodad" };
+            bench.lab.host.ip(&format!("addr add {address}{width} dev lo")).unwrap();
+        }
+        for ns in [&bench.lab.a, &bench.lab.host] {
+            let listening = listener(ns, family).unwrap();
+            held.push((connection(ns, &listening, family, 1000).unwrap(), listening));
+        }
+    }
+    let nothing = &["to_b", "nothing_in_retiring"][..];
+    for family in families() {
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "its own namespace");
+    }
+    for nsid in [999_999, -1, i32::MIN] {
+        bench.misplace(Slot::A, nsid).unwrap();
+        for family in families() {
+            for flags in [ACK, SYN, ACK | FIN] {
+                let what = format!("the id {nsid}, flags {flags:#x}");
+                check(&bench.client(&segment(family, 1000, flags)).unwrap(), REDIRECT, nothing, &what);
+            }
+            let udp = udp((family.client, 1000), (family.service, PORT), b"x");
+            check(&bench.client(&udp).unwrap(), REDIRECT, &["to_b"], "a datagram tells nothing of it");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_port_that_nobody_has_any_more_is_counted() {
+    let mut bench = Bench::new("closed").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let syn = segment(family, 1000, SYN);
+        let listening = listener(&bench.lab.a, family).unwrap();
+        check(&bench.client(&syn).unwrap(), REDIRECT, &["to_b"], "a listener is something");
+        drop(listening);
+        let nothing = &["to_b", "nothing_in_retiring"][..];
+        check(&bench.client(&syn).unwrap(), REDIRECT, nothing, "the port is closed");
+        // Of the serving one the programs ask only what they must, and this is not about it.
+        let listening = listener(&bench.lab.a, family).unwrap();
+        time_wait(&bench.lab.a, &listening, family, 1000).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "nothing in the other");
+    }
     bench.finish().unwrap();
 }

@@ -11,7 +11,7 @@ use patchswitch_tests::netlab::{CLIENT_LINK, Ns};
 use pnet::datalink::{self, Channel, DataLinkSender};
 
 use crate::bench::{Bench, Family, PORT, families};
-use crate::frame::{ETHERNET, udp};
+use crate::frame::udp;
 use crate::steer::DRAINING;
 
 /// A frame with a tag: priority and number of the VLAN.
@@ -46,20 +46,22 @@ fn servers(bench: &Bench, family: Family) -> anyhow::Result<[UdpSocket; 2]> {
     Ok([of(&bench.lab.a)?, of(&bench.lab.b)?])
 }
 
-/// Which server gets the next datagram, and what it says.
-fn received(servers: &[UdpSocket; 2]) -> anyhow::Result<Option<(usize, Vec<u8>)>> {
-    let (mut bytes, end) = ([0; 64], Instant::now() + Duration::from_millis(500));
-    while Instant::now() < end {
+/// What the servers get, and which of them, up to the datagram that says the last word.
+fn received(servers: &[UdpSocket; 2], last: &[u8]) -> anyhow::Result<Vec<(usize, Vec<u8>)>> {
+    let (mut bytes, end) = ([0; 64], Instant::now() + Duration::from_secs(5));
+    let mut all: Vec<(usize, Vec<u8>)> = Vec::new();
+    while all.last().is_none_or(|(_, text)| text != last) {
+        anyhow::ensure!(Instant::now() < end, "the last word did not come after {all:?}");
         for (index, server) in servers.iter().enumerate() {
             match server.recv_from(&mut bytes) {
-                Ok((length, _)) => return Ok(Some((index, bytes[..length].to_vec()))),
+                Ok((length, _)) => all.push((index, bytes[..length].to_vec())),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
             }
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    Ok(None)
+    Ok(all)
 }
 
 #[test]
@@ -71,8 +73,10 @@ fn a_tag_that_names_no_vlan_is_none() {
         let servers = servers(&bench, family).unwrap();
         for (word, to, verdict) in [(Word::steady(Slot::A, 1), 0, "to_a"), (DRAINING, 1, "to_b")] {
             bench.word(word).unwrap();
-            let packet = udp((family.stranger, 1000), (family.service, PORT), b"question");
-            let plain = packet.frame(bench.uplink.mac);
+            let says = |text: &[u8]| {
+                udp((family.stranger, 1000), (family.service, PORT), text).frame(bench.uplink.mac)
+            };
+            let (plain, last) = (says(b"question"), says(b"last"));
             for (what, frame, answered) in [
                 ("no tag", plain.clone(), true),
                 ("a priority", tagged(&plain, 5, 0), true),
@@ -82,13 +86,17 @@ fn a_tag_that_names_no_vlan_is_none() {
                 ("a VLAN within a priority", tagged(&tagged(&plain, 0, 7), 5, 0), false),
             ] {
                 let before = bench.counters().unwrap();
-                wire.send_to(&frame, None).unwrap().unwrap();
-                let seen = received(&servers).unwrap();
-                let expected = answered.then(|| (to, packet.payload[8..].to_vec()));
-                assert_eq!(seen, expected, "{what}, {} bytes", frame.len() - ETHERNET);
+                for frame in [&frame, &last] {
+                    wire.send_to(frame, None).unwrap().unwrap();
+                }
+                let mut expected = vec![(to, b"last".to_vec())];
+                if answered {
+                    expected.insert(0, (to, b"question".to_vec()));
+                }
+                assert_eq!(received(&servers, b"last").unwrap(), expected, "{what}");
                 let after = bench.counters().unwrap();
                 let steered = after[verdict] - before[verdict];
-                assert_eq!(steered, u64::from(answered), "{what}: {before:?} {after:?}");
+                assert_eq!(steered, expected.len() as u64, "{what}: {before:?} {after:?}");
             }
         }
     }

@@ -187,7 +187,8 @@ impl Bench {
         let all: Vec<_> = map.iter().collect::<Result<_, _>>()?;
         ensure!(!all.is_empty(), "nothing is remembered");
         all.into_iter().try_for_each(|(key, record)| {
-            let seen_ns = record.seen_ns - u64::try_from(by.as_nanos())?;
+            // The clock of a machine that has just started is not as far, and the programs' own difference wraps.
+            let seen_ns = record.seen_ns.wrapping_sub(u64::try_from(by.as_nanos())?);
             Ok(map.insert(key, FragmentRecord { seen_ns, ..record }, 0)?)
         })
     }
@@ -277,15 +278,15 @@ impl Bench {
         Ok(())
     }
 
-    /// Attaches the program of the uplink, for packets that only a wire brings.
-    pub(crate) fn attach_uplink(&mut self) -> anyhow::Result<()> {
+    /// Attaches a program to the ingress of a link of the host, for packets that only a wire brings.
+    pub(crate) fn attach(&mut self, hook: Hook, link: &str) -> anyhow::Result<()> {
         let host = self.lab.host.clone();
-        let program = self.program(Hook::Uplink)?;
+        let program = self.program(hook)?;
         host.enter(|| {
             if KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
-                qdisc_add_clsact(UPLINK)?;
+                qdisc_add_clsact(link)?;
             }
-            program.attach(UPLINK, TcAttachType::Ingress)?;
+            program.attach(link, TcAttachType::Ingress)?;
             Ok(())
         })
     }

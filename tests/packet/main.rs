@@ -4,6 +4,7 @@ mod bench;
 mod cost;
 mod host;
 mod model;
+mod paged;
 mod refuse;
 mod reply;
 mod steer;

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use patchswitch_common::Slot;
+use patchswitch_common::verdict::Hook;
 use patchswitch_common::word::Word;
-use patchswitch_tests::netlab::{CLIENT_LINK, Ns};
-use pnet::datalink::{self, Channel, DataLinkSender};
+use patchswitch_tests::netlab::{CLIENT_LINK, Ns, UPLINK};
+use pnet::datalink::{self, Channel, DataLinkReceiver, DataLinkSender};
 
 use crate::bench::{Bench, Family, PORT, families};
 use crate::frame::udp;
@@ -20,12 +21,21 @@ fn tagged(frame: &[u8], priority: u16, number: u16) -> Vec<u8> {
     [&frame[..12], &[0x81, 0x00], &tag, &frame[12..]].concat()
 }
 
-/// What sends frames as they are.
-fn wire(client: &Ns) -> anyhow::Result<Box<dyn DataLinkSender>> {
-    client.enter(|| {
-        let link = datalink::interfaces().into_iter().find(|link| link.name == CLIENT_LINK);
-        match datalink::channel(&link.context("no link")?, datalink::Config::default())? {
-            Channel::Ethernet(sender, _) => Ok(sender),
+/// What sends frames as they are, and sees those that come.
+pub(crate) fn wire(
+    ns: &Ns,
+    link: &str,
+) -> anyhow::Result<(Box<dyn DataLinkSender>, Box<dyn DataLinkReceiver>)> {
+    let config = datalink::Config {
+        write_buffer_size: 16_384,
+        read_buffer_size: 16_384,
+        read_timeout: Some(Duration::from_millis(100)),
+        ..datalink::Config::default()
+    };
+    ns.enter(|| {
+        let link = datalink::interfaces().into_iter().find(|found| found.name == link);
+        match datalink::channel(&link.context("no link")?, config)? {
+            Channel::Ethernet(sender, receiver) => Ok((sender, receiver)),
             _ => anyhow::bail!("not a link of frames"),
         }
     })
@@ -67,8 +77,8 @@ fn received(servers: &[UdpSocket; 2], last: &[u8]) -> anyhow::Result<Vec<(usize,
 #[test]
 fn a_tag_that_names_no_vlan_is_none() {
     let mut bench = Bench::new("tagged").unwrap();
-    bench.attach_uplink().unwrap();
-    let mut wire = wire(&bench.lab.client).unwrap();
+    bench.attach(Hook::Uplink, UPLINK).unwrap();
+    let (mut wire, _) = wire(&bench.lab.client, CLIENT_LINK).unwrap();
     for family in families() {
         let servers = servers(&bench, family).unwrap();
         for (word, to, verdict) in [(Word::steady(Slot::A, 1), 0, "to_a"), (DRAINING, 1, "to_b")] {

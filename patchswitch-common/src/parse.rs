@@ -439,6 +439,11 @@ pub(crate) fn quoted<O: Octets + ?Sized>(
     inner: &mut Network,
 ) -> Result<(), Malformed> {
     let offset = network.payload + 8;
+    let header = if network.v6 { 40 } else { 20 };
+    // What pads the frame behind the packet is no quotation.
+    if offset + header > network.end {
+        return Err(Malformed);
+    }
     if network.v6 {
         fixed_ipv6(octets, offset, inner)?;
         inner.end = network.end;
@@ -446,7 +451,7 @@ pub(crate) fn quoted<O: Octets + ?Sized>(
     } else {
         fixed_ipv4(octets, offset, inner)?;
         inner.end = network.end;
-        Ok(())
+        if inner.payload > inner.end { Err(Malformed) } else { Ok(()) }
     }
 }
 

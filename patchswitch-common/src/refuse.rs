@@ -74,6 +74,13 @@ pub fn inbound<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verd
     }
 }
 
+/// Bytes of the payload. What pads the frame behind the packet is none of it.
+#[inline(always)]
+fn of_packet<const N: usize, O: Octets + ?Sized>(octets: &O, network: &Network, at: u32) -> Option<[u8; N]> {
+    let offset = network.payload + at;
+    if offset + N as u32 > network.end { None } else { octets.at(offset) }
+}
+
 /// Options of IPv4 that say which way a packet takes (RFC 791 3.1, RFC 7126 4.3, 4.4).
 #[inline(never)]
 fn has_source_route<O: Octets + ?Sized>(octets: &O, end: u32) -> bool {
@@ -91,6 +98,8 @@ fn has_source_route<O: Octets + ?Sized>(octets: &O, end: u32) -> bool {
             END => return false,
             LOOSE | STRICT => return true,
             NOTHING => at += 1,
+            // Without its length: what follows is no option.
+            _ if at + 1 == end => return false,
             _ => match octets.at(at + 1) {
                 Some([length]) if length >= 2 => at += u32::from(length),
                 _ => return false,
@@ -106,7 +115,7 @@ fn icmpv4<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
     if matches!(network.fragment, Fragment::Later) {
         return None;
     }
-    let [kind] = octets.at(network.payload)?;
+    let [kind] = of_packet(octets, network, 0)?;
     match kind {
         5 => Some(Verdict::Redirect),
         // Routers' advertisements and what asks for them; time, information and masks.
@@ -127,7 +136,7 @@ fn about_an_error<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<V
     if inner.protocol != icmp || matches!(inner.fragment, Fragment::Later) {
         return None;
     }
-    let [kind] = octets.at(inner.payload)?;
+    let [kind] = of_packet(octets, &inner, 0)?;
     is_error(kind, network.v6).then_some(Verdict::NestedError)
 }
 
@@ -137,7 +146,7 @@ fn icmpv6<O: Octets + ?Sized>(octets: &O, network: &Network) -> Option<Verdict> 
     if matches!(network.fragment, Fragment::Later) {
         return None;
     }
-    let [kind] = octets.at(network.payload)?;
+    let [kind] = of_packet(octets, network, 0)?;
     match kind {
         // RFC 6980: nobody may take neighbour discovery out of fragments.
         133..=137 if matches!(network.fragment, Fragment::First) => Some(Verdict::SplitDiscovery),
@@ -168,20 +177,20 @@ pub fn outbound<O: Octets + ?Sized>(
         return None;
     }
     let forged = match (network.v6, network.protocol) {
-        (true, protocol::ICMPV6) => match octets.at(network.payload) {
+        (true, protocol::ICMPV6) => match of_packet(octets, network, 0) {
             // Who asks for members of groups is a router, too.
             Some([130 | 134 | 137]) => true,
-            Some([136]) => octets.at(network.payload + 8).is_some_and(|target| is_service(&target)),
+            Some([136]) => of_packet(octets, network, 8).is_some_and(|target| is_service(&target)),
             _ => false,
         },
-        (false, protocol::ICMP) => matches!(octets.at(network.payload), Some([5 | 9])),
+        (false, protocol::ICMP) => matches!(of_packet(octets, network, 0), Some([5 | 9])),
         // A report goes to a group, which no router passes on (RFC 3376 4.2.14); a question only a router asks.
         (false, protocol::IGMP) => {
             !matches!(unmapped(&network.destination)[0], 224..=239)
-                || matches!(octets.at(network.payload), Some([0x11]))
+                || matches!(of_packet(octets, network, 0), Some([0x11]))
         }
         (v6, protocol::UDP) => {
-            let [high, low, to_high, to_low] = octets.at(network.payload)?;
+            let [high, low, to_high, to_low] = of_packet(octets, network, 0)?;
             let ports = (u16::from_be_bytes([high, low]), u16::from_be_bytes([to_high, to_low]));
             ports == if v6 { (547, 546) } else { (67, 68) }
         }
@@ -214,7 +223,7 @@ fn asks_for_name_or_time<O: Octets + ?Sized>(octets: &O, network: &Network) -> b
     {
         return false;
     }
-    octets.at(network.payload + 2).is_some_and(|port| match u16::from_be_bytes(port) {
+    of_packet(octets, network, 2).is_some_and(|port| match u16::from_be_bytes(port) {
         NAMES => true,
         TIME => network.protocol == protocol::UDP,
         _ => false,

@@ -1,7 +1,9 @@
 //! The programs on a bench: loaded, attached to nothing, with two partitions whose sockets the kernel knows.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -208,6 +210,7 @@ impl Bench {
     /// Sends a packet through a program, as if it had come on a link.
     pub(crate) fn run(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
         let name = program(hook);
+        keep_as_seed(frame)?;
         let before = self.counters()?;
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
@@ -300,6 +303,17 @@ impl Bench {
     pub(crate) fn program(&mut self, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.try_into()?)
     }
+}
+
+/// Where packets are kept for the fuzzers, one file each: see `fuzz/lib.rs`.
+const SEEDS_VARIABLE: &str = "PATCHSWITCH_SEEDS";
+
+fn keep_as_seed(frame: &[u8]) -> anyhow::Result<()> {
+    let Some(directory) = std::env::var_os(SEEDS_VARIABLE) else { return Ok(()) };
+    let mut hasher = DefaultHasher::new();
+    frame.hash(&mut hasher);
+    std::fs::create_dir_all(&directory)?;
+    Ok(std::fs::write(Path::new(&directory).join(format!("{:016x}", hasher.finish())), frame)?)
 }
 
 fn program(hook: Hook) -> &'static str {

@@ -137,6 +137,21 @@ fn what_is_too_short_for_what_it_says_is_left_to_the_kernel() {
         let short =
             Ip { payload: vec![0, 9, 0, 80, 0, 8, 0], ..udp((family.client, 9), (family.service, 80), b"") };
         check(&bench.client(&short).unwrap(), NEXT, &["malformed"], "a datagram of seven bytes");
+        let mac = bench.uplink.mac;
+        // What pads the frame is no part of what an error quotes.
+        let quoted = Ip::new(family.service, family.client, 47, vec![7; 8]).bytes();
+        let about = |length: usize| {
+            let (quoted, padding) = quoted.split_at(length);
+            let error = icmp(family.stranger, family.service, if v4 { 3 } else { 1 }, [0; 4], quoted);
+            [error.frame(mac), padding.to_vec()].concat()
+        };
+        for (length, action, counted) in
+            [(12, NEXT, "malformed"), (header - 1, NEXT, "malformed"), (header, REDIRECT, "to_b")]
+        {
+            let frame = about(length);
+            let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+            check(&seen, action, &[counted], &format!("an error that quotes {length} bytes"));
+        }
         let tiny = Ip {
             place: Some(Place { offset: 0, more: true, id: 3 }),
             payload: whole.payload[..16].to_vec(),

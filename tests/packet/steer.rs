@@ -75,6 +75,10 @@ fn what_is_not_ours_is_left_to_others() {
             ("a broadcast frame", broadcast),
             ("another EtherType", ethernet(mac, 0x0806, &[0; 46])),
             ("a VLAN tag in the bytes", ethernet(mac, 0x8100, &tagged)),
+            ("a provider's tag in the bytes", ethernet(mac, 0x88a8, &tagged)),
+            ("half a VLAN tag", ethernet(mac, 0x8100, &[0, 7])),
+            ("a VLAN tag without anything", ethernet(mac, 0x8100, &[0, 7, 8])),
+            ("a length instead of a type", ethernet(mac, 46, &[0x42; 46])),
         ] {
             let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
             check(&seen, NEXT, &["not_ours"], what);
@@ -215,6 +219,52 @@ fn options_and_extension_headers_change_nothing() {
         };
         for variant in variants {
             check(&bench.client(&variant).unwrap(), REDIRECT, kept, "options");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+/// What the network header says besides whose packet it is.
+#[test]
+fn other_fields_of_the_header_change_nothing() {
+    let mut bench = Bench::new("fields").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        // Where, by which bits, and to what.
+        let fields: &[(&str, usize, u8, u8)] = if family.client.is_ipv4() {
+            &[
+                ("the last hop", 8, 0xff, 1),
+                ("no hop left", 8, 0xff, 0),
+                ("every bit of the class of service", 1, 0xff, 0xff),
+                ("not to be fragmented", 6, 0x40, 0x40),
+                ("the reserved bit", 6, 0x80, 0x80),
+                ("an identification", 5, 0xff, 7),
+                ("a wrong sum of the header", 11, 0xff, 0x55),
+            ]
+        } else {
+            &[
+                ("the last hop", 7, 0xff, 1),
+                ("no hop left", 7, 0xff, 0),
+                ("every bit of the traffic class", 0, 0x0f, 0x0f),
+                ("every bit of the flow label", 1, 0xff, 0xff),
+            ]
+        };
+        for (port, counted) in [(1000, &["to_a", "kept_by_retiring"][..]), (1001, &["to_b"])] {
+            for (what, at, bits, value) in fields {
+                let mut frame = segment(family, port, ACK).frame(bench.uplink.mac);
+                let byte = &mut frame[frame::ETHERNET + at];
+                *byte = *byte & !bits | value;
+                let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+                check(&seen, REDIRECT, counted, what);
+                assert_eq!(seen.frame, frame, "{what}");
+            }
+        }
+        // Without a flow that anybody could know: who serves gets it.
+        for number in [4, 41, 50, 59, 253] {
+            let other = Ip::new(family.client, family.service, number, vec![0x45; 40]);
+            check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], &format!("protocol {number}"));
         }
     }
     bench.finish().unwrap();

@@ -257,6 +257,39 @@ proptest! {
     }
 
     #[test]
+    fn what_pads_a_frame_is_no_part_of_the_packet(
+        payload in prop::collection::vec(any::<u8>(), 0..60),
+        proto in prop_oneof![Just(protocol::ICMP), Just(protocol::ICMPV6), with_ports()],
+        kind in prop_oneof![Just(3_u8), Just(1), Just(11), any::<u8>()],
+        padding in prop::collection::vec(any::<u8>(), 1..60),
+        v6: bool,
+        out: bool,
+    ) {
+        let payload = [&[kind], &payload[..]].concat();
+        let plain = if v6 {
+            v6_frame(&[], proto, [1; 16], &payload)
+        } else {
+            v4_frame(0, proto, 0, [1; 4], &payload)
+        };
+        let padded = [&plain[..], &padding].concat();
+        prop_assert_eq!(read(&padded, v6, out), read(&plain, v6, out));
+    }
+
+    #[test]
+    fn an_error_that_quotes_less_than_a_header_tells_of_nothing(
+        quoted in 0..20_usize,
+        later: bool,
+        padding in 0..60_usize,
+    ) {
+        let place = if later { 100 } else { 0 };
+        let inner = v4_frame(0, protocol::UDP, place, [192, 0, 2, 80], &[9; 8]);
+        let inner = &inner[LINK_HEADER as usize..LINK_HEADER as usize + 20];
+        let message = [&[3, 4, 0, 0, 0, 0, 5, 0], &inner[..quoted]].concat();
+        let error = [v4_frame(0, protocol::ICMP, 0, [1; 4], &message), inner[quoted..].to_vec(), vec![0; padding]];
+        prop_assert_eq!(read(&error.concat(), false, false), Err(Malformed));
+    }
+
+    #[test]
     fn a_fragment_is_first_or_later_and_its_ports_are_read_only_once(place in any::<u16>(), ports in prop::array::uniform4(1_u8..)) {
         let payload = [&ports[..], &[0; 16]].concat();
         let (network, packet) = read(&v4_frame(0, protocol::UDP, place, [1; 4], &payload), false, false).unwrap();

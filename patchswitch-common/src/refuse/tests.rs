@@ -105,6 +105,7 @@ fn a_source_route_is_found_among_other_options() {
         (&[7, 0, 131, 3], FINE),
         (&[7, 1, 131, 3], FINE),
         (&[7, 200, 131, 3], FINE),
+        (&[1, 1, 1, 7], FINE),
     ] {
         assert_eq!(judge(&v4(CLIENT4, 6, options, &[0; 20]), true), expected, "{options:?}");
     }
@@ -271,6 +272,27 @@ fn an_error_about_an_error_is_refused() {
             }
         }
     }
+}
+
+#[test]
+fn what_pads_a_frame_says_nothing() {
+    for (packet, to_service) in [
+        (v4(CLIENT4, 1, &[], &[]), true),
+        (v6(CLIENT6, 60, &[58, 0, 1, 4, 0, 0, 0, 0]), true),
+        (v4(CLIENT4, 1, &[], &[]), false),
+        (v6(CLIENT6, 60, &[58, 0, 1, 4, 0, 0, 0, 0]), false),
+        (v4_to([224, 0, 0, 1], v4(CLIENT4, 2, &[], &[])), false),
+        (v4(CLIENT4, 17, &[], &[0, 67, 0]), false),
+        // An error whose quotation ends before it says what it is.
+        (v4(CLIENT4, 1, &[], &[&[3, 0, 0, 0, 0, 0, 0, 0], &v4(CLIENT4, 1, &[], &[])[..]].concat()), true),
+    ] {
+        for kind in [3, 5, 9, 0x11, 68, 134, 136, 137] {
+            let padded = [&packet[..], &[kind; 40]].concat();
+            assert_eq!(judge(&padded, to_service), FINE, "{kind} behind {packet:02x?}");
+        }
+    }
+    let asks = v4_to([169, 254, 169, 254], v4(CLIENT4, 17, &[], &[0, 9, 0]));
+    assert_eq!(judge(&[&asks[..], &[53; 40]].concat(), false), Some(Verdict::HostControl));
 }
 
 #[test]

@@ -185,14 +185,27 @@ impl Bench {
 
     /// Makes what is remembered of fragments older.
     pub(crate) fn age_fragments(&mut self, by: Duration) -> anyhow::Result<()> {
+        let by = u64::try_from(by.as_nanos())?;
+        // The clock of a machine that has just started is not as far, and the programs' own difference wraps.
+        let aged = self.set_fragments(|seen_ns| seen_ns.wrapping_sub(by))?;
+        ensure!(aged > 0, "nothing is remembered");
+        Ok(())
+    }
+
+    /// Makes what is remembered of fragments new.
+    pub(crate) fn renew_fragments(&mut self) -> anyhow::Result<()> {
+        let now = boot_ns();
+        self.set_fragments(|_| now).map(drop)
+    }
+
+    /// Changes when all fragments were seen; how many there are.
+    fn set_fragments(&mut self, to: impl Fn(u64) -> u64) -> anyhow::Result<usize> {
         let mut map = self.hash::<FragmentKey, FragmentRecord>("FRAGMENTS")?;
         let all: Vec<_> = map.iter().collect::<Result<_, _>>()?;
-        ensure!(!all.is_empty(), "nothing is remembered");
-        all.into_iter().try_for_each(|(key, record)| {
-            // The clock of a machine that has just started is not as far, and the programs' own difference wraps.
-            let seen_ns = record.seen_ns.wrapping_sub(u64::try_from(by.as_nanos())?);
-            Ok(map.insert(key, FragmentRecord { seen_ns, ..record }, 0)?)
-        })
+        for (key, record) in &all {
+            map.insert(key, FragmentRecord { seen_ns: to(record.seen_ns), ..*record }, 0)?;
+        }
+        Ok(all.len())
     }
 
     /// What is remembered of a flow.

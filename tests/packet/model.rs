@@ -288,8 +288,9 @@ fn the_programs_do_what_the_model_says() {
     let mut seen_verdicts = BTreeMap::<&str, u32>::new();
     for number in 0..PACKETS {
         if number % 100 == 0 {
-            // A slow machine needs longer for all packets than a flow is remembered.
+            // A slow machine needs longer for all packets than a flow or a fragment is remembered.
             learn(&mut bench).unwrap();
+            bench.renew_fragments().unwrap();
         }
         let made = strategy.new_tree(&mut runner).unwrap().current();
         let word = if number % 4 == 0 { Word::steady(Slot::A, 1) } else { DRAINING };

@@ -93,6 +93,10 @@ pub struct FragmentKey {
     pub pad: [u8; 3],
 }
 
+/// For as long the rest of a datagram may take, in nanoseconds: the kernel keeps fragments for 30 seconds
+/// (`ipfrag_time`), and identifications are used again.
+pub const FRAGMENT_NS: u64 = 30_000_000_000;
+
 impl FragmentKey {
     /// The key of a fragment; `id` as [`FragmentKey::id`].
     #[inline(always)]
@@ -106,11 +110,13 @@ impl FragmentKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FragmentRecord {
-    /// The slot that got it (inbound).
+    /// The slot that got it (inbound), or sent it (outbound).
     pub slot: u32,
     /// 1 if its source address was rewritten (outbound).
     pub rewritten: u32,
-    /// The service address that became its source.
+    /// When it came, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub seen_ns: u64,
+    /// The service address that became its source, or zeroes.
     pub local: Address,
 }
 
@@ -120,7 +126,7 @@ const _: () = {
     assert!(size_of::<FlowKey>() == 24);
     assert!(size_of::<FlowRecord>() == 32);
     assert!(size_of::<FragmentKey>() == 40);
-    assert!(size_of::<FragmentRecord>() == 24);
+    assert!(size_of::<FragmentRecord>() == 32);
 };
 
 #[cfg(feature = "user")]

@@ -26,12 +26,16 @@ pub const ETH_IPV6: u16 = 0x86dd;
 pub mod protocol {
     /// ICMP for IPv4.
     pub const ICMP: u8 = 1;
+    /// Membership in groups, IPv4 (RFC 3376).
+    pub const IGMP: u8 = 2;
     /// TCP.
     pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
     /// DCCP (RFC 4340).
     pub const DCCP: u8 = 33;
+    /// SCTP (RFC 9260).
+    pub const SCTP: u8 = 132;
     /// UDP-Lite (RFC 3828).
     pub const UDP_LITE: u8 = 136;
     /// ICMP for IPv6.
@@ -384,7 +388,7 @@ fn ports<O: Octets + ?Sized>(
     from_service: bool,
 ) -> Result<(), Malformed> {
     let (number, offset) = (packet.flow.protocol, network.payload);
-    if !matches!(number, protocol::TCP | protocol::UDP) {
+    if !has_ports(number) {
         return Ok(());
     }
     // Of what an error quotes, the ports are sure to be there and are enough.
@@ -399,11 +403,14 @@ fn ports<O: Octets + ?Sized>(
     } else {
         (packet.flow.local_port, packet.flow.remote_port) = (destination, source);
     }
-    if number == protocol::UDP {
-        packet.transport = Transport::Udp;
+    match number {
+        protocol::TCP => packet.transport = Transport::Tcp,
+        protocol::UDP => packet.transport = Transport::Udp,
+        _ => {}
+    }
+    if number != protocol::TCP {
         return Ok(());
     }
-    packet.transport = Transport::Tcp;
     // Of a segment that an error quotes only eight bytes are sure to be there (RFC 792), and its flags say nothing.
     if matches!(packet.kind, Kind::Direct) {
         let [length, flags] = octets.at(offset + 12).ok_or(Malformed)?;
@@ -415,6 +422,37 @@ fn ports<O: Octets + ?Sized>(
         packet.flags = flags;
     }
     Ok(())
+}
+
+/// Whether a protocol's header begins with the ports of its two ends.
+#[inline(always)]
+const fn has_ports(number: u8) -> bool {
+    matches!(number, protocol::TCP | protocol::UDP | protocol::DCCP | protocol::SCTP | protocol::UDP_LITE)
+}
+
+/// Reads the network header that an ICMP error quotes. It may be cut off behind that: how long the packet was is of no
+/// interest.
+#[inline(always)]
+pub(crate) fn quoted<O: Octets + ?Sized>(
+    octets: &O,
+    network: &Network,
+    inner: &mut Network,
+) -> Result<(), Malformed> {
+    let offset = network.payload + 8;
+    let header = if network.v6 { 40 } else { 20 };
+    // What pads the frame behind the packet is no quotation.
+    if offset + header > network.end {
+        return Err(Malformed);
+    }
+    if network.v6 {
+        fixed_ipv6(octets, offset, inner)?;
+        inner.end = network.end;
+        skip_extensions(octets, inner)
+    } else {
+        fixed_ipv4(octets, offset, inner)?;
+        inner.end = network.end;
+        if inner.payload > inner.end { Err(Malformed) } else { Ok(()) }
+    }
 }
 
 #[inline(always)]
@@ -434,16 +472,8 @@ fn icmp<O: Octets + ?Sized>(
         return Ok(());
     }
     packet.kind = Kind::Error;
-    let offset = network.payload + 8;
     let mut inner = Network::EMPTY;
-    if network.v6 {
-        fixed_ipv6(octets, offset, &mut inner)?;
-        inner.end = network.end;
-        skip_extensions(octets, &mut inner)?;
-    } else {
-        fixed_ipv4(octets, offset, &mut inner)?;
-        inner.end = network.end;
-    }
+    quoted(octets, network, &mut inner)?;
     // An inbound error quotes what the service sent; an outbound one quotes what the client sent.
     if out {
         (packet.flow.local, packet.flow.remote) = (inner.destination, inner.source);

@@ -69,6 +69,9 @@ pub enum Verdict {
     Lateral = 20,
     /// From the retiring partition, a new connection under a pair of ends that the serving one has in use: dropped.
     TupleInUse = 21,
+    /// From a partition to an address by which the host itself is governed (its loopback, the metadata of a cloud):
+    /// dropped.
+    HostControl = 22,
 }
 
 /// The mark of a packet on its way from one of our hooks to another one, which takes it off again. A partition cannot set
@@ -76,7 +79,7 @@ pub enum Verdict {
 pub const AGAIN_MARK: u32 = 0x7073_6167;
 
 /// All verdicts, in the order of their counters.
-pub const VERDICTS: [Verdict; 22] = [
+pub const VERDICTS: [Verdict; 23] = [
     Verdict::NotOurs,
     Verdict::Malformed,
     Verdict::ForHost,
@@ -99,6 +102,7 @@ pub const VERDICTS: [Verdict; 22] = [
     Verdict::ForgedControl,
     Verdict::Lateral,
     Verdict::TupleInUse,
+    Verdict::HostControl,
 ];
 
 impl Verdict {
@@ -127,6 +131,7 @@ impl Verdict {
             Self::ForgedControl => "forged_control",
             Self::Lateral => "lateral",
             Self::TupleInUse => "tuple_in_use",
+            Self::HostControl => "host_control",
         }
     }
 
@@ -145,6 +150,7 @@ impl Verdict {
             n if is(n, Self::NestedError) => Some(Self::NestedError),
             n if is(n, Self::SplitDiscovery) => Some(Self::SplitDiscovery),
             n if is(n, Self::ForgedControl) => Some(Self::ForgedControl),
+            n if is(n, Self::HostControl) => Some(Self::HostControl),
             _ => Some(Self::Malformed),
         }
     }
@@ -165,6 +171,7 @@ impl Verdict {
                 | Self::ForgedControl
                 | Self::Lateral
                 | Self::TupleInUse
+                | Self::HostControl
         )
     }
 }
@@ -198,10 +205,18 @@ pub enum Event {
     FragmentUnknown = 5,
     /// A packet went to the retiring partition: the flow is its own.
     KeptByRetiring = 6,
+    /// Both partitions sent one client fragments under one identification within [`FRAGMENT_NS`]: the client may join
+    /// what does not belong together, which only its checksums tell.
+    ///
+    /// [`FRAGMENT_NS`]: crate::maps::FRAGMENT_NS
+    FragmentIdShared = 7,
+    /// The retiring partition had not even a listener for a TCP packet: it has closed the port, or its network namespace
+    /// is gone.
+    NothingInRetiring = 8,
 }
 
 /// All events, in the order of their counters.
-pub const EVENTS: [Event; 7] = [
+pub const EVENTS: [Event; 9] = [
     Event::Learned,
     Event::LearnFull,
     Event::RewrittenV4,
@@ -209,6 +224,8 @@ pub const EVENTS: [Event; 7] = [
     Event::RewriteFailed,
     Event::FragmentUnknown,
     Event::KeptByRetiring,
+    Event::FragmentIdShared,
+    Event::NothingInRetiring,
 ];
 
 impl Event {
@@ -222,6 +239,8 @@ impl Event {
             Self::RewriteFailed => "rewrite_failed",
             Self::FragmentUnknown => "fragment_unknown",
             Self::KeptByRetiring => "kept_by_retiring",
+            Self::FragmentIdShared => "fragment_id_shared",
+            Self::NothingInRetiring => "nothing_in_retiring",
         }
     }
 

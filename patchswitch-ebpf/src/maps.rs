@@ -1,11 +1,12 @@
 //! Every map: its key, its value, who writes it and who reads it. All are pinned by user space.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -91,23 +92,44 @@ pub fn is_uplink(ifindex: u32) -> bool {
     UPLINKS.get_ptr(ifindex).is_some()
 }
 
-/// A learned flow. Values are replaced as a whole by `learn`, but in place, so a reader copies it at once.
+/// The boot clock, in nanoseconds.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// A learned flow.
 #[inline(always)]
 pub fn learned(key: &FlowKey) -> Option<FlowRecord> {
-    // SAFETY: the entry may be overwritten while it is copied; a mix of two records of one flow differs only in the
-    // time, and the memory itself stays valid for the length of the program (RCU).
+    // SAFETY: the memory stays valid for the length of the program (RCU), but the entry may be overwritten while it is
+    // copied: its time by `learn`, all of it where the flow moves to the other side or is forgotten and its place used
+    // again. Who reads it looks whether slot and address are what they must be.
     unsafe { LEARNED.get(key) }.copied()
 }
 
+/// Remembers a flow. One that is known gets a new time and no more: a new entry would take the lock of its bucket.
 #[inline(always)]
 pub fn learn(key: &FlowKey, record: &FlowRecord) -> bool {
+    if let Some(known) = LEARNED.get_ptr_mut(key) {
+        // SAFETY: into an entry of the map, which is valid for the length of the program (RCU); other processors store
+        // the same field, an aligned word. If the place is another flow's by now, that one is a little fresher.
+        unsafe {
+            if (*known).slot == record.slot && (*known).local == record.local {
+                (&raw mut (*known).seen_ns).write_volatile(record.seen_ns);
+                return true;
+            }
+        }
+    }
     LEARNED.insert(key, record, 0).is_ok()
 }
 
+/// What was done with a first fragment, if that was not too long ago.
 #[inline(always)]
 pub fn fragment(key: &FragmentKey) -> Option<FragmentRecord> {
-    // SAFETY: as for `learned`; a fragment's record never changes.
-    unsafe { FRAGMENTS.get(key) }.copied()
+    // SAFETY: as for `learned`.
+    let record = unsafe { FRAGMENTS.get(key) }.copied()?;
+    (now().wrapping_sub(record.seen_ns) <= FRAGMENT_NS).then_some(record)
 }
 
 #[inline(always)]

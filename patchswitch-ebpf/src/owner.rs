@@ -4,16 +4,18 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_tuple, tcphdr};
 use aya_ebpf::helpers::generated::{
-    bpf_ktime_get_boot_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
+    bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp, bpf_tcp_check_syncookie,
 };
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{Kernel, Socket, tcp_state};
 use patchswitch_common::maps::{Address, FlowKey, FragmentKey, unmapped};
 use patchswitch_common::parse::{ETH_IPV6, Flow, LINK_HEADER};
+use patchswitch_common::verdict::Event;
 
 use crate::maps;
 use crate::packet::Frame;
+use crate::report::event;
 
 /// `struct bpf_sock_tuple` of `linux/bpf.h`, IPv4. The lookup tells the families apart by the size.
 #[repr(C)]
@@ -36,6 +38,7 @@ struct Tuple6 {
 /// The kernel as one packet may ask it.
 pub struct Sockets<'a> {
     pub ctx: &'a TcContext,
+    pub active: Slot,
     pub v6: bool,
     /// Whether network and transport header lie next to each other, as the SYN cookie check wants them.
     pub plain: bool,
@@ -44,7 +47,12 @@ pub struct Sockets<'a> {
 impl Kernel for Sockets<'_> {
     #[inline(always)]
     fn tcp(&mut self, slot: Slot, flow: &Flow, cookie: bool) -> Socket {
-        tcp(self.ctx, slot, flow, Ask { v6: self.v6, cookie: cookie && self.plain })
+        let socket = tcp(self.ctx, slot, flow, Ask { v6: self.v6, cookie: cookie && self.plain });
+        if socket == Socket::None && slot != self.active {
+            // The kernel does not tell a namespace that is gone from one that has nothing.
+            event(Event::NothingInRetiring);
+        }
+        socket
     }
 
     #[inline(always)]
@@ -66,8 +74,7 @@ impl Kernel for Sockets<'_> {
 #[inline(never)]
 fn learned(flow: &Flow) -> Option<Slot> {
     let record = maps::learned(&flow_key(flow))?;
-    // SAFETY: a helper without arguments.
-    let age = unsafe { bpf_ktime_get_boot_ns() }.wrapping_sub(record.seen_ns);
+    let age = maps::now().wrapping_sub(record.seen_ns);
     let fresh = age <= maps::settings().learned_idle_ns && record.local == flow.local;
     fresh.then(|| Slot::from_bit(record.slot as u8))
 }
@@ -102,8 +109,8 @@ pub struct Ask {
 /// a context field, which the verifier refuses.
 #[inline(never)]
 pub fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
-    let Some(entry) = maps::slot(slot) else { return Socket::None };
-    lookup_tcp(ctx, entry.nsid as u64, flow, ask)
+    let Some(netns) = namespace(slot) else { return Socket::None };
+    lookup_tcp(ctx, netns, flow, ask)
 }
 
 /// Whether the host has a connection for a flow (seen from its end) that is bound to the hook's own device, as the
@@ -119,6 +126,12 @@ pub fn is_bound_here(ctx: &TcContext, flow: &Flow, v6: bool) -> bool {
     // SAFETY: the reference taken by the lookup, released once.
     unsafe { bpf_sk_release(sk.cast()) };
     !matches!(state, tcp_state::LISTEN | tcp_state::CLOSE) && device == Frame(ctx).ifindex()
+}
+
+/// The id of a partition's namespace. A negative one is none: the kernel would look up its sockets in the host's.
+#[inline(always)]
+fn namespace(slot: Slot) -> Option<u64> {
+    maps::slot(slot).and_then(|entry| u32::try_from(entry.nsid).ok()).map(u64::from)
 }
 
 /// Any negative id: the namespace of the packet's device.
@@ -186,9 +199,8 @@ fn cookie_is_valid(ctx: &TcContext, sk: *mut bpf_sock, v6: bool) -> bool {
 /// An unconnected socket answers a lookup as well; its state tells them apart.
 #[inline(never)]
 fn udp_connected(ctx: &TcContext, slot: Slot, flow: &Flow, v6: bool) -> bool {
-    let Some(entry) = maps::slot(slot) else { return false };
+    let Some(netns) = namespace(slot) else { return false };
     let skb = ctx.skb.skb.cast::<c_void>();
-    let netns = entry.nsid as u64;
     let sk = if v6 {
         let mut tuple = tuple6(flow);
         // SAFETY: the tuple is valid for the given size.

@@ -13,6 +13,8 @@ use patchswitch_common::verdict::Verdict;
 
 use crate::maps;
 
+/// `VLAN_VID_MASK` of `linux/if_vlan.h`.
+const VLAN_NUMBER: u32 = 0xfff;
 /// `PACKET_HOST` of `linux/if_packet.h`.
 const PACKET_HOST: u32 = 0;
 
@@ -40,12 +42,30 @@ impl Octets for Frame<'_> {
 
 /// What the kernel keeps beside a packet.
 impl Frame<'_> {
-    /// EtherType in host byte order; 0 if there is a VLAN tag, which no service of ours has.
+    /// EtherType in host byte order; 0 if there is the tag of a VLAN, which no service of ours has. One with number 0
+    /// names no VLAN, only a priority (IEEE 802.1Q 9.6), and the kernel takes it off behind this hook.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
         // SAFETY: fields of the context, which is valid while the program runs.
-        let (protocol, tagged) = unsafe { ((*self.0.skb.skb).protocol, (*self.0.skb.skb).vlan_present) };
-        if tagged == 0 { u16::from_be(protocol as u16) } else { 0 }
+        let (protocol, tag) = unsafe { ((*self.0.skb.skb).protocol, (*self.0.skb.skb).vlan_tci) };
+        if tag & VLAN_NUMBER == 0 { u16::from_be(protocol as u16) } else { 0 }
+    }
+
+    /// The link address that the frame comes from, as the last bytes of an address.
+    #[inline(always)]
+    pub fn sender(&self) -> Address {
+        let mut address = [0; 16];
+        if let Some(mac) = self.at::<6>(6) {
+            address[10..].copy_from_slice(&mac);
+        }
+        address
+    }
+
+    /// Whether there is a tag of any kind beside the frame.
+    #[inline(always)]
+    pub fn has_tag(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).vlan_present != 0 }
     }
 
     /// Whether the frame is addressed to this host, and not seen because the device is promiscuous.

@@ -4,12 +4,12 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, SYN, Socket};
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
-use patchswitch_common::parse::{Kind, Network, Octets as _, Packet, Transport, protocol};
+use patchswitch_common::parse::{Fragment, Kind, Network, Octets as _, Packet, Transport, protocol};
 use patchswitch_common::refuse;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::Phase;
@@ -45,8 +45,12 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         ctx.set_mark(0);
         return exit(Hook::FromPartition, Verdict::Again, NEXT);
     }
-    if let Some(verdict) = link_refused(&frame, slot, ethertype) {
-        return turned_away(Hook::FromPartition, verdict);
+    match link_refused(&frame, slot, ethertype) {
+        None => {}
+        Some(Verdict::SpoofedMac) => {
+            return exit_told(Hook::FromPartition, Verdict::SpoofedMac, DROP, &frame.sender());
+        }
+        Some(verdict) => return turned_away(Hook::FromPartition, verdict),
     }
     let mut network = Network::EMPTY;
     if !packet::network(ctx, ethertype, &mut network) {
@@ -89,6 +93,9 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if !from_service {
         return exit(Hook::FromPartition, Verdict::OutByStack, NEXT);
     }
+    if word.phase() == Phase::Draining && network.fragment == Fragment::First {
+        rewrite::note_identification(slot, &network, &source);
+    }
     match next_hop(ctx, &network, &source) {
         Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
         None => {
@@ -109,11 +116,11 @@ fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict
     if ends[6..] != maps::settings().inner_mac {
         return Some(Verdict::SpoofedMac);
     }
-    if is_ip(ethertype) {
+    if is_ip(ethertype) && !frame.has_tag() {
         None
-    } else if ethertype == ETH_ARP {
+    } else if ethertype == ETH_ARP && !frame.has_tag() {
         Some(arp(frame, slot))
-    } else if ends[..3] == LINK_CONTROL || is_tagged(ethertype) {
+    } else if ends[..3] == LINK_CONTROL || is_tagged(frame, ethertype) {
         Some(Verdict::ForgedControl)
     } else {
         Some(Verdict::NotOurs)
@@ -123,8 +130,8 @@ fn link_refused(frame: &Frame<'_>, slot: Slot, ethertype: u16) -> Option<Verdict
 /// Whether a frame has a VLAN tag. The kernel takes off one with number 0 after this hook and goes on with what is
 /// inside, which nobody would have judged then; a partition has no VLANs.
 #[inline(always)]
-fn is_tagged(ethertype: u16) -> bool {
-    matches!(ethertype, 0 | ETH_VLAN | ETH_SERVICE_VLAN)
+fn is_tagged(frame: &Frame<'_>, ethertype: u16) -> bool {
+    frame.has_tag() || matches!(ethertype, ETH_VLAN | ETH_SERVICE_VLAN)
 }
 
 /// `ETH_P_8021Q` of `linux/if_ether.h`.
@@ -237,9 +244,7 @@ fn learn(slot: Slot, packet: &Packet) {
 /// Writes or refreshes a learned flow.
 #[inline(never)]
 pub fn remember(slot: Slot, packet: &Packet, local: &Address) {
-    // SAFETY: a helper without arguments.
-    let seen_ns = unsafe { bpf_ktime_get_boot_ns() };
-    let record = FlowRecord { seen_ns, local: *local, slot: slot.index(), pad: 0 };
+    let record = FlowRecord { seen_ns: maps::now(), local: *local, slot: slot.index(), pad: 0 };
     if maps::learn(&flow_key(&packet.flow), &record) {
         event(Event::Learned);
     } else {

@@ -54,6 +54,7 @@ fn say(times: u64, index: u32, address: &Address) {
     }
 }
 
+const SPOOFED_MAC: u32 = counter(Hook::FromPartition, Verdict::SpoofedMac);
 const LEARN_FULL: u32 = Event::LearnFull.counter();
 const REWRITE_FAILED: u32 = Event::RewriteFailed.counter();
 
@@ -66,6 +67,11 @@ const REWRITE_FAILED: u32 = Event::RewriteFailed.counter();
 pub extern "C" fn ps_say(index: u32, high: u64, low: u64) -> i32 {
     let address = (u128::from(high) << 64 | u128::from(low)).to_be_bytes();
     match index {
+        SPOOFED_MAC => {
+            let [.., a, b, c, d, e, f] = address;
+            let link = [a, b, c, d, e, f];
+            warn!((), "a partition sent a frame from {:mac}, which is not its link address: dropped", link)
+        }
         LEARN_FULL => {
             warn!((), "the table of learned flows is full: {:i} would be lost by a switch", address)
         }

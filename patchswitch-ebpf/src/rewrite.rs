@@ -25,7 +25,23 @@ static HAS_CSUM_IPV6: u32 = 0;
 /// Rewrites the source of a reply if it belongs to a learned flow; then `source` is what it is now.
 #[inline(never)]
 pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, source: &mut Address) -> bool {
-    let Some(local) = service_of(slot, network, packet) else { return false };
+    if maps::is_service(&network.source) {
+        // Answered with the right address by itself: the flow lives on.
+        if packet.kind != Kind::LaterFragment && known(slot, packet) {
+            remember(slot, packet, &network.source);
+        }
+        return false;
+    }
+    let mut local = [0; 16];
+    if !is_own(slot, network) || !service_of(slot, network, packet, &mut local) {
+        return false;
+    }
+    if packet.kind == Kind::Direct {
+        remember(slot, packet, &local);
+    }
+    if network.fragment == Fragment::First {
+        remember_rewritten(slot, network, &local);
+    }
     let done = if network.v6 { rewrite6(ctx, network, &local) } else { rewrite4(ctx, network, &local) };
     if done.is_none() {
         trouble(Event::RewriteFailed, &network.destination);
@@ -36,37 +52,54 @@ pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, so
     true
 }
 
-/// The service address that the client of this reply asked; nothing if the packet is not such a reply.
+// Each step that needs room for keys and records is a subprogram of its own, so that Linux 6.1 counts the largest of them
+// against the 512 bytes of stack that all of a path have, and not their sum.
+
+/// Whether a packet has the partition's own address as its source.
 #[inline(never)]
-fn service_of(slot: Slot, network: &Network, packet: &Packet) -> Option<Address> {
-    let entry = maps::slot(slot)?;
-    let own = if network.v6 { &entry.own6 } else { &entry.own4 };
-    if maps::is_service(&network.source) {
-        // Answered with the right address by itself: the flow lives on.
-        if packet.kind != Kind::LaterFragment && known(slot, packet) {
-            remember(slot, packet, &network.source);
-        }
-        return None;
+fn is_own(slot: Slot, network: &Network) -> bool {
+    let Some(entry) = maps::slot(slot) else { return false };
+    network.source == if network.v6 { entry.own6 } else { entry.own4 }
+}
+
+/// The service address that the client of a reply asked, into `local`; whether the packet is such a reply.
+#[inline(always)]
+fn service_of(slot: Slot, network: &Network, packet: &Packet, local: &mut Address) -> bool {
+    if packet.kind == Kind::LaterFragment { became(network, local) } else { answered(slot, packet, local) }
+}
+
+/// Whether the first fragment of the same datagram was rewritten, and to what.
+#[inline(never)]
+fn became(network: &Network, local: &mut Address) -> bool {
+    let Some(record) = maps::fragment(&fragment_key(network, &network.source)) else { return false };
+    *local = record.local;
+    record.rewritten != 0
+}
+
+/// Whether this partition has answered the flow, and for which address.
+#[inline(never)]
+fn answered(slot: Slot, packet: &Packet, local: &mut Address) -> bool {
+    let Some(record) = maps::learned(&flow_key(&packet.flow)) else { return false };
+    *local = record.local;
+    Slot::from_bit(record.slot as u8) == slot && maps::is_service(local)
+}
+
+#[inline(never)]
+fn remember_rewritten(slot: Slot, network: &Network, local: &Address) {
+    let record = FragmentRecord { slot: slot.index(), rewritten: 1, seen_ns: maps::now(), local: *local };
+    maps::remember_fragment(&fragment_key(network, &network.source), &record);
+}
+
+/// Remembers under which identification a partition sends fragments to a client from a service address, and counts
+/// if the other one has just done the same: each namespace counts identifications by itself.
+#[inline(never)]
+pub fn note_identification(slot: Slot, network: &Network, source: &Address) {
+    let key = fragment_key(network, source);
+    if maps::fragment(&key).is_some_and(|record| Slot::from_bit(record.slot as u8) != slot) {
+        event(Event::FragmentIdShared);
     }
-    if network.source != *own {
-        return None;
-    }
-    if packet.kind == Kind::LaterFragment {
-        let record = maps::fragment(&fragment_key(network))?;
-        return (record.rewritten != 0).then_some(record.local);
-    }
-    let record = maps::learned(&flow_key(&packet.flow))?;
-    if Slot::from_bit(record.slot as u8) != slot {
-        return None;
-    }
-    if packet.kind == Kind::Direct {
-        remember(slot, packet, &record.local);
-    }
-    if network.fragment == Fragment::First {
-        let fragment = FragmentRecord { slot: slot.index(), rewritten: 1, local: record.local };
-        maps::remember_fragment(&fragment_key(network), &fragment);
-    }
-    Some(record.local)
+    let record = FragmentRecord { slot: slot.index(), rewritten: 0, seen_ns: maps::now(), local: [0; 16] };
+    maps::remember_fragment(&key, &record);
 }
 
 #[inline(never)]
@@ -74,9 +107,10 @@ fn known(slot: Slot, packet: &Packet) -> bool {
     maps::learned(&flow_key(&packet.flow)).is_some_and(|r| Slot::from_bit(r.slot as u8) == slot)
 }
 
+/// The key of a fragment to a client, under the source address that it has or had.
 #[inline(always)]
-fn fragment_key(network: &Network) -> FragmentKey {
-    FragmentKey::new(&network.source, &network.destination, network.fragment_id, network.protocol, network.v6)
+fn fragment_key(network: &Network, source: &Address) -> FragmentKey {
+    FragmentKey::new(source, &network.destination, network.fragment_id, network.protocol, network.v6)
 }
 
 /// Offset of the checksum that covers the addresses, and whether a result of 0 must be sent as 0xFFFF.

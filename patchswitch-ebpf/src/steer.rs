@@ -144,7 +144,8 @@ const BOTH: u32 = 2;
 /// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
 #[inline(never)]
 fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
-    let owner = owner(word, packet, &mut Sockets { ctx, v6: plain.v6, plain: plain.plain });
+    let owner =
+        owner(word, packet, &mut Sockets { ctx, active: word.active(), v6: plain.v6, plain: plain.plain });
     owner.slot.index() | if owner.both { BOTH } else { 0 }
 }
 
@@ -158,7 +159,8 @@ fn note(active: Slot, owner: Owner, network: &Network) {
     if network.fragment == Fragment::First {
         let Network { source, destination, fragment_id, protocol, v6, .. } = network;
         let key = FragmentKey::new(source, destination, *fragment_id, *protocol, *v6);
-        maps::remember_fragment(&key, &FragmentRecord { slot: slot.index(), rewritten: 0, local: [0; 16] });
+        let (slot, seen_ns) = (slot.index(), maps::now());
+        maps::remember_fragment(&key, &FragmentRecord { slot, rewritten: 0, seen_ns, local: [0; 16] });
     } else if owner.both && network.fragment == Fragment::Later {
         event(Event::FragmentUnknown);
     }

@@ -8,6 +8,10 @@ pub const ETHERNET: usize = 14;
 pub const TCP: u8 = 6;
 /// Of UDP.
 pub const UDP: u8 = 17;
+/// Of SCTP.
+pub const SCTP: u8 = 132;
+/// Of IGMP.
+pub const IGMP: u8 = 2;
 /// Of ICMP for IPv4.
 pub const ICMP: u8 = 1;
 /// Of ICMP for IPv6.
@@ -136,6 +140,14 @@ pub fn udp(from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) -> Ip {
     let mut ip = Ip::new(from.0, to.0, UDP, bytes);
     seal(&mut ip, 6);
     ip
+}
+
+/// A packet of an SCTP association. Its checksum sums up no address, so that any number will do that nobody may change.
+pub fn sctp(from: (IpAddr, u16), to: (IpAddr, u16), chunk: &[u8]) -> Ip {
+    let mut bytes = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
+    bytes.extend([0x12, 0x34, 0x56, 0x78, 0xca, 0xfe, 0xba, 0xbe]);
+    bytes.extend(chunk);
+    Ip::new(from.0, to.0, SCTP, bytes)
 }
 
 /// An ICMP message of the family of the addresses, with its checksum.

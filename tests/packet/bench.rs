@@ -1,18 +1,24 @@
 //! The programs on a bench: loaded, attached to nothing, with two partitions whose sockets the kernel knows.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use aya::maps::{Array, HashMap, PerCpuArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::tc::qdisc_add_clsact;
+use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, Pod};
 use patchswitch::dataplane::{self, to_wire};
 use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::maps::{
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+};
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
@@ -157,11 +163,11 @@ impl Bench {
         Ok(self.array("SLOTS")?.set(slot.index(), SlotEntry::default(), 0)?)
     }
 
-    /// Gives a slot the id of a namespace that nobody has.
-    pub(crate) fn misplace(&mut self, slot: Slot) -> anyhow::Result<()> {
+    /// Gives a slot another id of a namespace.
+    pub(crate) fn misplace(&mut self, slot: Slot, nsid: i32) -> anyhow::Result<()> {
         let mut slots = self.array::<SlotEntry>("SLOTS")?;
         let entry = slots.get(&slot.index(), 0)?;
-        Ok(slots.set(slot.index(), SlotEntry { nsid: 999_999, ..entry }, 0)?)
+        Ok(slots.set(slot.index(), SlotEntry { nsid, ..entry }, 0)?)
     }
 
     /// Remembers a flow, as if it had been answered a time ago.
@@ -175,6 +181,31 @@ impl Bench {
         let seen_ns = boot_ns() - age_ns;
         let record = FlowRecord { seen_ns, local: to_wire(local), slot: slot.index(), pad: 0 };
         Ok(self.hash("LEARNED")?.insert(key, record, 0)?)
+    }
+
+    /// Makes what is remembered of fragments older.
+    pub(crate) fn age_fragments(&mut self, by: Duration) -> anyhow::Result<()> {
+        let by = u64::try_from(by.as_nanos())?;
+        // The clock of a machine that has just started is not as far, and the programs' own difference wraps.
+        let aged = self.set_fragments(|seen_ns| seen_ns.wrapping_sub(by))?;
+        ensure!(aged > 0, "nothing is remembered");
+        Ok(())
+    }
+
+    /// Makes what is remembered of fragments new.
+    pub(crate) fn renew_fragments(&mut self) -> anyhow::Result<()> {
+        let now = boot_ns();
+        self.set_fragments(|_| now).map(drop)
+    }
+
+    /// Changes when all fragments were seen; how many there are.
+    fn set_fragments(&mut self, to: impl Fn(u64) -> u64) -> anyhow::Result<usize> {
+        let mut map = self.hash::<FragmentKey, FragmentRecord>("FRAGMENTS")?;
+        let all: Vec<_> = map.iter().collect::<Result<_, _>>()?;
+        for (key, record) in &all {
+            map.insert(key, FragmentRecord { seen_ns: to(record.seen_ns), ..*record }, 0)?;
+        }
+        Ok(all.len())
     }
 
     /// What is remembered of a flow.
@@ -192,6 +223,7 @@ impl Bench {
     /// Sends a packet through a program, as if it had come on a link.
     pub(crate) fn run(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
         let name = program(hook);
+        keep_as_seed(frame)?;
         let before = self.counters()?;
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
@@ -232,7 +264,7 @@ impl Bench {
     }
 
     /// Every counter that is not 0: verdicts of all hooks and events.
-    fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
+    pub(crate) fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
         let array: PerCpuArray<_, u64> = self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
         let sum = |index| Ok::<u64, anyhow::Error>(array.get(&index, 0)?.iter().sum());
         let mut found = BTreeMap::new();
@@ -262,10 +294,39 @@ impl Bench {
         Ok(())
     }
 
+    /// Attaches a program to the ingress of a link of the host, for packets that only a wire brings.
+    pub(crate) fn attach(&mut self, hook: Hook, link: &str) -> anyhow::Result<()> {
+        let host = self.lab.host.clone();
+        let program = self.program(hook)?;
+        host.enter(|| {
+            if KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
+                qdisc_add_clsact(link)?;
+            }
+            program.attach(link, TcAttachType::Ingress)?;
+            Ok(())
+        })
+    }
+
+    /// What the programs have to say from now on.
+    pub(crate) fn told<T: log::Log>(&mut self, to: T) -> anyhow::Result<aya_log::EbpfLogger<T>> {
+        Ok(aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, to)?)
+    }
+
     /// The descriptor of a program.
     pub(crate) fn program(&mut self, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.try_into()?)
     }
+}
+
+/// Where packets are kept for the fuzzers, one file each: see `fuzz/lib.rs`.
+const SEEDS_VARIABLE: &str = "PATCHSWITCH_SEEDS";
+
+fn keep_as_seed(frame: &[u8]) -> anyhow::Result<()> {
+    let Some(directory) = std::env::var_os(SEEDS_VARIABLE) else { return Ok(()) };
+    let mut hasher = DefaultHasher::new();
+    frame.hash(&mut hasher);
+    std::fs::create_dir_all(&directory)?;
+    Ok(std::fs::write(Path::new(&directory).join(format!("{:016x}", hasher.finish())), frame)?)
 }
 
 fn program(hook: Hook) -> &'static str {

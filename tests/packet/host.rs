@@ -7,13 +7,14 @@ use patchswitch_common::word::Word;
 
 use crate::bench::{Bench, DROP, NEXT, PORT, REDIRECT, families};
 use crate::frame::{ethernet, tcp};
-use crate::steer::{DRAINING, SYN};
+use crate::steer::{DRAINING, SYN, listener};
 
 #[test]
 fn the_owner_decides_and_not_the_route() {
     let mut bench = Bench::new("tohost").unwrap();
     let [a, b] = bench.links;
     for family in families() {
+        let _listening = listener(&bench.lab.a, family).unwrap();
         let frame = tcp((family.host, 1000), (family.service, PORT), SYN, b"").frame(a.mac);
         let own = tcp((family.host, 1000), (family.own_a, PORT), SYN, b"").frame(a.mac);
         let steady = Word::steady(Slot::A, 1);
@@ -49,6 +50,7 @@ fn the_owner_decides_and_not_the_route() {
     let arp = ethernet(b.mac, 0x0806, &[0; 46]);
     let seen = bench.run(Hook::ToPartition, b, 0, &arp).unwrap();
     assert_eq!((seen.action, seen.counted.as_slice()), (NEXT, &["not_ours"][..]), "no IP");
+    let _listening = listener(&bench.lab.a, families()[0]).unwrap();
     bench.empty(Slot::B).unwrap();
     bench.word(DRAINING).unwrap();
     let [family, _] = families();

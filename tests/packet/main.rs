@@ -4,10 +4,12 @@ mod bench;
 mod cost;
 mod host;
 mod model;
+mod paged;
 mod refuse;
 mod reply;
 mod steer;
 mod sums;
 mod truncated;
+mod wire;
 
 use patchswitch_tests::frame;

@@ -7,10 +7,11 @@ use anyhow::Context as _;
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::{AGAIN_MARK, Hook};
 use patchswitch_common::word::Word;
+use patchswitch_tests::netlab::Ns;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socket_with};
 
 use crate::bench::{Bench, DROP, Family, NEXT, PORT, REDIRECT, Seen, families};
-use crate::frame::{ETHERNET, ICMP, ICMPV6, Ip, Place, SENDER, ethernet, icmp, tcp, udp};
+use crate::frame::{ETHERNET, ICMP, ICMPV6, IGMP, Ip, Place, SENDER, ethernet, icmp, tcp, udp};
 use crate::steer::{ACK, DRAINING, SYN, connection, listener};
 
 const STEADY: Word = Word::steady(Slot::A, 1);
@@ -36,6 +37,7 @@ fn nobody_gets_what_should_not_have_been_sent() {
     };
     let quoted4 = icmp(v4.service, v4.client, 3, [0; 4], &[0; 28]).bytes();
     let quoted6 = icmp(v6.service, v6.client, 1, [0; 4], &[0; 48]).bytes();
+    let chained6 = Ip { extensions: vec![0, 60], ..icmp(v6.service, v6.client, 3, [0; 4], &[0; 48]) }.bytes();
     let split = Ip {
         place: Some(Place { offset: 0, more: true, id: 7 }),
         ..icmp(v6.client, v6.service, 135, [0; 4], &[0; 16])
@@ -59,10 +61,17 @@ fn nobody_gets_what_should_not_have_been_sent() {
             DROP,
             "nested_error",
         ),
+        (
+            "an error about an error behind extension headers",
+            icmp(v6.client, v6.service, 2, [0; 4], &chained6),
+            DROP,
+            "nested_error",
+        ),
         ("neighbour discovery in a fragment", split, DROP, "split_discovery"),
         ("a source of the link", segment(v6, address("fe80::9")), NEXT, "for_host"),
         ("a question for the time", icmp(v4.client, v4.service, 13, [0; 4], &[0; 12]), NEXT, "for_host"),
         ("a router", icmp(v4.client, v4.service, 9, [0; 4], &[0; 8]), NEXT, "for_host"),
+        ("IGMP to one alone", Ip::new(v4.client, v4.service, IGMP, vec![0x11; 8]), NEXT, "for_host"),
         ("a listener's report", icmp(v6.client, v6.service, 143, [0; 4], &[0; 20]), NEXT, "for_host"),
     ];
     for word in [STEADY, DRAINING] {
@@ -83,6 +92,7 @@ fn what_is_too_short_for_what_it_says_is_left_to_the_kernel() {
     let mut bench = Bench::new("stated").unwrap();
     bench.word(DRAINING).unwrap();
     for family in families() {
+        let _listening = listener(&bench.lab.a, family).unwrap();
         let v4 = family.client.is_ipv4();
         let header = if v4 { 20 } else { 40 };
         let whole = tcp((family.client, 1000), (family.service, PORT), ACK, b"data");
@@ -133,6 +143,31 @@ fn what_is_too_short_for_what_it_says_is_left_to_the_kernel() {
 }
 
 #[test]
+fn what_pads_a_frame_is_no_part_of_what_an_error_quotes() {
+    let mut bench = Bench::new("padded").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let v4 = family.client.is_ipv4();
+        let header = if v4 { 20 } else { 40 };
+        let mac = bench.uplink.mac;
+        let quoted = Ip::new(family.service, family.client, 47, vec![7; 8]).bytes();
+        let about = |length: usize| {
+            let (quoted, padding) = quoted.split_at(length);
+            let error = icmp(family.stranger, family.service, if v4 { 3 } else { 1 }, [0; 4], quoted);
+            [error.frame(mac), padding.to_vec()].concat()
+        };
+        for (length, action, counted) in
+            [(12, NEXT, "malformed"), (header - 1, NEXT, "malformed"), (header, REDIRECT, "to_b")]
+        {
+            let frame = about(length);
+            let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+            check(&seen, action, &[counted], &format!("an error that quotes {length} bytes"));
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
 fn a_partition_says_nothing_that_is_not_its_to_say() {
     let mut bench = Bench::new("control").unwrap();
     let [v4, v6] = families();
@@ -140,7 +175,7 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
     };
-    let ff02 = address("ff02::1");
+    let (ff02, metadata) = (address("ff02::1"), address("169.254.169.254"));
     let claim = |target: Vec<u8>| icmp(v6.service, ff02, 136, [0x20, 0, 0, 0], &target);
     let own = match v6.own_a {
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -161,12 +196,32 @@ fn a_partition_says_nothing_that_is_not_its_to_say() {
         ("an answer of DHCPv6", udp((v6.service, 547), (v6.client, 546), &[0; 8]), DROP, "forged_control"),
         ("to the other one", udp((v4.own_a, 9), (v4.own_b, 9), b"x"), DROP, "lateral"),
         ("to the other one, v6", udp((v6.service, 9), (v6.own_b, 9), b"x"), DROP, "lateral"),
+        (
+            "a question for members of groups",
+            Ip::new(v4.service, v4.client, IGMP, vec![0x11; 8]),
+            DROP,
+            "forged_control",
+        ),
+        ("the same, v6", icmp(v6.service, v6.client, 130, [0; 4], &[0; 16]), DROP, "forged_control"),
+        (
+            "a report to a group",
+            Ip::new(v4.own_a, address("224.0.0.22"), IGMP, vec![0x22; 8]),
+            NEXT,
+            "out_by_stack",
+        ),
+        ("to the metadata", tcp((v4.service, 9), (metadata, 80), SYN, b""), DROP, "host_control"),
+        ("the same, its own", udp((v4.own_a, 9), (metadata, 80), b"x"), DROP, "host_control"),
+        ("for a name", udp((v4.own_a, 9), (metadata, 53), b"x"), NEXT, "out_by_stack"),
+        ("to the loopback", tcp((v4.service, 9), (address("127.0.0.1"), 80), SYN, b""), DROP, "host_control"),
+        ("to the loopback, v6", tcp((v6.own_a, 9), (address("::1"), 80), SYN, b""), DROP, "host_control"),
         ("to a client", udp((v4.service, 67), (v4.client, 69), &[0; 8]), REDIRECT, "out"),
     ];
     for word in [STEADY, DRAINING] {
         bench.word(word).unwrap();
         for (what, packet, action, verdict) in &cases {
-            check(&bench.partition(Slot::A, packet).unwrap(), *action, &[verdict], what);
+            let seen = bench.partition(Slot::A, packet).unwrap();
+            check(&seen, *action, &[verdict], what);
+            assert_eq!(seen.frame, packet.frame(bench.links[0].mac), "{what}");
         }
     }
     bench.finish().unwrap();
@@ -208,6 +263,62 @@ fn a_partitions_frames_are_its_own() {
             let seen = bench.run(Hook::FromPartition, link, 0, &frame).unwrap();
             check(&seen, action, &[verdict], what);
         }
+    }
+    bench.finish().unwrap();
+}
+
+/// Keeps what the programs have to say.
+#[derive(Default)]
+struct Lines(std::sync::Mutex<Vec<String>>);
+
+impl log::Log for &'static Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if let Ok(mut lines) = self.0.lock() {
+            lines.push(record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_flood_of_forged_frames_is_told_in_a_few_lines() {
+    const FRAMES: u64 = 200;
+    static LINES: Lines = Lines(std::sync::Mutex::new(Vec::new()));
+    let mut bench = Bench::new("told").unwrap();
+    let [v4, v6] = families();
+    let mut ring = bench.told(&LINES).unwrap();
+    let link = bench.links[0];
+    bench.word(STEADY).unwrap();
+    for (what, frame, verdict, line) in [
+        (
+            "a link address",
+            reply_from([2, 0, 0x5e, 0, 0xab, 8], v4),
+            "spoofed_mac",
+            "a partition sent a frame from 02:00:5e:00:ab:08, which is not its link address: dropped",
+        ),
+        (
+            "an address",
+            udp((v6.stranger, PORT), (v6.client, 1000), b"x").frame(link.mac),
+            "spoofed",
+            "a partition sent a packet from fd66::6, which is not its address: dropped",
+        ),
+    ] {
+        for _ in 0..FRAMES {
+            let seen = bench.run(Hook::FromPartition, link, 0, &frame).unwrap();
+            check(&seen, DROP, &[verdict], what);
+            assert_eq!(seen.frame, frame, "{what}");
+        }
+        ring.flush();
+        let lines = std::mem::take(&mut *LINES.0.lock().unwrap());
+        // The 1st, 2nd, 4th … of each processor.
+        let most = 10 * std::thread::available_parallelism().unwrap().get();
+        assert!((1..=most).contains(&lines.len()), "{what}: {lines:#?}");
+        assert!(lines.iter().all(|text| text.eq_ignore_ascii_case(line)), "{what}: {lines:#?}");
     }
     bench.finish().unwrap();
 }
@@ -280,7 +391,7 @@ fn what_nobody_can_tell_goes_to_both() {
                 if what == "a later fragment" { &["to_both", "fragment_unknown"] } else { &["to_both"] };
             let frame = packet.frame(uplink.mac);
             bench.word(DRAINING).unwrap();
-            let listening = listen(&bench, "lca").unwrap();
+            let listening = listen(&bench.lab.host, "lca").unwrap();
             let seen = bench.run(Hook::Uplink, uplink, 0, &frame).unwrap();
             check(&seen, REDIRECT, unknown, what);
             assert_eq!((&seen.frame, seen.mark), (&frame, 0), "{what}: as it came");
@@ -309,9 +420,9 @@ fn what_nobody_can_tell_goes_to_both() {
     bench.finish().unwrap();
 }
 
-/// A socket that sees every frame that leaves through a link of the host.
-fn listen(bench: &Bench, link: &str) -> anyhow::Result<socket2::Socket> {
-    bench.lab.host.enter(|| {
+/// A socket that sees every frame of a link.
+fn listen(ns: &Ns, link: &str) -> anyhow::Result<socket2::Socket> {
+    ns.enter(|| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // `ETH_P_ALL` of `linux/if_ether.h`.
         let protocol = rustix::net::Protocol::from_raw(

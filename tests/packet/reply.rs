@@ -1,6 +1,7 @@
 //! What a partition sends: who may, what is learned of it, what is rewritten, and where it goes.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use patchswitch::dataplane::probe_mark;
 use patchswitch_common::Slot;
@@ -9,7 +10,7 @@ use patchswitch_common::word::Word;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use crate::bench::{Bench, DROP, Family, LEARNED, NEXT, PORT, REDIRECT, Seen, families, key, service};
-use crate::frame::{self, Ip, Place, ethernet, finish, icmp, payload_sum, seal, sum, tcp, udp};
+use crate::frame::{self, Ip, Place, ethernet, finish, icmp, payload_sum, sctp, seal, sum, tcp, udp};
 use crate::steer::{ACK, DRAINING, SYN};
 
 const STEADY: Word = Word::steady(Slot::A, 1);
@@ -161,6 +162,17 @@ fn flows_are_learned_from_what_the_serving_one_answers() {
                 assert_eq!((record.slot, record.local), (0, patchswitch::dataplane::to_wire(family.service)));
             }
         }
+        // A flow that goes on has a new time; one that moves to the other side is that one's.
+        let told = |bench: &mut Bench| bench.remembered(flow).unwrap().unwrap();
+        for (slot, what) in [(Slot::A, "again"), (Slot::B, "the other one"), (Slot::A, "and back")] {
+            bench.word(Word::steady(slot, 1).with_learning(true)).unwrap();
+            let before = told(&mut bench);
+            let seen = bench.partition(slot, &reply(family.service, family)).unwrap();
+            check(&seen, REDIRECT, &["out", "learned"], what);
+            let after = told(&mut bench);
+            assert!(after.seen_ns > before.seen_ns, "{what}");
+            assert_eq!((after.slot, after.local), (slot.index(), before.local), "{what}");
+        }
         bench.forget().unwrap();
         // An echo by its identifier, an error not at all.
         bench.word(learning).unwrap();
@@ -205,7 +217,9 @@ fn replies_of_learned_flows_get_the_services_address() {
     for family in families() {
         let v4 = family.client.is_ipv4();
         let (rewritten, icmp_protocol) = if v4 { ("rewritten_v4", 1) } else { ("rewritten_v6", 58) };
-        for (port, protocol) in [(1000, frame::UDP), (7, icmp_protocol), (1000, frame::TCP)] {
+        for (port, protocol) in
+            [(1000, frame::UDP), (7, icmp_protocol), (1000, frame::TCP), (1000, frame::SCTP)]
+        {
             let service_port = if protocol == icmp_protocol { 0 } else { PORT };
             bench
                 .remember(key((family.client, port), service_port, protocol), family.service, Slot::A, 0)
@@ -214,25 +228,17 @@ fn replies_of_learned_flows_get_the_services_address() {
         let pong = if v4 { 0 } else { 129 };
         let own = (family.own_a, PORT);
         let client = (family.client, 1000);
-        for (what, packet, at, counted) in [
-            ("a datagram", udp(own, client, b"answer"), Some(6), vec!["out", rewritten, "learned"]),
-            (
-                "a datagram of odd length",
-                udp(own, client, b"odd"),
-                Some(6),
-                vec!["out", rewritten, "learned"],
-            ),
-            ("a segment", tcp(own, client, ACK, b"x"), Some(16), vec!["out", rewritten, "learned"]),
-            (
-                "an echo",
-                icmp(family.own_a, family.client, pong, [0, 7, 0, 1], b"pong"),
-                Some(2),
-                vec!["out", rewritten, "learned"],
-            ),
+        for (what, packet, at) in [
+            ("a datagram", udp(own, client, b"answer"), Some(6)),
+            ("a datagram of odd length", udp(own, client, b"odd"), Some(6)),
+            ("a segment", tcp(own, client, ACK, b"x"), Some(16)),
+            // Its sum is not about addresses, and stays.
+            ("an association", sctp(own, client, b"chunk"), None),
+            ("an echo", icmp(family.own_a, family.client, pong, [0, 7, 0, 1], b"pong"), Some(2)),
         ] {
             bench.word(noticed).unwrap();
             let seen = bench.partition(Slot::A, &packet).unwrap();
-            check(&seen, REDIRECT, &counted, what);
+            check(&seen, REDIRECT, &["out", rewritten, "learned"], what);
             assert_eq!(seen.frame, expected(&packet, family.service, at).frame(mac), "{what}");
             // Without the notice it stays as it is, and is not the service's.
             bench.word(DRAINING).unwrap();
@@ -243,10 +249,17 @@ fn replies_of_learned_flows_get_the_services_address() {
         bench.word(noticed).unwrap();
         // The error that the retiring one sends about a client's datagram; what it quotes is not touched.
         let quoted = udp(client, (family.service, PORT), b"x").bytes();
-        let error = icmp(family.own_a, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted);
-        let seen = bench.partition(Slot::A, &error).unwrap();
-        check(&seen, REDIRECT, &["out", rewritten], "an error");
-        assert_eq!(seen.frame, expected(&error, family.service, Some(2)).frame(mac));
+        let behind = Ip {
+            extensions: if v4 { Vec::new() } else { vec![0, 60] },
+            ..udp(client, (family.service, PORT), b"x")
+        };
+        let association = sctp(client, (family.service, PORT), b"chunk").bytes();
+        for quoted in [quoted, behind.bytes(), association] {
+            let error = icmp(family.own_a, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted);
+            let seen = bench.partition(Slot::A, &error).unwrap();
+            check(&seen, REDIRECT, &["out", rewritten], "an error");
+            assert_eq!(seen.frame, expected(&error, family.service, Some(2)).frame(mac));
+        }
         // What is nobody's, and what has the right source already.
         let unknown = udp(own, (family.client, 1001), b"x");
         let seen = bench.partition(Slot::A, &unknown).unwrap();
@@ -294,6 +307,54 @@ fn sums_that_are_none_and_sums_that_become_none() {
     bench.finish().unwrap();
 }
 
+/// Each namespace counts identifications by itself; a client that gets two datagrams under one may mix them.
+#[test]
+fn identifications_that_both_use_are_counted() {
+    let mut bench = Bench::new("ids").unwrap();
+    let noticed = DRAINING.with_notice(true);
+    for family in families() {
+        let rewritten = if family.client.is_ipv4() { "rewritten_v4" } else { "rewritten_v6" };
+        let of = |from: IpAddr, to: IpAddr, id, offset| {
+            let place = Place { offset, more: offset == 0, id };
+            Ip { place: Some(place), ..udp((from, PORT), (to, 1000), &[7; 64]) }
+        };
+        let (service, client) = (family.service, family.client);
+        let another: IpAddr = if client.is_ipv4() { "10.77.0.99" } else { "fd77::99" }.parse().unwrap();
+        let first = |id| of(service, client, id, 0);
+        let (alone, shared) = (&["out"][..], &["out", "fragment_id_shared"][..]);
+        let mut step = |word: Word, slot: Slot, packet: Ip, counted: &[&str], what: &str| {
+            bench.word(word).unwrap();
+            let seen = bench.partition(slot, &packet).unwrap();
+            check(&seen, REDIRECT, counted, what);
+            assert_eq!(seen.frame, packet.frame(bench.links[slot as usize].mac), "{what}");
+        };
+        // In peace there is one who sends.
+        step(STEADY, Slot::A, first(1), alone, "in peace");
+        step(DRAINING, Slot::B, first(1), alone, "its first");
+        step(DRAINING, Slot::B, first(1), alone, "its own again");
+        step(DRAINING, Slot::A, first(2), alone, "another number");
+        step(DRAINING, Slot::A, first(1), shared, "the other one's number");
+        step(DRAINING, Slot::B, first(1), shared, "and back");
+        step(DRAINING, Slot::A, of(service, client, 1, 8), alone, "a later fragment");
+        step(DRAINING, Slot::A, of(service, another, 1, 0), alone, "to another client");
+        // What is rewritten is sent from the service's address as well.
+        bench.remember(key((client, 1000), PORT, frame::UDP), service, Slot::A, 0).unwrap();
+        let mut step = |word: Word, slot: Slot, packet: Ip, counted: &[&str], what: &str| {
+            bench.word(word).unwrap();
+            check(&bench.partition(slot, &packet).unwrap(), REDIRECT, counted, what);
+        };
+        step(noticed, Slot::B, first(5), alone, "who serves");
+        let own = of(family.own_a, client, 5, 0);
+        step(noticed, Slot::A, own, &["out", rewritten, "learned", "fragment_id_shared"], "rewritten");
+        bench.age_fragments(Duration::from_secs(31)).unwrap();
+        bench.word(DRAINING).unwrap();
+        let seen = bench.partition(Slot::B, &first(5)).unwrap();
+        check(&seen, REDIRECT, alone, "after half a minute");
+        bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
 #[test]
 fn later_fragments_are_rewritten_as_the_first_was() {
     let mut bench = Bench::new("refragment").unwrap();
@@ -326,6 +387,13 @@ fn later_fragments_are_rewritten_as_the_first_was() {
         }
         let seen = bench.partition(Slot::A, &of(2, 100)).unwrap();
         check(&seen, NEXT, &["out_by_stack"], "of another datagram");
+        bench.age_fragments(Duration::from_secs(29)).unwrap();
+        let seen = bench.partition(Slot::A, &later).unwrap();
+        check(&seen, REDIRECT, &["out", rewritten], "29 seconds after it");
+        bench.age_fragments(Duration::from_secs(2)).unwrap();
+        let seen = bench.partition(Slot::A, &later).unwrap();
+        check(&seen, NEXT, &["out_by_stack"], "31 seconds after it");
+        assert_eq!(seen.frame, later.frame(mac));
         bench.forget().unwrap();
     }
     bench.finish().unwrap();

@@ -11,7 +11,7 @@ use patchswitch_tests::observe::tcp_sockets_in;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use crate::bench::{Bench, Family, NEXT, PORT, REDIRECT, Seen, families, key, service};
-use crate::frame::{self, Ip, Place, ethernet, icmp, tcp, udp};
+use crate::frame::{self, Ip, Place, ethernet, icmp, sctp, tcp, udp};
 
 pub(crate) const SYN: u8 = 2;
 const FIN: u8 = 1;
@@ -75,6 +75,10 @@ fn what_is_not_ours_is_left_to_others() {
             ("a broadcast frame", broadcast),
             ("another EtherType", ethernet(mac, 0x0806, &[0; 46])),
             ("a VLAN tag in the bytes", ethernet(mac, 0x8100, &tagged)),
+            ("a provider's tag in the bytes", ethernet(mac, 0x88a8, &tagged)),
+            ("half a VLAN tag", ethernet(mac, 0x8100, &[0, 7])),
+            ("a VLAN tag without anything", ethernet(mac, 0x8100, &[0, 7, 8])),
+            ("a length instead of a type", ethernet(mac, 46, &[0x42; 46])),
         ] {
             let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
             check(&seen, NEXT, &["not_ours"], what);
@@ -148,6 +152,7 @@ fn what_is_malformed_is_left_to_the_kernel() {
         let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
         check(&seen, NEXT, &["malformed"], what);
     }
+    let _listening = listener(&bench.lab.a, v6).unwrap();
     // Eight of them are one too many, six are not.
     let chain = Ip { extensions: vec![0, 60, 43, 60, 51, 60], ..segment(v6, 1000, ACK) };
     check(&bench.client(&chain).unwrap(), REDIRECT, &["to_b"], "six extension headers");
@@ -214,6 +219,52 @@ fn options_and_extension_headers_change_nothing() {
         };
         for variant in variants {
             check(&bench.client(&variant).unwrap(), REDIRECT, kept, "options");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+/// What the network header says besides whose packet it is.
+#[test]
+fn other_fields_of_the_header_change_nothing() {
+    let mut bench = Bench::new("fields").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        // Where, by which bits, and to what.
+        let fields: &[(&str, usize, u8, u8)] = if family.client.is_ipv4() {
+            &[
+                ("the last hop", 8, 0xff, 1),
+                ("no hop left", 8, 0xff, 0),
+                ("every bit of the class of service", 1, 0xff, 0xff),
+                ("not to be fragmented", 6, 0x40, 0x40),
+                ("the reserved bit", 6, 0x80, 0x80),
+                ("an identification", 5, 0xff, 7),
+                ("a wrong sum of the header", 11, 0xff, 0x55),
+            ]
+        } else {
+            &[
+                ("the last hop", 7, 0xff, 1),
+                ("no hop left", 7, 0xff, 0),
+                ("every bit of the traffic class", 0, 0x0f, 0x0f),
+                ("every bit of the flow label", 1, 0xff, 0xff),
+            ]
+        };
+        for (port, counted) in [(1000, &["to_a", "kept_by_retiring"][..]), (1001, &["to_b"])] {
+            for (what, at, bits, value) in fields {
+                let mut frame = segment(family, port, ACK).frame(bench.uplink.mac);
+                let byte = &mut frame[frame::ETHERNET + at];
+                *byte = *byte & !bits | value;
+                let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+                check(&seen, REDIRECT, counted, what);
+                assert_eq!(seen.frame, frame, "{what}");
+            }
+        }
+        // Without a flow that anybody could know: who serves gets it.
+        for number in [4, 41, 50, 59, 253] {
+            let other = Ip::new(family.client, family.service, number, vec![0x45; 40]);
+            check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], &format!("protocol {number}"));
         }
     }
     bench.finish().unwrap();
@@ -337,6 +388,20 @@ fn echoes_and_other_protocols_follow_what_was_learned() {
         check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], "GRE");
         bench.remember(key((family.client, 0), 0, 47), family.service, Slot::A, 0).unwrap();
         check(&bench.client(&other).unwrap(), REDIRECT, kept, "GRE, learned");
+        // Protocols with ports: by the whole flow, and not all of a client's.
+        for number in [frame::SCTP, 33, 136] {
+            bench.forget().unwrap();
+            bench.remember(key((family.client, 1000), PORT, number), family.service, Slot::A, 0).unwrap();
+            let packet = |port, chunk: &[u8]| Ip {
+                protocol: number,
+                ..sctp((family.client, port), (family.service, PORT), chunk)
+            };
+            check(&bench.client(&packet(1000, b"data")).unwrap(), REDIRECT, kept, "its ports");
+            check(&bench.client(&packet(1001, b"data")).unwrap(), REDIRECT, &["to_b"], "other ports");
+            let mut short = packet(1000, b"");
+            short.payload.truncate(7);
+            check(&bench.client(&short).unwrap(), NEXT, &["malformed"], "seven bytes");
+        }
         bench.forget().unwrap();
     }
     bench.finish().unwrap();
@@ -361,6 +426,7 @@ fn errors_follow_the_packet_they_carry() {
         bench.remember(key(client(1000), PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
         let echo_protocol = if v4 { frame::ICMP } else { frame::ICMPV6 };
         bench.remember(key((family.client, 7), 0, echo_protocol), family.service, Slot::A, 0).unwrap();
+        bench.remember(key(client(1000), PORT, frame::SCTP), family.service, Slot::A, 0).unwrap();
         let (header, answer) = if v4 { (20, 0) } else { (40, 129) };
         let later = Place { offset: 185, more: false, id: 9 };
         for (what, inner, counted) in [
@@ -380,6 +446,8 @@ fn errors_follow_the_packet_they_carry() {
                 &["to_both"],
             ),
             ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), &["to_b"]),
+            ("an association", sctp(service, client(1000), b"chunk"), kept),
+            ("an association of nobody", sctp(service, client(1001), b"chunk"), &["to_b"]),
         ] {
             for kind in kinds {
                 // Eight bytes of what follows the header are sure to be there (RFC 792), and no more.
@@ -392,6 +460,85 @@ fn errors_follow_the_packet_they_carry() {
             }
         }
         bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+/// What an error says of a path is passed on as it is, a lie as well: the partition's kernel knows the least.
+#[test]
+fn errors_pass_whatever_they_say_of_the_path() {
+    let mut bench = Bench::new("mtu").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        for (port, counted) in [(1000, &["to_a", "kept_by_retiring"][..]), (1001, &["to_b"])] {
+            let inner = tcp((family.service, PORT), (family.client, port), ACK, b"data").bytes();
+            for mtu in [0_u16, 68, 1279, 1280, 1500, 65535] {
+                let [high, low] = mtu.to_be_bytes();
+                // Fragmentation needed; packet too big.
+                let mut error = icmp(family.stranger, family.service, 2, [0, 0, high, low], &inner);
+                if family.client.is_ipv4() {
+                    (error.payload[0], error.payload[1]) = (3, 4);
+                    frame::seal(&mut error, 2);
+                }
+                check(&bench.client(&error).unwrap(), REDIRECT, counted, &format!("MTU {mtu}"));
+            }
+        }
+    }
+    bench.finish().unwrap();
+}
+
+/// What IPv6 has between the header that an error quotes and the ports.
+#[test]
+fn errors_follow_a_packet_with_extension_headers() {
+    let mut bench = Bench::new("chained").unwrap();
+    bench.word(DRAINING).unwrap();
+    let [_, family] = families();
+    let listening = listener(&bench.lab.a, family).unwrap();
+    let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+    let (service, client) = ((family.service, PORT), |port| (family.client, port));
+    for (port, protocol) in [(PORT, frame::UDP), (0, frame::ICMPV6)] {
+        bench.remember(key(client(1000), port, protocol), family.service, Slot::A, 0).unwrap();
+    }
+    let kept = &["to_a", "kept_by_retiring"][..];
+    let quoted = |extensions: &[u8], place: Option<Place>, inner: Ip| Ip {
+        extensions: extensions.to_vec(),
+        place,
+        ..inner
+    };
+    let [high, low] = 1000_u16.to_be_bytes();
+    let pong = icmp(family.service, family.client, 129, [high, low, 0, 1], b"pong");
+    let (first, later) = (Place { offset: 0, more: true, id: 9 }, Place { offset: 185, more: false, id: 9 });
+    for kind in 1..=4 {
+        for chain in [&[0][..], &[60], &[43], &[51, 60], &[0, 60, 43, 60, 51, 60]] {
+            for (what, inner, counted) in [
+                ("a segment", tcp(service, client(1000), ACK, b"data"), kept),
+                ("a segment of nobody", tcp(service, client(1001), ACK, b"data"), &["to_b"]),
+                ("a datagram", udp(service, client(1000), b"data"), kept),
+                ("a datagram of nobody", udp(service, client(1001), b"data"), &["to_b"]),
+                ("an echo", pong.clone(), kept),
+            ] {
+                let inner = quoted(chain, None, inner).bytes();
+                let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &inner);
+                let seen = bench.client(&error).unwrap();
+                check(&seen, REDIRECT, counted, &format!("type {kind} about {what} behind {chain:?}"));
+            }
+        }
+        let segment = || tcp(service, client(1000), ACK, b"data");
+        for (what, inner, action, counted) in [
+            ("the first fragment", quoted(&[60], Some(first), segment()), REDIRECT, kept),
+            ("a later one", quoted(&[60], Some(later), segment()), REDIRECT, &["to_both"]),
+            ("what is behind seven", quoted(&[60; 7], None, segment()), NEXT, &["malformed"]),
+        ] {
+            let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &inner.bytes());
+            check(&bench.client(&error).unwrap(), action, counted, &format!("type {kind} about {what}"));
+        }
+        // Cut off within the chain it tells of no flow.
+        let mut cut = quoted(&[0, 60], None, segment()).bytes();
+        cut.truncate(40 + 12);
+        let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &cut);
+        check(&bench.client(&error).unwrap(), NEXT, &["malformed"], "a chain that is cut off");
     }
     bench.finish().unwrap();
 }
@@ -412,6 +559,13 @@ fn later_fragments_follow_the_first() {
         check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "before the first one");
         check(&bench.client(&of(1000, 1, 0)).unwrap(), REDIRECT, kept, "the first one");
         check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "after it");
+        // Half a minute after the first one nobody would join them any more, and another datagram may have the number.
+        bench.age_fragments(Duration::from_secs(29)).unwrap();
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "29 seconds after it");
+        bench.age_fragments(Duration::from_secs(2)).unwrap();
+        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "31 seconds after it");
+        check(&bench.client(&of(1001, 1, 0)).unwrap(), REDIRECT, &["to_b"], "the number used again");
+        check(&bench.client(&of(1001, 1, 100)).unwrap(), REDIRECT, &["to_b"], "by another datagram");
         check(&bench.client(&of(1000, 2, 100)).unwrap(), REDIRECT, unknown, "of another packet");
         check(&bench.client(&of(1001, 3, 0)).unwrap(), REDIRECT, &["to_b"], "the first of the active one's");
         // What began in peace ends where it began.
@@ -427,10 +581,54 @@ fn later_fragments_follow_the_first() {
 fn a_namespace_that_is_not_known_owns_nothing() {
     let mut bench = Bench::new("nonsid").unwrap();
     bench.word(DRAINING).unwrap();
-    let [v4, _] = families();
-    let listening = listener(&bench.lab.a, v4).unwrap();
-    let _ends = connection(&bench.lab.a, &listening, v4, 1000).unwrap();
-    bench.misplace(Slot::A).unwrap();
-    check(&bench.client(&segment(v4, 1000, ACK)).unwrap(), REDIRECT, &["to_b"], "an id that nobody has");
+    // The host may have a connection with the same two ends, which is no partition's.
+    bench.lab.host.ip("link set lo up").unwrap();
+    let mut held = Vec::new();
+    for family in families() {
+        for address in [family.service, family.client] {
+            let width = if family.client.is_ipv4() { "/32" } else { "/128 nodad" };
+            bench.lab.host.ip(&format!("addr add {address}{width} dev lo")).unwrap();
+        }
+        for ns in [&bench.lab.a, &bench.lab.host] {
+            let listening = listener(ns, family).unwrap();
+            held.push((connection(ns, &listening, family, 1000).unwrap(), listening));
+        }
+    }
+    let nothing = &["to_b", "nothing_in_retiring"][..];
+    for family in families() {
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "its own namespace");
+    }
+    for nsid in [999_999, -1, i32::MIN] {
+        bench.misplace(Slot::A, nsid).unwrap();
+        for family in families() {
+            for flags in [ACK, SYN, ACK | FIN] {
+                let what = format!("the id {nsid}, flags {flags:#x}");
+                check(&bench.client(&segment(family, 1000, flags)).unwrap(), REDIRECT, nothing, &what);
+            }
+            let udp = udp((family.client, 1000), (family.service, PORT), b"x");
+            check(&bench.client(&udp).unwrap(), REDIRECT, &["to_b"], "a datagram tells nothing of it");
+        }
+    }
+    bench.finish().unwrap();
+}
+
+#[test]
+fn a_port_that_nobody_has_any_more_is_counted() {
+    let mut bench = Bench::new("closed").unwrap();
+    bench.word(DRAINING).unwrap();
+    for family in families() {
+        let syn = segment(family, 1000, SYN);
+        let listening = listener(&bench.lab.a, family).unwrap();
+        check(&bench.client(&syn).unwrap(), REDIRECT, &["to_b"], "a listener is something");
+        drop(listening);
+        let nothing = &["to_b", "nothing_in_retiring"][..];
+        check(&bench.client(&syn).unwrap(), REDIRECT, nothing, "the port is closed");
+        // Of the serving one the programs ask only what they must, and this is not about it.
+        let listening = listener(&bench.lab.a, family).unwrap();
+        time_wait(&bench.lab.a, &listening, family, 1000).unwrap();
+        let kept = &["to_a", "kept_by_retiring"][..];
+        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "nothing in the other");
+    }
     bench.finish().unwrap();
 }

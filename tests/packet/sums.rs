@@ -76,13 +76,14 @@ fn the_cards_sum_stays_right() {
         let program = bench.program(Hook::FromPartition).unwrap().fd().unwrap().as_fd().as_raw_fd();
         let mut out = vec![0; 512];
         let ran = host.enter(|| Ok(run(program, link.index, &packet.frame(link.mac), &mut out))).unwrap();
-        if !tested(family.client.is_ipv4()) {
-            // Where the kernel can test it, it has to.
-            let refused = ran.unwrap_err().raw_os_error();
-            assert!(matches!(refused, Some(libc::EINVAL | libc::EBADMSG)), "{refused:?}");
-            continue;
-        }
-        let length = ran.unwrap();
+        let length = match ran.map_err(|error| error.raw_os_error()) {
+            // Where the kernel can test it, it has to; an older one that takes the flag is held to the result as well.
+            Err(Some(libc::EINVAL | libc::EBADMSG)) if !tested(family.client.is_ipv4()) => {
+                println!("not tested by this kernel: {}", family.client);
+                continue;
+            }
+            other => other.unwrap(),
+        };
         let mut wanted = frame::Ip { from: family.service, ..packet };
         seal(&mut wanted, 6);
         assert_eq!(out[..length as usize], wanted.frame(link.mac));

@@ -94,6 +94,17 @@ fn extension() -> impl Strategy<Value = (u8, u8)> {
     ]
 }
 
+/// Protocols whose flows are told apart by ports.
+fn with_ports() -> impl Strategy<Value = u8> {
+    prop_oneof![
+        Just(protocol::TCP),
+        Just(protocol::UDP),
+        Just(protocol::DCCP),
+        Just(protocol::SCTP),
+        Just(protocol::UDP_LITE),
+    ]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -213,9 +224,8 @@ proptest! {
     fn an_answer_belongs_to_the_flow_of_its_question(
         source in any::<[u8; 4]>(),
         ports in prop::array::uniform4(1_u8..),
-        tcp: bool,
+        proto in with_ports(),
     ) {
-        let proto = if tcp { protocol::TCP } else { protocol::UDP };
         let payload = |ports: [u8; 4]| [&ports[..], &[0; 8], &[0x50, 0x10], &[0; 6]].concat();
         let question = v4_frame(0, proto, 0, source, &payload(ports));
         let mut answer = v4_frame(0, proto, 0, [192, 0, 2, 80], &payload([ports[2], ports[3], ports[0], ports[1]]));
@@ -230,9 +240,8 @@ proptest! {
         router in any::<[u8; 4]>(),
         ports in prop::array::uniform4(1_u8..),
         kind in prop_oneof![Just(3_u8), Just(11), Just(12)],
-        tcp: bool,
+        proto in with_ports(),
     ) {
-        let proto = if tcp { protocol::TCP } else { protocol::UDP };
         let swapped = [ports[2], ports[3], ports[0], ports[1]];
         let question = v4_frame(0, proto, 0, remote, &[&ports[..], &[0; 8], &[0x50, 0x10], &[0; 6]].concat());
         let mut answer = v4_frame(0, proto, 0, [192, 0, 2, 80], &[&swapped[..], &[0; 16]].concat());
@@ -243,6 +252,41 @@ proptest! {
         let (question, error) = (read(&question, false, false).unwrap().1, read(&error, false, false).unwrap().1);
         prop_assert_eq!(error.kind, Kind::Error);
         prop_assert_eq!(question.flow, error.flow);
+        prop_assert_eq!(question.flow.remote_port, u16::from_ne_bytes([ports[0], ports[1]]));
+        prop_assert_eq!(question.transport, error.transport);
+    }
+
+    #[test]
+    fn what_pads_a_frame_is_no_part_of_the_packet(
+        payload in prop::collection::vec(any::<u8>(), 0..60),
+        proto in prop_oneof![Just(protocol::ICMP), Just(protocol::ICMPV6), with_ports()],
+        kind in prop_oneof![Just(3_u8), Just(1), Just(11), any::<u8>()],
+        padding in prop::collection::vec(any::<u8>(), 1..60),
+        v6: bool,
+        out: bool,
+    ) {
+        let payload = [&[kind], &payload[..]].concat();
+        let plain = if v6 {
+            v6_frame(&[], proto, [1; 16], &payload)
+        } else {
+            v4_frame(0, proto, 0, [1; 4], &payload)
+        };
+        let padded = [&plain[..], &padding].concat();
+        prop_assert_eq!(read(&padded, v6, out), read(&plain, v6, out));
+    }
+
+    #[test]
+    fn an_error_that_quotes_less_than_a_header_tells_of_nothing(
+        quoted in 0..20_usize,
+        later: bool,
+        padding in 0..60_usize,
+    ) {
+        let place = if later { 100 } else { 0 };
+        let inner = v4_frame(0, protocol::UDP, place, [192, 0, 2, 80], &[9; 8]);
+        let inner = &inner[LINK_HEADER as usize..LINK_HEADER as usize + 20];
+        let message = [&[3, 4, 0, 0, 0, 0, 5, 0], &inner[..quoted]].concat();
+        let error = [v4_frame(0, protocol::ICMP, 0, [1; 4], &message), inner[quoted..].to_vec(), vec![0; padding]];
+        prop_assert_eq!(read(&error.concat(), false, false), Err(Malformed));
     }
 
     #[test]

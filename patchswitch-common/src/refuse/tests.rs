@@ -105,6 +105,7 @@ fn a_source_route_is_found_among_other_options() {
         (&[7, 0, 131, 3], FINE),
         (&[7, 1, 131, 3], FINE),
         (&[7, 200, 131, 3], FINE),
+        (&[1, 1, 1, 7], FINE),
     ] {
         assert_eq!(judge(&v4(CLIENT4, 6, options, &[0; 20]), true), expected, "{options:?}");
     }
@@ -143,6 +144,82 @@ fn messages_of_the_link_are_the_hosts_and_redirects_nobodys() {
 }
 
 #[test]
+fn membership_in_groups_is_the_hosts_to_whichever_address() {
+    for kind in [0x11, 0x12, 0x16, 0x17, 0x22] {
+        for options in [&[][..], &[148, 4, 0, 0]] {
+            let report = v4(CLIENT4, 2, options, &[kind, 0, 0, 0, 192, 0, 2, 80]);
+            assert_eq!(judge(&report, true), Some(Verdict::ForHost), "{kind:#x}");
+        }
+    }
+    assert_eq!(judge(&v4([127, 0, 0, 1], 2, &[], &[0x11; 8]), true), Some(Verdict::Martian));
+    // A partition reports to groups; who asks, or reports to somebody, is a router.
+    let (forged, group) = (Some(Verdict::ForgedControl), [224, 0, 0, 22]);
+    for (kind, to, expected) in [
+        (0x22, group, FINE),
+        (0x17, [224, 0, 0, 2], FINE),
+        (0x16, [239, 1, 2, 3], FINE),
+        (0x11, [224, 0, 0, 1], forged),
+        (0x11, CLIENT4, forged),
+        (0x22, CLIENT4, forged),
+    ] {
+        let message = v4_to(to, v4(CLIENT4, 2, &[], &[kind, 0, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(judge(&message, false), expected, "{kind:#x} to {to:?}");
+    }
+}
+
+fn v4_to(to: [u8; 4], mut packet: Vec<u8>) -> Vec<u8> {
+    packet[16..20].copy_from_slice(&to);
+    packet
+}
+
+#[test]
+fn what_governs_the_host_is_not_a_partitions_to_reach() {
+    const METADATA: [u8; 4] = [169, 254, 169, 254];
+    let control = Some(Verdict::HostControl);
+    let ports = |to: u16| [&[0x99, 0x99][..], &to.to_be_bytes(), &[0, 28], &[0; 14]].concat();
+    for (to, number, port, expected) in [
+        (METADATA, 6, 80, control),
+        (METADATA, 17, 80, control),
+        (METADATA, 1, 0, control),
+        (METADATA, 47, 53, control),
+        (METADATA, 6, 53, FINE),
+        (METADATA, 17, 53, FINE),
+        (METADATA, 17, 123, FINE),
+        (METADATA, 6, 123, control),
+        ([169, 254, 0, 0], 6, 80, control),
+        ([169, 254, 255, 255], 6, 80, control),
+        ([169, 253, 255, 255], 6, 80, FINE),
+        ([169, 255, 0, 0], 6, 80, FINE),
+        ([127, 0, 0, 1], 6, 80, control),
+        ([127, 0, 0, 53], 17, 53, control),
+        ([126, 255, 255, 255], 6, 80, FINE),
+        ([128, 0, 0, 1], 6, 80, FINE),
+    ] {
+        let packet = v4_to(to, v4(CLIENT4, number, &[], &ports(port)));
+        assert_eq!(judge(&packet, false), expected, "{number} to {to:?}:{port}");
+        // Of a fragment nobody knows what it asks for.
+        let mut fragment = packet;
+        for place in [0x20, 0] {
+            (fragment[6], fragment[7]) = (place, u8::from(place == 0));
+            let expected = if is_governing(to) { control } else { FINE };
+            assert_eq!(judge(&fragment, false), expected, "a fragment to {to:?}");
+        }
+    }
+    // Where the service itself lives on such a link, so do its clients.
+    let answer = v4_to([169, 254, 7, 7], v4([169, 254, 7, 1], 6, &[], &ports(4000)));
+    assert_eq!(judge(&answer, false), FINE);
+    let mut loopback = v6(CLIENT6, 6, &[0; 20]);
+    loopback[24..40].copy_from_slice(&text6("::1"));
+    assert_eq!(judge(&loopback, false), control);
+    loopback[24..40].copy_from_slice(&text6("::2"));
+    assert_eq!(judge(&loopback, false), FINE);
+}
+
+fn is_governing(to: [u8; 4]) -> bool {
+    to[0] == 127 || to[..2] == [169, 254]
+}
+
+#[test]
 fn an_error_about_an_error_is_refused() {
     for kind in [3, 11, 12] {
         for (number, quoted, expected) in [
@@ -173,11 +250,49 @@ fn an_error_about_an_error_is_refused() {
             (58, 129, FINE),
             (6, 1, FINE),
         ] {
-            let inner = v6([0x20; 16], number, &[quoted, 0, 0, 0, 0, 0, 0, 0]);
-            let error = v6(CLIENT6, 58, &[&[kind, 0, 0, 0, 0, 0, 0, 0], &inner[..]].concat());
-            assert_eq!(judge(&error, true), expected, "{kind} about {number}/{quoted}");
+            let message = [quoted, 0, 0, 0, 0, 0, 0, 0];
+            let about = |inner: Vec<u8>, expected, what: &str| {
+                let error = v6(CLIENT6, 58, &[&[kind, 0, 0, 0, 0, 0, 0, 0], &inner[..]].concat());
+                assert_eq!(judge(&error, true), expected, "{kind} about {number}/{quoted}{what}");
+            };
+            about(v6([0x20; 16], number, &message), expected, "");
+            let chain = |length: usize| {
+                let header = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+                let mut chain = vec![header(60); length - 1].concat();
+                chain.extend([header(number), message].concat());
+                v6([0x20; 16], 60, &chain)
+            };
+            about(chain(1), expected, " behind an extension header");
+            about(chain(6), expected, " behind six");
+            // Nobody looks behind the seventh; it is none of the errors that are known, and no flow's either.
+            about(chain(7), FINE, " behind seven");
+            for (offset, expected) in [(0, expected), (8, FINE)] {
+                let fragment = [[number, 0, 0, offset | 1, 0, 0, 0, 9], message].concat();
+                about(v6([0x20; 16], 44, &fragment), expected, " in a fragment");
+            }
         }
     }
+}
+
+#[test]
+fn what_pads_a_frame_says_nothing() {
+    for (packet, to_service) in [
+        (v4(CLIENT4, 1, &[], &[]), true),
+        (v6(CLIENT6, 60, &[58, 0, 1, 4, 0, 0, 0, 0]), true),
+        (v4(CLIENT4, 1, &[], &[]), false),
+        (v6(CLIENT6, 60, &[58, 0, 1, 4, 0, 0, 0, 0]), false),
+        (v4_to([224, 0, 0, 1], v4(CLIENT4, 2, &[], &[])), false),
+        (v4(CLIENT4, 17, &[], &[0, 67, 0]), false),
+        // An error whose quotation ends before it says what it is.
+        (v4(CLIENT4, 1, &[], &[&[3, 0, 0, 0, 0, 0, 0, 0], &v4(CLIENT4, 1, &[], &[])[..]].concat()), true),
+    ] {
+        for kind in [3, 5, 9, 0x11, 68, 134, 136, 137] {
+            let padded = [&packet[..], &[kind; 40]].concat();
+            assert_eq!(judge(&padded, to_service), FINE, "{kind} behind {packet:02x?}");
+        }
+    }
+    let asks = v4_to([169, 254, 169, 254], v4(CLIENT4, 17, &[], &[0, 9, 0]));
+    assert_eq!(judge(&[&asks[..], &[53; 40]].concat(), false), Some(Verdict::HostControl));
 }
 
 #[test]
@@ -195,6 +310,7 @@ fn a_partition_is_no_router_and_no_server_of_addresses() {
         ("asks for a neighbour", about([0x20; 16], 135), FINE),
         ("asks for a router", about([0; 16], 133), FINE),
         ("joins a group", about([0; 16], 143), FINE),
+        ("asks who is in a group", about([0; 16], 130), forged),
     ] {
         assert_eq!(judge(&v6(CLIENT6, 58, &payload), false), expected, "{what}");
     }

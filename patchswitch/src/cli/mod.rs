@@ -16,6 +16,7 @@ mod size;
 use clap::{Parser, Subcommand};
 use patchswitch::attachment::AttachError;
 use patchswitch::exit::ExitCode;
+use patchswitch::host::linux::priority::Priority;
 use patchswitch::manager::{Manager, ManagerError};
 use patchswitch::patch::table::TableError;
 use patchswitch::store::StoreError;
@@ -87,8 +88,11 @@ enum Verb {
 pub(crate) fn run() -> std::process::ExitCode {
     let arguments = Arguments::parse();
     log(arguments.verbose);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let result = match runtime {
+    // The command itself runs on this thread. The other one hears signals while this one is busy, and passes netlink's
+    // messages on: clients go before that, always.
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(1).enable_all().on_thread_start(|| std::mem::forget(Priority::give_way()));
+    let result = match builder.build() {
         Ok(runtime) => runtime.block_on(execute(&arguments)),
         Err(error) => Err(error.into()),
     };

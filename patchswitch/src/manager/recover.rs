@@ -41,24 +41,8 @@ impl Recovered {
 enum Recovery {
     /// It is over.
     Ended,
-    /// Not yet: it has to be waited for, which is done when all services are there.
-    Later(Wait),
-}
-
-/// What a job that cannot be recovered at once waits for.
-#[derive(Clone, Copy)]
-enum Wait {
-    /// Its disks are merged.
-    Merge,
-    /// The service was given back, and the clone still has flows.
-    Drain,
-}
-
-/// A job that is recovered later, and what keeps others from its service until then.
-struct Waiting {
-    job: Job,
-    wait: Wait,
-    _lock: JobLock,
+    /// Its disks are being merged; the end is waited for when all services are there.
+    Merging,
 }
 
 impl Manager {
@@ -74,25 +58,22 @@ impl Manager {
             Ok(Change::Changed) => done.actions.push("half copied patches were removed".to_owned()),
             Err(error) => done.failures.push(chain(&error)),
         }
-        let waiting = self.recover_jobs(&mut done).await?;
-        self.serve_all(&waiting, &mut done).await?;
+        let merges = self.recover_jobs(&mut done).await?;
+        self.serve_all(&merges, &mut done).await?;
         self.announce_again().await;
-        // Merges and drains take long, and no client of another service waits for one.
-        for Waiting { job, wait, _lock } in waiting {
-            let ended = match wait {
-                Wait::Merge => self.finish_commit(&job, &mut done.actions),
-                Wait::Drain => self.recover(&job, true, &mut done.actions).await.map(drop),
-            };
-            if let Err(error) = ended {
-                done.fail(&job, &error);
+        // Merges take long, and no client waits for one.
+        for (job, _lock) in merges {
+            match self.finish_commit(&job) {
+                Ok(what) => done.actions.push(what),
+                Err(error) => done.fail(&job, &error),
             }
         }
         Ok(done)
     }
 
-    /// Ends jobs that nobody works on any more, but for those that have to be waited for: these are returned.
-    async fn recover_jobs(&mut self, done: &mut Recovered) -> Result<Vec<Waiting>, ManagerError> {
-        let mut waiting = Vec::new();
+    /// Ends jobs that nobody works on any more, but for merges: these are begun and returned.
+    async fn recover_jobs(&mut self, done: &mut Recovered) -> Result<Vec<(Job, JobLock)>, ManagerError> {
+        let mut merges = Vec::new();
         for job in self.store.open_jobs()? {
             // Somebody is at it: leave it alone.
             let lock = match JobLock::acquire(std::path::Path::new(RUN_ROOT), &job.service) {
@@ -103,19 +84,23 @@ impl Manager {
             if self.store.job(job.id)?.is_none_or(|job| job.ended_at.is_some()) {
                 continue;
             }
-            match self.recover(&job, false, &mut done.actions).await {
+            match self.recover(&job, &mut done.actions).await {
                 Ok(Recovery::Ended) => {}
-                Ok(Recovery::Later(wait)) => waiting.push(Waiting { job, wait, _lock: lock }),
+                Ok(Recovery::Merging) => merges.push((job, lock)),
                 Err(error) => done.fail(&job, &error),
             }
         }
-        Ok(waiting)
+        Ok(merges)
     }
 
-    async fn serve_all(&mut self, waiting: &[Waiting], done: &mut Recovered) -> Result<(), ManagerError> {
+    async fn serve_all(
+        &mut self,
+        merges: &[(Job, JobLock)],
+        done: &mut Recovered,
+    ) -> Result<(), ManagerError> {
         let names: Vec<Name> = self.store.services()?.into_iter().map(|service| service.name).collect();
         for name in &names {
-            let _lock = if waiting.iter().any(|waiting| waiting.job.service == *name) {
+            let _lock = if merges.iter().any(|(job, _)| &job.service == name) {
                 None
             } else {
                 // Somebody is at it: he knows better.
@@ -143,14 +128,8 @@ impl Manager {
         Ok(self.is_running(&machine)? && Attachment::open(&settings.name).is_ok())
     }
 
-    /// Ends a job that nobody works on any more; what was done is added to `done`. Without `patience` it is left for
-    /// later if there is something to wait for.
-    async fn recover(
-        &mut self,
-        job: &Job,
-        patience: bool,
-        done: &mut Vec<String>,
-    ) -> Result<Recovery, ManagerError> {
+    /// Ends a job that nobody works on any more; what was done is added to `done`.
+    async fn recover(&mut self, job: &Job, done: &mut Vec<String>) -> Result<Recovery, ManagerError> {
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
@@ -159,10 +138,7 @@ impl Manager {
             drop(attachment);
             // The disks are usable while they are merged: the service does not wait for that.
             crate::switchover::begin_merge(self, &job.service)?;
-            return Ok(Recovery::Later(Wait::Merge));
-        }
-        if !patience && attachment.as_ref().is_some_and(|attachment| self.is_given_back(job, attachment)) {
-            return Ok(Recovery::Later(Wait::Drain));
+            return Ok(Recovery::Merging);
         }
         let what = match attachment {
             Some(attachment) => self.follow_word(job, &settings, attachment, done).await?,
@@ -172,13 +148,6 @@ impl Manager {
         let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
         done.push(format!("job {} of service {}: {message}", job.id, job.service));
         Ok(Recovery::Ended)
-    }
-
-    /// Whether the clone is the side that still has flows.
-    fn is_given_back(&self, job: &Job, attachment: &Attachment) -> bool {
-        let is_clone = |machine: &Machine| !machine.clones().is_empty();
-        attachment.plane().word().phase() == WordPhase::Draining
-            && matches!(self.other(&job.service), Ok(Some(other)) if is_clone(&other))
     }
 
     /// Whether the last thing that was begun is the merge: from there on there is only one way.
@@ -193,7 +162,7 @@ impl Manager {
         Ok(self.store.steps(job.id)?.iter().any(|step| step.phase == phase && is(step.state)))
     }
 
-    fn finish_commit(&mut self, job: &Job, done: &mut Vec<String>) -> Result<(), ManagerError> {
+    fn finish_commit(&mut self, job: &Job) -> Result<String, ManagerError> {
         let bytes = crate::switchover::merge_disks(self, &job.service)?;
         let commit = self.store.steps(job.id)?.into_iter().find(|step| step.phase == "commit");
         if let Some(step) = commit.filter(|step| step.state == StepState::Intended) {
@@ -201,8 +170,7 @@ impl Manager {
         }
         let message = "interrupted while committing; the commit was finished";
         let _ = self.store.end_job(job.id, ExitCode::Done, message)?;
-        done.push(format!("job {} of service {}: {message}", job.id, job.service));
-        Ok(())
+        Ok(format!("job {} of service {}: {message}", job.id, job.service))
     }
 
     /// The host was not booted since: the phase word says who serves, and everything else follows it.

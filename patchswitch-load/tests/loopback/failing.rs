@@ -195,8 +195,8 @@ fn a_datagram_is_answered_twice() {
     }));
     assert_eq!(kinds(&run.failures), [""; 0]);
     let answered = run.stats(run.whole()).requests;
-    // The last second answers, one of each socket, may come after the end.
-    assert!((answered / 2..=answered).contains(&run.sockets.udp_stray), "{:?}", run.sockets);
+    // The last second answers may come after the end.
+    assert!((answered - 2..=answered).contains(&run.sockets.udp_stray), "{:?}", run.sockets);
 }
 
 fn downloading(port: u16, sha256: Option<&str>) -> Settings {

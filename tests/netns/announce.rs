@@ -1,9 +1,12 @@
 //! Neighbours that knew the address elsewhere learn where it is.
 
+use std::time::{Duration, Instant};
+
 use patchswitch_tests::netlab::{CLIENT_LINK, Ns, SERVICE, UPLINK};
+use patchswitch_tests::programs;
 
 use crate::ask::who;
-use crate::rig::{Rig, Server, ends};
+use crate::rig::{NAME, Rig, Server, ends};
 
 /// A host that is not there.
 const ELSEWHERE: &str = "02:00:00:00:99:99";
@@ -49,8 +52,30 @@ fn a_neighbour_that_knew_the_address_elsewhere_finds_it_at_once() {
     })
     .unwrap();
     assert_eq!(known(client), [mac; 2]);
+    rig.ok(&["detach", NAME]).unwrap();
+    attach_says_it_again(&rig, mac);
     for address in SERVICE {
         client.ip(&format!("neigh del {address} dev {CLIENT_LINK}")).unwrap();
     }
     rig.finish().unwrap();
+}
+
+/// What is misled after the first announcement hears one of the others, which come a second apart.
+fn attach_says_it_again(rig: &Rig, mac: &str) {
+    let client = &rig.lab.client;
+    let program = programs::built("patchswitch").unwrap();
+    let mut argv = vec![program.to_string_lossy().into_owned()];
+    argv.extend(rig.attach_arguments());
+    let times = argv.iter().position(|word| word == "--announce").unwrap() + 1;
+    argv[times] = "4".to_owned();
+    mislead(client);
+    let begin = Instant::now();
+    let mut attach = rig.lab.host.spawn(&argv.iter().map(String::as_str).collect::<Vec<_>>(), None).unwrap();
+    while known(client) != [mac; 2] {
+        assert!(begin.elapsed() < Duration::from_secs(10), "nothing was announced");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    mislead(client);
+    assert!(attach.wait(Duration::from_secs(20)).unwrap().success());
+    assert_eq!(known(client), [mac; 2]);
 }

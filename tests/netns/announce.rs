@@ -70,7 +70,7 @@ fn attach_says_it_again(rig: &Rig, mac: &str) {
     argv[times] = "4".to_owned();
     mislead(client);
     let begin = Instant::now();
-    let mut attach = rig.lab.host.spawn(&argv.iter().map(String::as_str).collect::<Vec<_>>(), None).unwrap();
+    let attach = rig.lab.host.spawn(&argv.iter().map(String::as_str).collect::<Vec<_>>(), None).unwrap();
     while known(client) != [mac; 2] {
         assert!(begin.elapsed() < Duration::from_secs(10), "nothing was announced");
         std::thread::sleep(Duration::from_millis(20));

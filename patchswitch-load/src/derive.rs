@@ -49,6 +49,8 @@ pub struct Traffic {
     pub gaps_ms: BTreeMap<String, f64>,
     /// The same within one second of a flip; none if nothing was flipped.
     pub longest_gap_ms: Option<f64>,
+    /// How long the machine stood still in that gap, which does not count that time.
+    pub gap_stood_still_ms: Option<f64>,
     /// The same in the quiet window.
     pub longest_gap_quiet_ms: Option<f64>,
     /// Whether every download of the job was complete and right, with at least one across the first flip in each
@@ -85,6 +87,7 @@ impl Run {
         let udp = || stats.series.iter().filter(|series| series.class == Class::Udp);
         let udp_sent = udp().map(|series| series.requests).sum();
         let near = job.flips.iter().filter_map(|at| self.longest_gap(Window::around(*at, NEAR_NS)));
+        let near = near.max_by(|a, b| a.ms.total_cmp(&b.ms));
         Traffic {
             rate: self.rate,
             udp_rate: self.udp_rate,
@@ -94,7 +97,8 @@ impl Run {
             udp_sent,
             udp_answered: udp_sent - udp().map(|series| series.failed).sum::<u64>(),
             gaps_ms: self.phase_gaps(job.window),
-            longest_gap_ms: near.map(|gap| gap.ms).max_by(f64::total_cmp),
+            longest_gap_ms: near.map(|gap| gap.ms),
+            gap_stood_still_ms: near.map(|gap| gap.stood_still_ms),
             longest_gap_quiet_ms: self.longest_gap(job.quiet).map(|gap| gap.ms),
             download_ok: self.download_ok(job),
             idle_connection_ok: self.idle_connection_ok(job),

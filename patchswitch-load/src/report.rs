@@ -52,8 +52,10 @@ pub struct Gap {
     pub class: Class,
     /// And its address family.
     pub family: Family,
-    /// How long, in milliseconds.
+    /// How long, in milliseconds, without the time in which the machine itself stood still.
     pub ms: f64,
+    /// How long the machine stood still meanwhile, in milliseconds: see [`Run::standstills`].
+    pub stood_still_ms: f64,
     /// When it began.
     pub from_ns: u64,
 }
@@ -151,6 +153,11 @@ pub struct Run {
     pub lag: Lag,
     /// What happened to its sockets.
     pub sockets: Sockets,
+    /// When nothing could run on the machine, not even a thread with real-time priority: a virtual machine has the
+    /// processor only while its host gives it. In the order of time, apart from each other; given by a harness that
+    /// watches it, else empty. What is measured as a gap does not count these times.
+    #[serde(default)]
+    pub standstills: Vec<Window>,
 }
 
 /// One class and family in one window.
@@ -344,9 +351,29 @@ impl Run {
         let after = if done.get(last.wrapping_sub(1)).is_some_and(|at| *at >= to) { None } else { Some(end) };
         let moments = || before.into_iter().chain(done[first..last].iter().copied()).chain(after);
         let pairs = moments().zip(moments().skip(1));
-        let (from_us, length) = pairs.map(|(a, b)| (a, b.saturating_sub(a))).max_by_key(|(_, gap)| *gap)?;
-        let from_ns = self.started_ns + from_us * 1000;
-        Some(Gap { class: series.class, family: series.family, ms: to_ms(length), from_ns })
+        let gaps = pairs.map(|(a, b)| {
+            let (whole, still) = (b.saturating_sub(a), self.stood_still_us(a, b));
+            (whole.saturating_sub(still), still, a)
+        });
+        let (length, still, from_us) = gaps.max_by_key(|(length, ..)| *length)?;
+        Some(Gap {
+            class: series.class,
+            family: series.family,
+            ms: to_ms(length),
+            stood_still_ms: to_ms(still),
+            from_ns: self.started_ns + from_us * 1000,
+        })
+    }
+
+    /// How long the machine stood still in a window.
+    pub fn stood_still_ms(&self, window: Window) -> f64 {
+        to_ms(self.stood_still_us(self.to_us(window.from_ns), self.to_us(window.to_ns)))
+    }
+
+    /// The same between two moments, all in microseconds since the start.
+    fn stood_still_us(&self, from: u64, to: u64) -> u64 {
+        let spans = self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
+        spans.map(|(from, to)| to.saturating_sub(from)).sum()
     }
 
     /// When a class and family heard from the service, in microseconds since the start: a complete answer with another

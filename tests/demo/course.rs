@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use patchswitch_load::clock;
 use patchswitch_load::knee::Knee;
-use patchswitch_load::report::Window;
+use patchswitch_load::report::{Run, Window};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
 use patchswitch_tests::programs;
@@ -18,6 +18,7 @@ use crate::jobs::{Case, PARTITIONS, Stage};
 use crate::measure::{Evidence, Record};
 use crate::product::Product;
 use crate::report::{LEAST_RATE, RunReport};
+use crate::standstill::Witness;
 use crate::story::Story;
 use crate::traffic::{self, Load};
 use crate::watch::{self, Retransmissions};
@@ -125,6 +126,7 @@ fn measure(
     }
     let capture = watch::resets()?;
     let retransmissions = Retransmissions::start(&ground.client);
+    let witness = Witness::start();
     let mut load = Load::start(&ground.client, rate, &ground.directory)?;
     story.say(&format!("load from now on: {rate:.0} requests/s, half of them on new connections, and datagrams; IPv4 and IPv6"));
     std::thread::sleep(WARM_UP);
@@ -150,8 +152,9 @@ fn measure(
         _ => Ok(None),
     };
     story.chapter("the load ends");
+    let run = load.stop(&args.out.with_file_name("load.json"))?;
     let evidence = Evidence {
-        run: load.stop(&args.out.with_file_name("load.json"))?,
+        run: Run { standstills: witness.stop()?, ..run },
         resets: capture.stop().inspect_err(|error| story.say(&format!("{error:#}"))).ok(),
         retransmissions: retransmissions.stop()?,
         quiet,

@@ -3,7 +3,7 @@
 //! ```text
 //!  main ─► ground (network, disk) ─► the product's partitions and service ─► traffic (knee, load)
 //!            │                                   jobs ◄── story, marks ──┘
-//!            └─► watch (resets, retransmissions) ─► measure ─► report: what must hold
+//!            └─► watch (resets, retransmissions), standstill ─► measure ─► report: what must hold
 //! ```
 //!
 //! It runs as root on a machine with device-mapper: the disposable one of `cargo xtask demo`, or any other. What it
@@ -17,6 +17,7 @@ mod jobs;
 mod measure;
 mod product;
 mod report;
+mod standstill;
 mod story;
 mod traffic;
 mod watch;

@@ -94,6 +94,7 @@ impl Evidence {
             resets_seen: self.resets_in(self.quiet),
             retrans: self.retransmissions.per_second(self.quiet).unwrap_or(f64::INFINITY),
             longest_gap_ms: stats.longest_gap.map_or(f64::INFINITY, |gap| gap.ms),
+            stood_still_ms: self.run.stood_still_ms(self.quiet),
         }
     }
 
@@ -197,6 +198,8 @@ impl Evidence {
             udp_answered: traffic.udp_answered,
             gaps_ms: gaps.collect(),
             longest_gap_ms: traffic.longest_gap_ms,
+            gap_stood_still_ms: traffic.gap_stood_still_ms,
+            stood_still_ms: self.run.stood_still_ms(record.window),
             longest_gap_quiet_ms: quiet.longest_gap_ms,
             download_ok: traffic.download_ok,
             idle_connection_ok: traffic.idle_connection_ok,
@@ -296,6 +299,7 @@ mod tests {
             idle_uses: Vec::new(),
             lag: Lag::default(),
             sockets: Sockets::default(),
+            standstills: Vec::new(),
         }
     }
 

@@ -37,6 +37,8 @@ pub(crate) struct Quiet {
     pub(crate) resets_seen: Option<u64>,
     pub(crate) retrans: f64,
     pub(crate) longest_gap_ms: f64,
+    /// How long the machine stood still in all.
+    pub(crate) stood_still_ms: f64,
 }
 
 /// The same datagram clients with the notice on, and off.
@@ -82,7 +84,12 @@ pub(crate) struct JobReport {
     pub(crate) rewritten_v4: u64,
     pub(crate) rewritten_v6: u64,
     pub(crate) gaps_ms: BTreeMap<String, f64>,
+    /// Without the time in which the machine itself stood still, as all gaps.
     pub(crate) longest_gap_ms: Option<f64>,
+    /// That time, of the longest gap.
+    pub(crate) gap_stood_still_ms: Option<f64>,
+    /// The same in all, while the job ran.
+    pub(crate) stood_still_ms: f64,
     pub(crate) longest_gap_quiet_ms: f64,
     pub(crate) download_ok: Option<bool>,
     pub(crate) idle_connection_ok: Option<bool>,
@@ -203,9 +210,17 @@ impl JobReport {
         );
         let (gap, limit) = (self.longest_gap_ms.unwrap_or(f64::INFINITY), self.gap_limit_ms());
         let quiet = self.longest_gap_quiet_ms;
+        let still = self.gap_stood_still_ms.unwrap_or(0.0);
+        let still = if still > 0.0 {
+            format!(", {still:.0} ms not counted in which the machine stood still")
+        } else {
+            String::new()
+        };
         checks.add(
             gap <= limit,
-            format!("longest time without an answer at the flip: {gap:.0} ms; quiet {quiet:.0} ms, limit {limit:.0} ms"),
+            format!(
+                "longest time without an answer at the flip: {gap:.0} ms{still}; quiet {quiet:.0} ms, limit {limit:.0} ms"
+            ),
         );
         let (v4, v6) = (self.rewritten_v4, self.rewritten_v6);
         checks.add(v4 > 0 && v6 > 0, format!("{v4} datagrams rewritten in IPv4, {v6} in IPv6"));

@@ -429,6 +429,7 @@ impl Dispatcher {
             idle_uses: self.shared.idle_uses.borrow().clone(),
             lag: self.lag,
             sockets: *self.shared.sockets.borrow(),
+            standstills: Vec::new(),
         })
     }
 }

@@ -55,6 +55,7 @@ fn run(failures: Vec<Failure>) -> Run {
         idle_uses: Vec::new(),
         lag: Lag::default(),
         sockets: Sockets::default(),
+        standstills: Vec::new(),
     }
 }
 
@@ -126,6 +127,7 @@ fn every_violation_is_named() {
         udp_answered: 1,
         gaps_ms: BTreeMap::from([("clone".into(), 500.0), ("merge".into(), 500.1)]),
         longest_gap_ms: None,
+        gap_stood_still_ms: None,
         longest_gap_quiet_ms: None,
         download_ok: Some(false),
         idle_connection_ok: Some(false),

@@ -52,6 +52,7 @@ fn run(answers: Vec<Series>, failures: Vec<Failure>) -> Run {
         idle_uses: Vec::new(),
         lag: Lag::default(),
         sockets: Sockets::default(),
+        standstills: Vec::new(),
     }
 }
 
@@ -81,6 +82,20 @@ fn before_the_first_answer_and_after_the_last_are_gaps_up_to_the_ends_of_the_run
     assert_eq!(gap_of(&[990, 1400], 980, 1000), (0, 990.0), "an answer after the end of the schedule");
     let run = run(vec![series(Class::New, Family::V4, &[])], Vec::new());
     assert_eq!(run.longest_gap(window(1000, 2000)), None, "the run was over");
+}
+
+#[test]
+fn a_gap_does_not_count_the_time_in_which_the_machine_stood_still() {
+    let gap = |standstills: &[(u64, u64)]| {
+        let run = run(vec![series(Class::New, Family::V4, &[(100, 0), (300, 0), (450, 0), (1000, 0)])], Vec::new());
+        let standstills = standstills.iter().map(|(from, to)| window(*from, *to)).collect();
+        let gap = Run { standstills, ..run }.longest_gap(window(0, 460)).unwrap();
+        ((gap.from_ns - START) / 1_000_000, gap.ms, gap.stood_still_ms)
+    };
+    assert_eq!(gap(&[]), (450, 550.0, 0.0));
+    assert_eq!(gap(&[(500, 600), (700, 1000)]), (100, 200.0, 0.0), "another one is the longest then");
+    assert_eq!(gap(&[(400, 500), (990, 1200)]), (450, 490.0, 60.0), "only what lies inside");
+    assert_eq!(gap(&[(450, 1000), (90, 110), (200, 220)]), (100, 170.0, 30.0));
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn print_job(job: &JobReport) {
     for (what, count) in &job.failures {
         println!("  failed in {what}: {count}");
     }
-    println!("  the machine itself stood still for {:.0} ms of that time", job.stood_still_ms);
+    println!("  the machine itself stood still for {:.0} ms of all that time", job.stood_still_ms);
     println!("  phase        seconds   longest time without an answer");
     for (name, seconds, gap) in rows(&job.phases, &job.gaps_ms) {
         let seconds = seconds.map_or_else(|| "      -".into(), |seconds| format!("{seconds:7.2}"));

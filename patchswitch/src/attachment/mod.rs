@@ -14,6 +14,7 @@
 
 mod announce;
 mod build;
+mod canary;
 mod drain;
 mod error;
 mod flows;
@@ -29,6 +30,7 @@ mod settings;
 mod wiring;
 
 pub use announce::AGAIN as ANNOUNCE_AGAIN;
+pub use canary::{Canary, CanaryReport, Conduct};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
@@ -413,7 +415,8 @@ impl Attachment {
         Ok(self.plane.store(word, word.with_learning(true))?)
     }
 
-    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten.
+    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten. Of two sides that share,
+    /// the one that is not active would lose its flows: to be ended by a switch first.
     ///
     /// # Errors
     /// [`AttachError::Dataplane`].
@@ -470,6 +473,7 @@ pub fn phase_name(word: Word) -> &'static str {
     match word.phase() {
         Phase::Steady => "steady",
         Phase::Draining => "draining",
+        Phase::Sharing => "sharing",
     }
 }
 

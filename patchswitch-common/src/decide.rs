@@ -115,7 +115,12 @@ fn sharing(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Option<Sl
 
 /// The side that a TCP segment belongs to, or an ICMP error about one.
 #[inline(always)]
-fn tcp_shared(active: Slot, flow: &Flow, (kind, flags): (Kind, u8), kernel: &mut impl Kernel) -> Option<Slot> {
+fn tcp_shared(
+    active: Slot,
+    flow: &Flow,
+    (kind, flags): (Kind, u8),
+    kernel: &mut impl Kernel,
+) -> Option<Slot> {
     let direct = matches!(kind, Kind::Direct);
     let bare_ack = direct && flags & (SYN | RST | ACK) == ACK;
     let other = active.other();
@@ -159,7 +164,7 @@ fn hundredth(flow: &Flow) -> u32 {
     let mixed = mix(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
     let mixed = mix(mixed ^ u64::from_ne_bytes(rest));
     let mixed = mix(mixed ^ (ports | local << 32));
-    ((mixed >> 32) * 100 >> 32) as u32
+    (((mixed >> 32) * 100) >> 32) as u32
 }
 
 /// The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every one given.
@@ -182,6 +187,18 @@ fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
         (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
     };
     if kept { retiring } else { active }
+}
+
+/// Whether the retiring partition keeps a TCP segment, as far as a look at its socket alone tells: by the socket's state,
+/// or that there is none. Nothing if that takes a second question.
+#[inline(always)]
+pub const fn at_once(state: Option<u32>, flags: u8) -> Option<bool> {
+    match state {
+        None | Some(tcp_state::CLOSE) => Some(false),
+        Some(tcp_state::LISTEN) if flags & (SYN | RST | ACK) != ACK => Some(false),
+        Some(tcp_state::LISTEN | tcp_state::TIME_WAIT) => None,
+        Some(_) => Some(true),
+    }
 }
 
 /// Whether the retiring partition keeps a TCP segment.
@@ -328,6 +345,44 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_told_at_once_is_what_the_rules_say() {
+        let states = [
+            (None, NONE),
+            (Some(tcp_state::CLOSE), NONE),
+            (Some(tcp_state::LISTEN), LISTEN),
+            (Some(tcp_state::TIME_WAIT), TW),
+            (Some(tcp_state::ESTABLISHED), CONN),
+            // SYN_SENT, SYN_RECV, LAST_ACK, NEW_SYN_RECV.
+            (Some(2), CONN),
+            (Some(3), CONN),
+            (Some(9), CONN),
+            (Some(12), CONN),
+        ];
+        for (state, retiring) in states {
+            for flags in 0..=0x3f {
+                let mut told = [false; 2];
+                for active in [NONE, LISTEN, COOKIE, CONN, TW] {
+                    // A listener's opinion on a cookie is a second question.
+                    for retiring in [retiring, if retiring == LISTEN { COOKIE } else { retiring }] {
+                        let mut kernel =
+                            Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+                        let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
+                        told[usize::from(got.slot == Slot::A)] = true;
+                        let at_once = at_once(state, flags);
+                        assert!(
+                            at_once.is_none_or(|kept| kept == (got.slot == Slot::A)),
+                            "{state:?} {flags:#x}"
+                        );
+                    }
+                }
+                // It is silent only where the answer depends on more.
+                let is_silent = at_once(state, flags).is_none();
+                assert!(!is_silent || told == [true; 2] || flags & SYN != 0, "{state:?} {flags:#x}");
+            }
+        }
+    }
+
     fn sharing(share: u8) -> Word {
         Word::steady(Slot::A, 1).shared(share)
     }
@@ -363,7 +418,8 @@ mod tests {
             }
         }
         let error = packet(Kind::Error, Transport::Tcp, 0);
-        for (active, other, expected) in [(CONN, NONE, A), (NONE, CONN, B), (TW, LISTEN, A), (LISTEN, TW, B)] {
+        for (active, other, expected) in [(CONN, NONE, A), (NONE, CONN, B), (TW, LISTEN, A), (LISTEN, TW, B)]
+        {
             let mut kernel = Given { retiring: Some(active), active: Some(other), ..Given::default() };
             assert_eq!(owner(sharing(50), &error, &mut kernel), alone(expected), "{active:?} {other:?}");
         }
@@ -390,7 +446,8 @@ mod tests {
             let flow = packet(Kind::Direct, Transport::Tcp, SYN).flow;
             Flow { remote: mapped([10, a, b, 1]), remote_port: u16::from_ne_bytes([c, d]), ..flow }
         };
-        let went = |share| (0..100_000).map(flow).filter(move |f| by_share(sharing(share), f) == Slot::B).count();
+        let went =
+            |share| (0..100_000).map(flow).filter(move |f| by_share(sharing(share), f) == Slot::B).count();
         assert_eq!(went(0), 0);
         for share in [1, 10, 50, 99] {
             let (count, expected) = (went(share), usize::from(share) * 1000);

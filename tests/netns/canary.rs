@@ -52,7 +52,11 @@ fn a_share_of_the_new_flows_goes_to_the_new_side_and_nobody_sees_it() {
     assert!(said.code == Some(1) && said.stderr.contains("patchswitch switch"), "{said:?}");
     let canary = ["switch", NAME, "--share", "80,100", "--every", "1s"];
     let said = rig.ok(&canary).unwrap();
-    assert_eq!((&said["canary"]["share"], &said["canary"]["given_back"]), (&100.into(), &Value::Null), "{said}");
+    assert_eq!(
+        (&said["canary"]["share"], &said["canary"]["given_back"]),
+        (&100.into(), &Value::Null),
+        "{said}"
+    );
     assert_eq!(phase(&rig).0, "draining");
     load.order("mark all").unwrap();
     std::thread::sleep(Duration::from_secs(1));

@@ -128,7 +128,7 @@ impl Bench {
             learned_idle_ns: IDLE_NS,
             probe_mark: dataplane::PROBE_MARK,
             inner_mac: crate::frame::SENDER,
-            pad: [0; 6],
+            ..Settings::default()
         };
         self.array("SETTINGS")?.set(0, settings, 0)?;
         for (slot, own) in [(Slot::A, OWN_A), (Slot::B, OWN_B)] {
@@ -155,6 +155,13 @@ impl Bench {
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    /// Declares what is known of datagrams.
+    pub(crate) fn declare(&mut self, change: impl Fn(Settings) -> Settings) -> anyhow::Result<()> {
+        let mut settings = self.array::<Settings>("SETTINGS")?;
+        let now = settings.get(&0, 0)?;
+        Ok(settings.set(0, change(now), 0)?)
     }
 
     /// Whether packets may take the short way, which knows the first addresses; without it all take the long one.

@@ -121,7 +121,9 @@ fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
     if word.phase() == Phase::Draining && found.slot != word.active() {
         counted.push("kept_by_retiring");
     }
-    let asks = packet.kind == Kind::Direct && packet.transport == Transport::Tcp && packet.flags & (SYN | ACK) == SYN;
+    let asks = packet.kind == Kind::Direct
+        && packet.transport == Transport::Tcp
+        && packet.flags & (SYN | ACK) == SYN;
     let asked = (word.phase() != Phase::Steady && asks).then(|| Event::asked(found.slot).name());
     if known.nothing {
         counted.push("nothing_in_retiring");

@@ -133,10 +133,18 @@ fn both_sides_answer_with_the_service_address_and_are_counted() {
                 let seen = bench.partition(slot, &answer).unwrap();
                 assert_eq!(seen.counted, ["learned", "out"]);
                 let known = bench.remembered(key((family.client, 4000), PORT, frame::UDP)).unwrap();
-                assert_eq!(known.map(|record| record.slot), Some(slot.index()), "each side's flows are remembered");
+                assert_eq!(
+                    known.map(|record| record.slot),
+                    Some(slot.index()),
+                    "each side's flows are remembered"
+                );
                 bench.word(Word::steady(slot, 1)).unwrap();
                 let answer = frame::tcp((family.service, PORT), (family.client, 2000), SYN | ACK, &[]);
-                assert_eq!(bench.partition(slot, &answer).unwrap().compared, Vec::<&str>::new(), "nothing to compare");
+                assert_eq!(
+                    bench.partition(slot, &answer).unwrap().compared,
+                    Vec::<&str>::new(),
+                    "nothing to compare"
+                );
                 bench.forget().unwrap();
             }
         }

@@ -128,7 +128,9 @@ impl Attachment {
     /// then that was not before.
     pub async fn share(&mut self, share: u8) -> Result<(), AttachError> {
         if !(1..=99).contains(&share) {
-            return Err(AttachError::Refused(format!("a share of {share} is none: 1 to 99 of a hundred new flows")));
+            return Err(AttachError::Refused(format!(
+                "a share of {share} is none: 1 to 99 of a hundred new flows"
+            )));
         }
         let word = self.plane.word();
         let (active, other) = (word.active(), word.active().other());
@@ -216,7 +218,8 @@ impl Attachment {
     fn conduct(&self, slot: Slot) -> Result<Conduct, AttachError> {
         let count = |event| self.plane.count_of(event);
         let netns = self.netns(slot)?;
-        let segments = netns.run(|| Ok([counters::read("Tcp", "OutSegs")?, counters::read("Tcp", "RetransSegs")?]))?;
+        let segments =
+            netns.run(|| Ok([counters::read("Tcp", "OutSegs")?, counters::read("Tcp", "RetransSegs")?]))?;
         let failed = |source| AttachError::Counters { netns: netns.to_string(), source };
         let [sent, sent_again] = segments.map_err(failed)?.map(Option::unwrap_or_default);
         Ok(Conduct {

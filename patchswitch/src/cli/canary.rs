@@ -37,7 +37,9 @@ impl Steps {
             "each share must be larger than the one before; nothing was changed"
         );
         match (self.every, self.share.as_slice()) {
-            (Some(every), shares) => watched(attachment, Canary { shares: shares.to_vec(), every }, json).await,
+            (Some(every), shares) => {
+                watched(attachment, Canary { shares: shares.to_vec(), every }, json).await
+            }
             (None, [share @ 1..=99]) => alone(attachment, *share, json).await,
             (None, _) => anyhow::bail!(
                 "several shares, and the whole, need a time for each, such as --every 30s; nothing was changed"
@@ -107,7 +109,9 @@ fn conclusion(report: &CanaryReport, name: &str, (old, new): (&str, &str)) -> St
 
 fn line(side: Conduct) -> String {
     let Conduct { asked, answered, reset, sent, sent_again } = side;
-    format!("{answered} of {asked} connections accepted, {reset} reset, {sent_again} of {sent} segments sent again")
+    format!(
+        "{answered} of {asked} connections accepted, {reset} reset, {sent_again} of {sent} segments sent again"
+    )
 }
 
 /// The names of the active side and of the other one.

@@ -14,6 +14,7 @@ mod examples;
 #[cfg(test)]
 mod flows;
 #[cfg(test)]
+mod group;
 mod hand;
 #[cfg(test)]
 mod icmp;

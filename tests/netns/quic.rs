@@ -98,14 +98,14 @@ fn datagrams_of_a_stateless_port_go_to_the_new_side_at_once() {
     let clients = service().map(|address| Client::new(&rig.lab.client, SocketAddr::new(address, ECHO)));
     rig.with(async |attachment| Ok(attachment.learn()?)).unwrap();
     for client in &clients {
-        client.ask(b"?");
+        client.ask(&patchswitch_load::echo::question(1, 1));
     }
     assert_eq!(rig.counter(&["events", "learned"]).unwrap(), 0);
     let to_b = || rig.counter(&["packets", "uplink", "to_b"]).unwrap();
     let before = to_b();
     rig.with(async |attachment| Ok(attachment.switch(Slot::B).await.map(drop)?)).unwrap();
     for client in &clients {
-        client.ask(b"?");
+        client.ask(&patchswitch_load::echo::question(1, 1));
     }
     assert_eq!(to_b() - before, 2);
     rig.finish_owned().unwrap();

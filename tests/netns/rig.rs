@@ -276,6 +276,7 @@ pub(crate) fn spec(udp_idle: Duration) -> anyhow::Result<Spec> {
         datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
+        with: None,
     })
 }
 

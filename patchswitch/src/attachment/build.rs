@@ -23,22 +23,21 @@ pub(super) async fn build(
     (links, partitions): (&[Link], &[&Partition]),
 ) -> Result<Dataplane, AttachError> {
     dataplane::ensure_bpffs()?;
-    let plane = Dataplane::create(
-        &spec.name,
-        &spec.addresses,
-        &map_settings(&spec.name, spec.udp_idle, &spec.datagrams),
-    )?;
+    let settings_of_maps = map_settings(&spec.name, spec.udp_idle, &spec.datagrams);
+    let plane = Dataplane::create(&spec.name, &spec.addresses, &settings_of_maps, spec.with.as_ref())?;
+    // Who joins a group is given its serving partition first, whichever slot that has there.
+    let active = plane.word().active();
     for uplink in &record.uplinks {
         plane.add_uplink(host.link(uplink).await?.index)?;
     }
     for wanted in wiring::settings(record, links) {
         settings.set(&record.name, &wanted)?;
     }
-    for (slot, partition) in [Slot::A, Slot::B].into_iter().zip(partitions) {
+    for (slot, partition) in [active, active.other()].into_iter().zip(partitions) {
         join(record, &plane, host, slot, partition).await?;
     }
     self_test(record, &plane)?;
-    let serving = record.slots[0].clone();
+    let serving = record.slots[active as usize].clone();
     if let Some(entry) = &serving {
         wiring::slow_path(host, record, entry).await?;
     }

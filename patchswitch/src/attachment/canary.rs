@@ -17,7 +17,7 @@ use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, SwitchOptions, parity, wiring};
+use super::{AttachError, Attachment, SwitchOptions};
 use crate::host::linux::counters;
 
 /// How often the two sides are compared.
@@ -73,6 +73,16 @@ impl Conduct {
             reset: self.reset.saturating_sub(before.reset),
             sent: self.sent.saturating_sub(before.sent),
             sent_again: self.sent_again.saturating_sub(before.sent_again),
+        }
+    }
+
+    const fn and(self, other: Self) -> Self {
+        Self {
+            asked: self.asked + other.asked,
+            answered: self.answered + other.answered,
+            reset: self.reset + other.reset,
+            sent: self.sent + other.sent,
+            sent_again: self.sent_again + other.sent_again,
         }
     }
 
@@ -133,18 +143,18 @@ impl Attachment {
             )));
         }
         let word = self.plane.word();
-        let (active, other) = (word.active(), word.active().other());
         if word.phase() == Phase::Draining {
             return Err(AttachError::Refused(format!(
                 "{} still has flows of an earlier switch; wait for the end of `patchswitch drain {0}` first",
                 self.record.name
             )));
         }
-        let target = self.slot(other)?.clone();
         if word.phase() == Phase::Steady {
-            self.look_at_retiring(active, SwitchOptions::default())?;
-            parity::prepare(&self.netns(active)?, &self.netns(other)?);
-            wiring::prefer_source(&self.record, &target, &self.netns(other)?, true).await?;
+            let (to, options) = (word.active().other(), SwitchOptions::default());
+            self.prepare(to, options).await?;
+            for other in &mut self.others {
+                other.prepare(to, options).await?;
+            }
         }
         self.plane.store(word, word.shared(share))?;
         Ok(self.plane.fence()?)
@@ -214,8 +224,15 @@ impl Attachment {
         self.switch_with(old, options).await.map(drop)
     }
 
-    /// How a side has done since the programs were loaded.
+    /// How a side has done since the programs were loaded, all members of a group together.
     fn conduct(&self, slot: Slot) -> Result<Conduct, AttachError> {
+        let members = std::iter::once(self).chain(&self.others);
+        members
+            .map(|member| member.own_conduct(slot))
+            .try_fold(Conduct::default(), |sum, one| Ok(sum.and(one?)))
+    }
+
+    fn own_conduct(&self, slot: Slot) -> Result<Conduct, AttachError> {
         let count = |event| self.plane.count_of(event);
         let netns = self.netns(slot)?;
         let segments =

@@ -96,14 +96,15 @@ impl Attachment {
         let (mut at_start, mut last) = (None, usize::MAX);
         loop {
             self.report_events();
-            let flows = self.flows(retiring)?;
-            let left = flows.count();
+            // All of a group: there is one word for them.
+            let flows = self.flows_of_all(retiring)?;
+            let left = flows.iter().map(Flows::count).fold(0, usize::saturating_add);
             let first = *at_start.get_or_insert(left);
             if left != last {
                 progress(left);
                 last = left;
             }
-            if flows.is_empty() {
+            if flows.iter().all(Flows::is_empty) {
                 self.settle()?;
                 return Ok(report(first, 0, 0, true));
             }
@@ -122,17 +123,24 @@ impl Attachment {
         &mut self,
         retiring: Slot,
         what: OnDeadline,
-        flows: &Flows,
+        flows: &[Flows],
     ) -> Result<(usize, bool), AttachError> {
         match what {
             OnDeadline::Keep => Ok((0, false)),
             OnDeadline::Abort => self.switch(retiring).await.map(|_| (0, false)),
             OnDeadline::Reset => {
-                let reset = sockets::reset(&self.netns(retiring)?, &flows.sockets)?;
+                let mut cut = 0;
+                for (member, flows) in std::iter::once(&*self).chain(&self.others).zip(flows) {
+                    cut += sockets::reset(&member.netns(retiring)?, &flows.sockets)? + flows.learned;
+                }
                 // Whatever has no socket follows the active partition from then on.
                 self.settle()?;
-                Ok((reset + flows.learned, true))
+                Ok((cut, true))
             }
         }
+    }
+
+    fn flows_of_all(&self, slot: Slot) -> Result<Vec<Flows>, AttachError> {
+        std::iter::once(self).chain(&self.others).map(|member| member.flows(slot)).collect()
     }
 }

@@ -18,6 +18,7 @@ mod canary;
 mod drain;
 mod error;
 mod flows;
+mod group;
 mod limits;
 mod lock;
 mod parity;
@@ -75,6 +76,8 @@ pub struct Spec {
     pub hook: Option<HookKind>,
     /// Whether a service of that name has it, whose record has to follow every switch.
     pub of_service: bool,
+    /// An attachment with which it is to be in a group: both switch by one store.
+    pub with: Option<Name>,
 }
 
 /// Who goes into a slot.
@@ -130,6 +133,8 @@ pub struct Attachment {
     record: Record,
     plane: Dataplane,
     host: Netlink,
+    /// The others of its group.
+    others: Vec<Attachment>,
     _lock: Lock,
 }
 
@@ -159,12 +164,14 @@ impl Attachment {
         let partitions: Vec<&Partition> = std::iter::once(first).chain(second).collect();
         let links = preflight::check(spec, &own, &host, &partitions).await?;
         let mut record = Record::new(spec, identity(&own)?);
+        record.group = group::leader(spec)?;
+        let others = Self::open_others(&record)?;
         record.save()?;
         let mut settings = Settings::load(record.host, &shared)?;
         let plan = (links.as_slice(), partitions.as_slice());
         match build::build(&mut record, spec, &host, &mut settings, plan).await {
             Ok(plane) => {
-                let attachment = Self { record, plane, host, _lock: lock };
+                let attachment = Self { record, plane, host, others, _lock: lock };
                 attachment.announce().await;
                 Ok(attachment)
             }
@@ -207,7 +214,8 @@ impl Attachment {
         if !record.ready {
             return Err(AttachError::Incomplete(name.clone()));
         }
-        Ok(Self { plane: Dataplane::open(name)?, record, host, _lock: lock })
+        let others = Self::open_others(&record)?;
+        Ok(Self { plane: Dataplane::open(name)?, record, host, others, _lock: lock })
     }
 
     /// What it consists of.
@@ -340,12 +348,10 @@ impl Attachment {
     /// [`AttachError::AfterSwitch`] if the switch is made but not all that belongs to it; with any other error nothing
     /// was switched.
     pub async fn switch_with(&mut self, to: Slot, options: SwitchOptions) -> Result<Switched, AttachError> {
-        let (from, target) = (to.other(), self.slot(to)?.clone());
-        self.report_events();
-        self.all_learned(options)?;
-        self.look_at_retiring(from, options)?;
-        parity::prepare(&self.netns(from)?, &self.netns(to)?);
-        wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
+        self.prepare(to, options).await?;
+        for other in &mut self.others {
+            other.prepare(to, options).await?;
+        }
         let word = self.plane.word();
         let ready = word.with_notice(options.notice);
         self.plane.store(word, ready)?;
@@ -355,8 +361,9 @@ impl Attachment {
         let fence = self.plane.fence();
         let fenced = Instant::now();
         let mut errors: Vec<AttachError> = fence.err().map(AttachError::Dataplane).into_iter().collect();
-        errors.extend(wiring::slow_path(&self.host, &self.record, &target).await.err());
-        errors.extend(self.retire(from).await.err());
+        for member in std::iter::once(&*self).chain(&self.others) {
+            errors.extend(member.follow(to).await);
+        }
         if !errors.is_empty() {
             return Err(AttachError::AfterSwitch { causes: errors.iter().map(remove::text).collect() });
         }
@@ -365,6 +372,23 @@ impl Attachment {
             flip_us: (stored - start).as_secs_f64() * 1e6,
             fence_us: (fenced - stored).as_secs_f64() * 1e6,
         })
+    }
+
+    /// What belongs before the store of the word: nothing of it is seen by a client.
+    async fn prepare(&mut self, to: Slot, options: SwitchOptions) -> Result<(), AttachError> {
+        let (from, target) = (to.other(), self.slot(to)?.clone());
+        self.report_events();
+        self.all_learned(options)?;
+        self.look_at_retiring(from, options)?;
+        parity::prepare(&self.netns(from)?, &self.netns(to)?);
+        wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await
+    }
+
+    /// What belongs after it: the slow path, and what the retiring side begins.
+    async fn follow(&self, to: Slot) -> Vec<AttachError> {
+        let slow_path = async { wiring::slow_path(&self.host, &self.record, self.slot(to)?).await };
+        let (slow_path, retired) = (slow_path.await, self.retire(to.other()).await);
+        slow_path.err().into_iter().chain(retired.err()).collect()
     }
 
     /// What has to be known of the side that retires: the ports on which it serves, and what a switch would cut.
@@ -414,10 +438,17 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Dataplane`], [`AttachError::Record`].
     pub fn learn(&mut self) -> Result<(), AttachError> {
-        self.record.learn_full = self.plane.count_of(Event::LearnFull)?;
-        self.record.save()?;
+        self.begin_to_learn()?;
+        for other in &mut self.others {
+            other.begin_to_learn()?;
+        }
         let word = self.plane.word();
         Ok(self.plane.store(word, word.with_learning(true))?)
+    }
+
+    fn begin_to_learn(&mut self) -> Result<(), AttachError> {
+        self.record.learn_full = self.plane.count_of(Event::LearnFull)?;
+        Ok(self.record.save()?)
     }
 
     /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten. Of two sides that share,
@@ -431,7 +462,10 @@ impl Attachment {
             self.plane.store(word, word.settled())?;
         }
         self.plane.fence()?;
-        Ok(self.plane.forget_learned()?)
+        for member in std::iter::once(self).chain(&self.others) {
+            member.plane.forget_learned()?;
+        }
+        Ok(())
     }
 
     /// Puts the programs of this version in the place of those that are attached, without a packet lost; whether they

@@ -25,6 +25,14 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Unmended`] with everything that could not be put right; the rest is right.
     pub async fn reassert(&mut self) -> Result<Vec<String>, AttachError> {
+        let mut mended = self.reassert_own().await?;
+        for other in &mut self.others {
+            mended.extend(other.reassert_own().await?);
+        }
+        Ok(mended)
+    }
+
+    async fn reassert_own(&mut self) -> Result<Vec<String>, AttachError> {
         let (mut mended, mut errors) = (Vec::new(), Vec::new());
         let word = self.plane.word();
         let sharing = (word.phase() == Phase::Sharing).then(|| word.active().other());

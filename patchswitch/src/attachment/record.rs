@@ -110,6 +110,9 @@ pub struct Record {
     pub datagrams: Datagrams,
     /// Whether a service of that name has it: what is done to it by hand would be unknown to the service's record.
     pub of_service: bool,
+    /// The group that it has joined: the name of the first of it.
+    #[serde(default)]
+    pub group: Option<Name>,
     /// Whether it was made to its end. If not, its maker was killed, and the next one removes what is there first.
     pub ready: bool,
 }
@@ -151,6 +154,7 @@ impl Record {
             udp_idle: spec.udp_idle,
             datagrams: spec.datagrams.clone(),
             of_service: spec.of_service,
+            group: None,
             ready: false,
         }
     }

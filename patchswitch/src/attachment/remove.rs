@@ -66,6 +66,7 @@ pub(super) async fn remains(name: &Name, host: &Netlink) -> Result<Record, Attac
         datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
+        with: None,
     };
     let mut record = Record::new(&spec, identity(&own)?);
     for slot in [Slot::A, Slot::B] {

@@ -65,6 +65,10 @@ pub(crate) struct Attach {
     /// another address stay with the partition that has them.
     #[arg(long, value_name = "PORT:OFFSET:LENGTH[:MASK]")]
     quic: Option<Quic>,
+    /// An attachment with which this one is to be in a group: they switch at the same moment, by one store. The first
+    /// namespace is the one that serves then.
+    #[arg(long, value_name = "NAME")]
+    with: Option<Name>,
     /// How often neighbours on the uplinks are told (ARP, NDP) where the addresses are; a second apart.
     #[arg(long, value_name = "TIMES", default_value = "2", value_parser = clap::value_parser!(u32).range(1..=60))]
     announce: u32,
@@ -95,6 +99,7 @@ impl Attach {
                 HookChoice::Clsact => Some(HookKind::Clsact),
             },
             of_service: false,
+            with: self.with.clone(),
         };
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
@@ -192,7 +197,14 @@ fn print_switch(json: bool, attachment: &Attachment, to: Slot, done: Switched) -
     if json {
         return print::json(&json!({
             "schema": "patchswitch.switch/1", "changed": true, "serving": serving, "switch": done, "mended": [],
+            "members": attachment.members(),
         }));
+    }
+    if let [_, others @ ..] = &attachment.members()[..]
+        && !others.is_empty()
+    {
+        let others: Vec<_> = others.iter().map(ToString::to_string).collect();
+        print::text(&format!("{} was switched with {}", attachment.record().name, others.join(", ")));
     }
     print::text(&format!(
         "{serving} serves new flows since now (store {:.1} µs, fence {:.0} µs, generation {})\n\
@@ -484,6 +496,8 @@ fn state(record: &Record) -> anyhow::Result<Value> {
         "generation": word.generation(),
         "notice": word.notice(),
         "hook": record.hook_kind,
+        "group": record.group(),
+        "switches_with": record.others()?.into_iter().map(|other| other.name).collect::<Vec<_>>(),
         "partitions": partitions,
         "counters": plane.counters()?,
     }))
@@ -508,6 +522,9 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         word("hook")
     )?;
     writeln!(text, "  addresses  {}", list("addresses"))?;
+    if state["switches_with"].as_array().is_some_and(|others| !others.is_empty()) {
+        writeln!(text, "  with       {}", list("switches_with"))?;
+    }
     writeln!(text, "  uplinks    {}", list("uplinks"))?;
     for partition in state["partitions"].as_array().into_iter().flatten() {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");

@@ -30,16 +30,18 @@ pub fn object() -> Result<Cow<'static, [u8]>, DataplaneError> {
     }
 }
 
-/// Loads the object and pins all maps and programs below `directory`.
-pub(super) fn load_and_pin(directory: &Path) -> Result<(), DataplaneError> {
+/// Loads the object and pins all maps and programs below `directory`. The phase word is the one that is pinned below
+/// `with`, if that is given.
+pub(super) fn load_and_pin(directory: &Path, with: Option<&Path>) -> Result<(), DataplaneError> {
     let links = directory.join("links");
     fs::create_dir_all(&links).map_err(made(&links))?;
-    pin(load(None, None)?, directory, &Point::ALL)
+    let known: Vec<_> = with.into_iter().map(|with| (with, maps::WORD)).collect();
+    pin(load(None, &known)?, directory, &Point::ALL)
 }
 
 /// Loads the object onto the maps that are pinned below `directory`; its programs are not in the kernel yet.
 pub(super) fn load_onto(directory: &Path) -> Result<Ebpf, DataplaneError> {
-    load(None, Some(directory))
+    load(None, &maps::ALL.map(|name| (directory, name)))
 }
 
 /// Loads the object once more, as the twin that the self-test asks, and pins it below `directory`.
@@ -48,7 +50,7 @@ pub(super) fn load_onto(directory: &Path) -> Result<Ebpf, DataplaneError> {
 /// joins while clients are served is tested with what is there then.
 pub(super) fn load_and_pin_twin(directory: &Path) -> Result<(), DataplaneError> {
     // It learns nothing.
-    pin(load(Some(1), None)?, directory, &[Point::Uplink])
+    pin(load(Some(1), &[])?, directory, &[Point::Uplink])
 }
 
 fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), DataplaneError> {
@@ -76,9 +78,9 @@ fn made(path: &Path) -> impl FnOnce(std::io::Error) -> DataplaneError {
     move |source| DataplaneError::File { action: "make directory", path, source }
 }
 
-/// Loads the maps of the object, those of flows with room for `flows` if that is given, or takes those that are pinned
-/// below `onto`; programs are loaded by [`program`] and `load`.
-fn load(flows: Option<u32>, onto: Option<&Path>) -> Result<Ebpf, DataplaneError> {
+/// Loads the maps of the object, those of flows with room for `flows` if that is given; in place of the `known` ones it
+/// takes those that are pinned below a directory. Programs are loaded by [`program`] and `load`.
+fn load(flows: Option<u32>, known: &[(&Path, &str)]) -> Result<Ebpf, DataplaneError> {
     let version = aya::util::KernelVersion::current().ok();
     let at_least =
         |major, minor| version.is_some_and(|v| v >= aya::util::KernelVersion::new(major, minor, 0));
@@ -101,8 +103,8 @@ fn load(flows: Option<u32>, onto: Option<&Path>) -> Result<Ebpf, DataplaneError>
         // The least that a ring can have.
         loader.map_max_entries(maps::LOG, 4096);
     }
-    for (directory, name) in onto.into_iter().flat_map(|directory| maps::ALL.map(|name| (directory, name))) {
-        loader.map_pin_path(name, maps::path(directory, name));
+    for (directory, name) in known {
+        loader.map_pin_path(*name, maps::path(directory, name));
     }
     loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }

@@ -120,13 +120,18 @@ pub struct Dataplane {
 impl Dataplane {
     /// Loads the object, pins everything below `/sys/fs/bpf/patchswitch/v1/NAME` and fills the maps that do not change.
     ///
-    /// Nothing is attached yet and the word is steady on slot A.
+    /// Nothing is attached yet. The word is steady on slot A, or that of `with`: both read one from then on.
     ///
     /// # Errors
     /// [`DataplaneError`]; what was pinned until then stays and is removed by [`Dataplane::remove`].
-    pub fn create(name: &Name, addresses: &[IpAddr], settings: &Settings) -> Result<Self, DataplaneError> {
+    pub fn create(
+        name: &Name,
+        addresses: &[IpAddr],
+        settings: &Settings,
+        with: Option<&Name>,
+    ) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
-        load::load_and_pin(&directory)?;
+        load::load_and_pin(&directory, with.map(names::pin_dir).as_deref())?;
         let plane = Self::of(directory)?;
         maps::write_settings(&plane.directory, settings)?;
         maps::write_addresses(&plane.directory, &on_wire(addresses))?;

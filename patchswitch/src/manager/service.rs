@@ -261,6 +261,7 @@ fn spec(service: &Service) -> Spec {
         datagrams: service.datagrams.clone(),
         hook: None,
         of_service: true,
+        with: None,
     }
 }
 

@@ -7,11 +7,15 @@ mod announce;
 #[cfg(test)]
 mod ask;
 #[cfg(test)]
+mod beside;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod examples;
 #[cfg(test)]
 mod flows;
+#[cfg(test)]
+mod foreign;
 #[cfg(test)]
 mod hand;
 #[cfg(test)]

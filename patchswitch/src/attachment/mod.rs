@@ -13,6 +13,7 @@
 //! process has to live for it to work.
 
 mod announce;
+mod beside;
 mod build;
 mod drain;
 mod error;

@@ -18,7 +18,7 @@ use patchswitch::names::Name;
 use patchswitch_common::Slot;
 use serde_json::{Value, json};
 
-use super::{print, report};
+use super::{beside, print, report};
 
 /// An attachment, by name.
 #[derive(Debug, Args)]
@@ -92,7 +92,7 @@ impl Attach {
             cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
             advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
         }
-        show(&attachment, json)?;
+        show(&attachment, json).await?;
         for _ in 1..self.announce {
             tokio::time::sleep(ANNOUNCE_AGAIN).await;
             attachment.announce().await;
@@ -379,12 +379,15 @@ pub(crate) struct Status {
 }
 
 impl Status {
-    pub(crate) fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    pub(crate) async fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         let records = match &self.name {
             Some(name) => vec![Record::load(name)?],
             None => Record::all()?,
         };
-        let states = records.iter().map(state).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut states = Vec::new();
+        for record in &records {
+            states.push(state(record).await?);
+        }
         // Who serves is to be seen whatever is wrong with the store or the configuration.
         let (jobs, rooms, trouble) = match report::open_jobs(config, self.name.as_ref()) {
             Ok((jobs, rooms)) => (jobs, rooms, None),
@@ -416,8 +419,8 @@ impl Status {
     }
 }
 
-fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
-    let state = state(attachment.record())?;
+async fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
+    let state = state(attachment.record()).await?;
     if json {
         return print::json(&json!({"schema": "patchswitch.status/1", "attachments": [state]}));
     }
@@ -430,7 +433,7 @@ fn broken(record: &Record) -> Value {
     json!({"name": record.name, "phase": "broken", "next": format!("patchswitch {next}")})
 }
 
-fn state(record: &Record) -> anyhow::Result<Value> {
+async fn state(record: &Record) -> anyhow::Result<Value> {
     let plane = match Dataplane::open(&record.name) {
         // Somebody removed the pins, or it was not made to its end.
         Err(DataplaneError::NotAttached(_)) => return Ok(broken(record)),
@@ -458,6 +461,7 @@ fn state(record: &Record) -> anyhow::Result<Value> {
         "notice": word.notice(),
         "hook": record.hook_kind,
         "partitions": partitions,
+        "programs": beside::programs(record).await,
         "counters": plane.counters()?,
     }))
 }
@@ -486,5 +490,6 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");
         writeln!(text, "  {:<9}  {} ({})", of("role"), of("netns"), of("link"))?;
     }
+    text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)
 }

@@ -2,6 +2,7 @@
 
 mod alone;
 mod background;
+mod beside;
 mod doctor;
 mod host;
 mod job;
@@ -116,7 +117,7 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Flows(verb) => verb.flows(json),
         Verb::Reload(verb) => verb.run(json),
         Verb::Detach(verb) => verb.run(json).await,
-        Verb::Status(verb) => verb.run(&arguments.config, json),
+        Verb::Status(verb) => verb.run(&arguments.config, json).await,
         _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,
     }
 }

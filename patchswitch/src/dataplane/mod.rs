@@ -10,6 +10,7 @@
 //! pins, made anew by each command. Killing the agent at any moment changes no packet's fate.
 
 mod attach;
+mod beside;
 mod counters;
 mod fence;
 mod load;
@@ -20,6 +21,7 @@ mod self_test;
 mod word;
 
 pub use attach::{Hook, HookKind, Point};
+pub use beside::{OnLink, Placed, Program};
 pub use counters::Counters;
 pub use load::{ensure_bpffs, object};
 pub use self_test::SelfTestError;
@@ -32,6 +34,7 @@ use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
 use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Word;
 
+use crate::host::linux::netlink::{Netlink, NetlinkError};
 use crate::names::{self, Name};
 
 /// The mark of the agent's own probes of slot A (`SO_MARK`); an even number.
@@ -104,6 +107,9 @@ pub enum DataplaneError {
     /// Somebody else changed the word meanwhile.
     #[error("the phase word was changed by another process")]
     Changed,
+    /// The network could not be asked.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
     /// The programs do not do what they should.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
@@ -294,6 +300,15 @@ impl Dataplane {
     /// [`DataplaneError::Map`].
     pub fn forget_learned(&self) -> Result<(), DataplaneError> {
         maps::clear_learned(&self.directory)
+    }
+
+    /// Every program on some links, those of others included, in the order in which packets meet them. Links that are
+    /// gone are left out.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Netlink`], [`DataplaneError::Program`], [`DataplaneError::File`].
+    pub async fn beside(host: &Netlink, links: &[&str]) -> Result<Vec<OnLink>, DataplaneError> {
+        beside::list(host, links).await
     }
 
     /// The service addresses and the indices of the uplinks, as far as they can be read of what is pinned.

@@ -3,11 +3,13 @@
 //! A [`Netlink`] belongs to the network namespace in which its socket was opened. Every change is idempotent: what is
 //! already so is no error, and neither is what is already gone.
 
+mod hooks;
 mod look;
 mod nsid;
 mod qdisc;
 mod route;
 
+pub use hooks::{Direction, Filter, XdpMode};
 pub use route::{MAIN_TABLE, ROUTE_PROTOCOL, Selector};
 
 use std::io;

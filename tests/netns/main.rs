@@ -9,6 +9,8 @@ mod ask;
 #[cfg(test)]
 mod beside;
 #[cfg(test)]
+mod claims;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod examples;

@@ -27,15 +27,17 @@ mod reassert;
 mod record;
 mod remove;
 mod settings;
+mod watch;
 mod wiring;
 
-pub use announce::AGAIN as ANNOUNCE_AGAIN;
+pub use announce::{AGAIN as ANNOUNCE_AGAIN, EVERY as ANNOUNCE_EVERY};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
 pub use lock::Lock;
 pub use probe::Prober;
 pub use record::{Inside, Record, RecordError, ServicePorts, SlotRecord};
+pub use watch::{Foreign, Seen, Watch, Watching};
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -177,7 +179,7 @@ impl Attachment {
     /// Tells everybody on the uplinks that the service addresses are here. [`Attachment::create`] has done it once; as a
     /// frame may be lost, it is to be done again after [`ANNOUNCE_AGAIN`]. A failure is logged.
     pub async fn announce(&self) {
-        announce::announce(&self.record, &self.host).await;
+        announce::announce(&self.record, &self.host, announce::VOLLEY).await;
     }
 
     /// Whether [`Attachment::create`] would be refused, if what has the name now were detached first.

@@ -24,6 +24,7 @@ pub use attach::{Hook, HookKind, Point};
 pub use beside::{OnLink, Placed, Program};
 pub use counters::Counters;
 pub use load::{ensure_bpffs, object};
+pub use log::Line;
 pub use self_test::SelfTestError;
 
 use std::net::{IpAddr, Ipv6Addr};
@@ -159,16 +160,26 @@ impl Dataplane {
         Ok(Self { directory, word, log: None })
     }
 
-    /// Writes what the programs had to say since the last time into this process's log (`tracing`).
+    /// What the programs had to say since the last time; nothing if another process reads it now.
     ///
     /// # Errors
     /// [`DataplaneError::Program`] if the programs' ring cannot be opened.
+    pub fn events(&mut self) -> Result<Option<Vec<Line>>, DataplaneError> {
+        // The programs of another version have a ring of their own.
+        self.log = self.log.take().filter(|log| log.is_current(&self.directory));
+        if self.log.is_none() {
+            self.log = log::EventLog::open(&self.directory)?;
+        }
+        Ok(self.log.as_mut().map(log::EventLog::take))
+    }
+
+    /// Writes what the programs had to say since the last time into this process's log (`tracing`), unless another
+    /// process reads it.
+    ///
+    /// # Errors
+    /// As [`Dataplane::events`].
     pub fn report_events(&mut self) -> Result<(), DataplaneError> {
-        let log = match &mut self.log {
-            Some(log) => log,
-            none => none.insert(log::EventLog::open(&self.directory)?),
-        };
-        log.flush();
+        self.events()?.into_iter().flatten().for_each(|line| line.log());
         Ok(())
     }
 

@@ -19,7 +19,11 @@ mod flows;
 #[cfg(test)]
 mod foreign;
 #[cfg(test)]
+mod gone;
+#[cfg(test)]
 mod hand;
+#[cfg(test)]
+mod hosts;
 #[cfg(test)]
 mod icmp;
 #[cfg(test)]

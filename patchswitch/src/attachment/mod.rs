@@ -22,6 +22,7 @@ mod limits;
 mod lock;
 mod parity;
 mod preflight;
+mod presence;
 mod probe;
 mod reassert;
 mod record;
@@ -35,6 +36,7 @@ pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
 pub use lock::Lock;
+pub use presence::Gone;
 pub use probe::Prober;
 pub use record::{Inside, Record, RecordError, ServicePorts, SlotRecord};
 pub use watch::{Foreign, Seen, Watch, Watching};
@@ -339,8 +341,12 @@ impl Attachment {
         let (from, target) = (to.other(), self.slot(to)?.clone());
         self.report_events();
         self.all_learned(options)?;
-        self.look_at_retiring(from, options)?;
-        parity::prepare(&self.netns(from)?, &self.netns(to)?);
+        self.reachable(to)?;
+        let leaving = self.leaving(from)?;
+        self.look_at_retiring(from, leaving.as_ref(), options)?;
+        if let Some(leaving) = &leaving {
+            parity::prepare(leaving, &self.netns(to)?);
+        }
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await?;
         let word = self.plane.word();
         let ready = word.with_notice(options.notice);
@@ -352,7 +358,7 @@ impl Attachment {
         let fenced = Instant::now();
         let mut errors: Vec<AttachError> = fence.err().map(AttachError::Dataplane).into_iter().collect();
         errors.extend(wiring::slow_path(&self.host, &self.record, &target).await.err());
-        errors.extend(self.retire(from).await.err());
+        errors.extend(self.retire(from, leaving.as_ref()).await.err());
         if !errors.is_empty() {
             return Err(AttachError::AfterSwitch { causes: errors.iter().map(remove::text).collect() });
         }
@@ -364,22 +370,32 @@ impl Attachment {
     }
 
     /// What has to be known of the side that retires: the ports on which it serves, and what a switch would cut.
-    fn look_at_retiring(&mut self, from: Slot, options: SwitchOptions) -> Result<(), AttachError> {
+    fn look_at_retiring(
+        &mut self,
+        from: Slot,
+        leaving: Option<&Netns>,
+        options: SwitchOptions,
+    ) -> Result<(), AttachError> {
         self.record.service_ports = ServicePorts::default();
-        if let Some(slot) = &self.record.slots[from as usize] {
-            let netns = self.netns(from)?;
-            let sockets = sockets::all(&netns)?;
-            limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), options)?;
-            limits::tell_of_multipath(slot, &netns);
+        if let Some((slot, netns)) = self.record.slots[from as usize].as_ref().zip(leaving) {
+            let sockets = sockets::all(netns)?;
+            limits::bound_to_device(slot, netns, (&sockets, &self.record.addresses), options)?;
+            limits::tell_of_multipath(slot, netns);
             self.record.service_ports = flows::ports(&sockets, &self.record.addresses);
         }
         Ok(self.record.save()?)
     }
 
     /// What a partition begins from now on, it begins with its own address.
-    async fn retire(&self, slot: Slot) -> Result<(), AttachError> {
-        let Some(entry) = &self.record.slots[slot as usize] else { return Ok(()) };
-        wiring::prefer_source(&self.record, entry, &self.netns(slot)?, false).await
+    async fn retire(&self, slot: Slot, leaving: Option<&Netns>) -> Result<(), AttachError> {
+        // Without its link it begins nothing that could be heard of.
+        let Some((entry, netns)) = self.record.slots[slot as usize].as_ref().zip(leaving) else {
+            return Ok(());
+        };
+        if self.record.gone(slot).is_some() {
+            return Ok(());
+        }
+        wiring::prefer_source(&self.record, entry, netns, false).await
     }
 
     /// Passes on what the programs have to say. That they cannot be heard is no reason to stop.

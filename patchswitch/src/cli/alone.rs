@@ -87,6 +87,11 @@ impl Attach {
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
         let attachment = Attachment::create(&spec, &first, second.as_ref()).await?;
+        for chain in doctor::rules_about(&self.addresses) {
+            print::progress(&format!(
+                "warning: rules of {chain} name the service, whose packets pass them by"
+            ));
+        }
         if let Some(Item { found, cost, advice, .. }) = doctor::firewall() {
             print::progress(&format!("warning: {found}"));
             cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
@@ -348,9 +353,10 @@ impl Detach {
             }
             anyhow::ensure!(
                 left == 0,
-                "{} still has {left} flows, which would be cut; nothing was changed\n\
+                "{} still has {left} flows, which would be cut{}; nothing was changed\n\
                  next: patchswitch flows {0}, or patchswitch detach {0} --force",
-                self.name
+                self.name,
+                beside::cut_by_the_firewall()
             );
         }
         match Attachment::detach(&self.name).await {
@@ -449,7 +455,8 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
                 (false, "draining") => "retiring",
                 (false, _) => "standby",
             };
-            json!({"netns": entry.netns, "role": role, "link": entry.link})
+            let gone = record.gone(slot);
+            json!({"netns": entry.netns, "role": role, "link": entry.link, "gone": gone})
         })
         .collect();
     Ok(json!({
@@ -488,7 +495,8 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     writeln!(text, "  uplinks    {}", list("uplinks"))?;
     for partition in state["partitions"].as_array().into_iter().flatten() {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");
-        writeln!(text, "  {:<9}  {} ({})", of("role"), of("netns"), of("link"))?;
+        let gone = partition["gone"].as_str().map(|what| format!(": its {what} is gone")).unwrap_or_default();
+        writeln!(text, "  {:<9}  {} ({}){gone}", of("role"), of("netns"), of("link"))?;
     }
     text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)

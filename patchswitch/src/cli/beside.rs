@@ -1,8 +1,9 @@
-//! Programs on the links of an attachment, in `status`.
+//! What is beside an attachment on the host: programs on its links, and the firewall.
 
 use std::fmt::Write;
 
 use patchswitch::attachment::Record;
+use patchswitch::doctor;
 use serde_json::{Value, json};
 
 use super::print;
@@ -15,6 +16,17 @@ pub(super) async fn programs(record: &Record) -> Value {
             print::progress(&format!("the programs on the links of {} are not known: {error}", record.name));
             Value::Null
         }
+    }
+}
+
+/// What a detach would do even to connections that are older than the attachment and have another way to go on.
+pub(super) fn cut_by_the_firewall() -> String {
+    match doctor::drops_invalid().as_slice() {
+        [] => String::new(),
+        chains => format!(
+            ", even those that are older than the attachment: {} drops what connection tracking has lost sight of",
+            chains.join(", ")
+        ),
     }
 }
 

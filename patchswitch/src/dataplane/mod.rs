@@ -149,10 +149,13 @@ impl Dataplane {
     /// [`DataplaneError::NotAttached`] if nothing is.
     pub fn open(name: &Name) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
-        if !maps::path(&directory, maps::WORD).exists() {
-            return Err(DataplaneError::NotAttached(name.clone()));
+        let path = maps::path(&directory, maps::WORD);
+        // Who may not look does not know.
+        match path.try_exists() {
+            Ok(true) => Self::of(directory),
+            Ok(false) => Err(DataplaneError::NotAttached(name.clone())),
+            Err(source) => Err(DataplaneError::File { action: "look for", path, source }),
         }
-        Self::of(directory)
     }
 
     fn of(directory: PathBuf) -> Result<Self, DataplaneError> {

@@ -146,6 +146,12 @@ fn who_is_not_root_is_told_so() {
         assert!(ended.stderr.contains("root"), "{verb:?}: {}", ended.stderr);
     }
     rig.nothing_left().unwrap();
+    // What he may not look at he is not told to be broken.
+    rig.attach().unwrap();
+    let argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", program.as_ref(), "status"];
+    let ended = rig.lab.host.output(&argv).unwrap();
+    assert_eq!(ended.status.code(), Some(77), "{ended:?}");
+    rig.finish().unwrap();
 }
 
 /// Nothing is left but what the test itself took away.

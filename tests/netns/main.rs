@@ -7,15 +7,27 @@ mod announce;
 #[cfg(test)]
 mod ask;
 #[cfg(test)]
+mod beside;
+#[cfg(test)]
 mod canary;
+#[cfg(test)]
+mod claims;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod examples;
 #[cfg(test)]
 mod flows;
 #[cfg(test)]
+mod foreign;
+#[cfg(test)]
+mod gone;
+#[cfg(test)]
 mod group;
+#[cfg(test)]
 mod hand;
+#[cfg(test)]
+mod hosts;
 #[cfg(test)]
 mod icmp;
 #[cfg(test)]
@@ -32,6 +44,7 @@ mod local;
 mod quarantine;
 #[cfg(test)]
 mod quic;
+#[cfg(test)]
 mod reassert;
 #[cfg(test)]
 mod reload;

@@ -1,5 +1,6 @@
 //! An address that has come to this host's uplinks is announced, so that neighbours who knew it elsewhere find it.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::{AttachError, Record};
@@ -10,27 +11,36 @@ use crate::network::announce as wire;
 /// After this time it is announced once more: on a busy link the first announcements may be lost.
 pub const AGAIN: Duration = Duration::from_secs(1);
 
-/// How often each address is announced at once.
-const VOLLEY: usize = 5;
+/// While somebody watches it is announced as often as this: who has lost what he knew finds it again.
+pub const EVERY: Duration = Duration::from_secs(60);
 
-/// Announces all addresses on all uplinks, as [`frames::send`] has to be called: in the uplinks' namespace.
+/// How often each address is announced at once when it has come.
+pub(super) const VOLLEY: usize = 5;
+
+/// Announces all addresses on all uplinks so many times, as [`frames::send`] has to be called: in the uplinks' namespace.
 ///
 /// That neighbours cannot be told is no reason not to serve: the others find the address all the same. It is logged.
-pub(super) async fn announce(record: &Record, host: &Netlink) {
+pub(super) async fn announce(record: &Record, host: &Netlink, times: usize) {
     for uplink in &record.uplinks {
-        if let Err(error) = on(uplink, record, host).await {
+        if let Err(error) = on(uplink, &record.addresses, host, times).await {
             tracing::warn!("the service addresses could not be announced: {}", super::remove::text(&error));
         }
     }
 }
 
-async fn on(uplink: &str, record: &Record, host: &Netlink) -> Result<(), AttachError> {
+/// Announces addresses on one uplink.
+pub(super) async fn on(
+    uplink: &str,
+    addresses: &[IpAddr],
+    host: &Netlink,
+    times: usize,
+) -> Result<(), AttachError> {
     let link = host.link(uplink).await?;
     if link.mac == [0; 6] {
         // A link without link-layer addresses has no neighbours who could be wrong.
         return Ok(());
     }
-    let frames = record.addresses.iter().filter_map(|address| wire::frame(*address, link.mac));
-    let volley: Vec<_> = frames.flat_map(|frame| std::iter::repeat_n(frame, VOLLEY)).collect();
+    let frames = addresses.iter().filter_map(|address| wire::frame(*address, link.mac));
+    let volley: Vec<_> = frames.flat_map(|frame| std::iter::repeat_n(frame, times)).collect();
     frames::send(&link, &volley).map_err(|source| AttachError::Announce { link: uplink.to_owned(), source })
 }

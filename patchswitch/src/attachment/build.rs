@@ -74,10 +74,14 @@ pub(super) fn map_settings(name: &Name, udp_idle: Duration, datagrams: &Datagram
 }
 
 /// The largest packet that passes every uplink.
-async fn mtu(host: &Netlink, uplinks: &[String]) -> Result<u32, AttachError> {
-    let mut smallest = u32::from(u16::MAX);
+pub(super) async fn mtu(host: &Netlink, uplinks: &[String]) -> Result<u32, AttachError> {
+    let (mut smallest, mut largest) = (u32::from(u16::MAX), 0);
     for uplink in uplinks {
-        smallest = smallest.min(host.link(uplink).await?.mtu);
+        let mtu = host.link(uplink).await?.mtu;
+        (smallest, largest) = (smallest.min(mtu), largest.max(mtu));
+    }
+    if smallest < largest {
+        tracing::warn!("the uplinks have MTUs from {smallest} to {largest}; partitions get {smallest}");
     }
     Ok(smallest)
 }

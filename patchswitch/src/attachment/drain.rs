@@ -6,7 +6,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, Flows};
+use super::{AttachError, Attachment, Flows, announce};
 use crate::host::linux::sockets;
 
 /// The kernel is asked this often while a partition drains.
@@ -51,7 +51,8 @@ pub struct DrainReport {
 impl Attachment {
     /// Waits until the retiring partition has no flow left, and ends the switch then.
     ///
-    /// `progress` is told the number of flows each time it changes. Nobody retires: nothing to do.
+    /// `progress` is told the number of flows each time it changes. Nobody retires: nothing to do. Neighbours are watched
+    /// meanwhile ([`Attachment::watch_neighbours`]).
     ///
     /// # Errors
     /// [`AttachError`]; the drain itself goes on in the kernel whatever happens here.
@@ -60,6 +61,7 @@ impl Attachment {
         options: &DrainOptions,
         progress: impl FnMut(usize),
     ) -> Result<DrainReport, AttachError> {
+        let _watching = self.watch_neighbours(announce::EVERY);
         self.drain_until(options, &|| false, progress).await
     }
 

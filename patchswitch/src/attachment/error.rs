@@ -48,6 +48,15 @@ pub enum AttachError {
         #[source]
         source: std::io::Error,
     },
+    /// Neighbours cannot be heard.
+    #[error("failed to listen to neighbours on {link}")]
+    Listen {
+        /// The uplink.
+        link: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The request makes no sense on this host; nothing was changed.
     #[error("{0}")]
     Refused(String),

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use patchswitch_common::Slot;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, Record, ServicePorts, SwitchOptions, here, limits, preflight};
+use super::{AttachError, Attachment, Gone, Record, ServicePorts, SwitchOptions, here, limits, preflight};
 use crate::dataplane::Dataplane;
 use crate::host::linux::netns::{Netns, NetnsRef};
 use crate::host::linux::sockets::{self, Protocol, Socket};
@@ -142,6 +142,9 @@ pub(super) fn netns(record: &Record, slot: Slot) -> Result<Netns, AttachError> {
 }
 
 fn flows(record: &Record, plane: &Dataplane, slot: Slot) -> Result<Flows, AttachError> {
+    if record.gone(slot) == Some(Gone::Namespace) {
+        return Ok(Flows::default());
+    }
     let all = sockets::all(&netns(record, slot)?)?;
     let now = ports(&all, &record.addresses);
     let known = &record.service_ports;

@@ -13,6 +13,7 @@
 //! process has to live for it to work.
 
 mod announce;
+mod beside;
 mod build;
 mod canary;
 mod drain;
@@ -23,21 +24,25 @@ mod limits;
 mod lock;
 mod parity;
 mod preflight;
+mod presence;
 mod probe;
 mod reassert;
 mod record;
 mod remove;
 mod settings;
+mod watch;
 mod wiring;
 
-pub use announce::AGAIN as ANNOUNCE_AGAIN;
+pub use announce::{AGAIN as ANNOUNCE_AGAIN, EVERY as ANNOUNCE_EVERY};
 pub use canary::{Canary, CanaryReport, Conduct};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
 pub use lock::Lock;
+pub use presence::Gone;
 pub use probe::Prober;
 pub use record::{Inside, Record, RecordError, ServicePorts, SlotRecord};
+pub use watch::{Foreign, Seen, Watch, Watching};
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -188,7 +193,7 @@ impl Attachment {
     /// Tells everybody on the uplinks that the service addresses are here. [`Attachment::create`] has done it once; as a
     /// frame may be lost, it is to be done again after [`ANNOUNCE_AGAIN`]. A failure is logged.
     pub async fn announce(&self) {
-        announce::announce(&self.record, &self.host).await;
+        announce::announce(&self.record, &self.host, announce::VOLLEY).await;
     }
 
     /// Whether [`Attachment::create`] would be refused, if what has the name now were detached first.
@@ -379,35 +384,53 @@ impl Attachment {
         let (from, target) = (to.other(), self.slot(to)?.clone());
         self.report_events();
         self.all_learned(options)?;
-        self.look_at_retiring(from, options)?;
-        parity::prepare(&self.netns(from)?, &self.netns(to)?);
+        self.reachable(to)?;
+        let leaving = self.leaving(from)?;
+        self.look_at_retiring(from, leaving.as_ref(), options)?;
+        if let Some(leaving) = &leaving {
+            parity::prepare(leaving, &self.netns(to)?);
+        }
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await
     }
 
     /// What belongs after it: the slow path, and what the retiring side begins.
     async fn follow(&self, to: Slot) -> Vec<AttachError> {
         let slow_path = async { wiring::slow_path(&self.host, &self.record, self.slot(to)?).await };
-        let (slow_path, retired) = (slow_path.await, self.retire(to.other()).await);
+        let retired = async {
+            let leaving = self.leaving(to.other())?;
+            self.retire(to.other(), leaving.as_ref()).await
+        };
+        let (slow_path, retired) = (slow_path.await, retired.await);
         slow_path.err().into_iter().chain(retired.err()).collect()
     }
 
     /// What has to be known of the side that retires: the ports on which it serves, and what a switch would cut.
-    fn look_at_retiring(&mut self, from: Slot, options: SwitchOptions) -> Result<(), AttachError> {
+    fn look_at_retiring(
+        &mut self,
+        from: Slot,
+        leaving: Option<&Netns>,
+        options: SwitchOptions,
+    ) -> Result<(), AttachError> {
         self.record.service_ports = ServicePorts::default();
-        if let Some(slot) = &self.record.slots[from as usize] {
-            let netns = self.netns(from)?;
-            let sockets = sockets::all(&netns)?;
-            limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), options)?;
-            limits::tell_of_multipath(slot, &netns);
+        if let Some((slot, netns)) = self.record.slots[from as usize].as_ref().zip(leaving) {
+            let sockets = sockets::all(netns)?;
+            limits::bound_to_device(slot, netns, (&sockets, &self.record.addresses), options)?;
+            limits::tell_of_multipath(slot, netns);
             self.record.service_ports = flows::ports(&sockets, &self.record.addresses);
         }
         Ok(self.record.save()?)
     }
 
     /// What a partition begins from now on, it begins with its own address.
-    async fn retire(&self, slot: Slot) -> Result<(), AttachError> {
-        let Some(entry) = &self.record.slots[slot as usize] else { return Ok(()) };
-        wiring::prefer_source(&self.record, entry, &self.netns(slot)?, false).await
+    async fn retire(&self, slot: Slot, leaving: Option<&Netns>) -> Result<(), AttachError> {
+        // Without its link it begins nothing that could be heard of.
+        let Some((entry, netns)) = self.record.slots[slot as usize].as_ref().zip(leaving) else {
+            return Ok(());
+        };
+        if self.record.gone(slot).is_some() {
+            return Ok(());
+        }
+        wiring::prefer_source(&self.record, entry, netns, false).await
     }
 
     /// Passes on what the programs have to say. That they cannot be heard is no reason to stop.

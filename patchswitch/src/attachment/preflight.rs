@@ -6,6 +6,7 @@ use super::record::{Inside, Record, RecordError, identity};
 use super::{AttachError, Partition, Spec, wiring};
 use crate::host::linux::netlink::{Link, Netlink, NetlinkError};
 use crate::host::linux::netns::Netns;
+use crate::host::linux::sysctl;
 use crate::names::{self, Name};
 
 fn refuse<T>(text: String) -> Result<T, AttachError> {
@@ -65,8 +66,13 @@ pub(super) async fn check_spec(
         if link.loopback {
             return refuse(format!("no client is on {uplink}"));
         }
+        if !link.ethernet {
+            return refuse(format!("{uplink} has no Ethernet frames, which are what the programs read"));
+        }
     }
     namespaces(own, partitions)?;
+    routes(host, &spec.addresses).await?;
+    families(&spec.addresses, &spec.uplinks, partitions)?;
     for partition in partitions {
         taken.own(partition)?;
     }
@@ -87,6 +93,7 @@ pub(super) async fn check_join(
     });
     let there: Vec<Partition> = there.collect();
     namespaces(own, &there.iter().chain([partition]).collect::<Vec<_>>())?;
+    families(&record.addresses, &record.uplinks, &[partition])?;
     let (held, others) = (host.addresses().await?, Record::all()?);
     Taken { held, others, here: identity(own)?, seen: Vec::new() }.own(partition)
 }
@@ -106,6 +113,46 @@ fn namespaces(own: &Netns, partitions: &[&Partition]) -> Result<(), AttachError>
         seen.push(netns);
     }
     Ok(())
+}
+
+/// A route for exactly one of the addresses would be replaced, and lost with the attachment.
+async fn routes(host: &Netlink, addresses: &[IpAddr]) -> Result<(), AttachError> {
+    for address in addresses {
+        if host.has_foreign_host_route(*address).await? {
+            let option = if address.is_ipv4() { "-4" } else { "-6" };
+            return refuse(format!(
+                "the host has a route of its own for {address}, which the attachment would take the place of; \
+                 next: ip {option} route del {address}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// IPv6 addresses need IPv6 wherever they will be.
+fn families(addresses: &[IpAddr], uplinks: &[String], partitions: &[&Partition]) -> Result<(), AttachError> {
+    let Some(address) = addresses.iter().find(|address| address.is_ipv6()) else { return Ok(()) };
+    // Links that are made get what `default` says.
+    for link in uplinks.iter().map(String::as_str).chain(["default"]) {
+        if !has_ipv6(link) {
+            return refuse(format!(
+                "IPv6 is switched off on the host (net.ipv6.conf.{link}.disable_ipv6), and {address} needs it"
+            ));
+        }
+    }
+    for partition in partitions {
+        if !Netns::open(&partition.netns)?.run(|| has_ipv6("default"))? {
+            return refuse(format!(
+                "IPv6 is switched off in {} (net.ipv6.conf.default.disable_ipv6), and {address} needs it",
+                partition.netns
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn has_ipv6(link: &str) -> bool {
+    sysctl::read(&format!("ipv6/conf/{link}/disable_ipv6")).is_ok_and(|value| value == "0")
 }
 
 /// Addresses that somebody has already.

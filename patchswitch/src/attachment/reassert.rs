@@ -9,12 +9,13 @@
 //! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
 //! | notice, learning | – | – | off, as nobody retires |
 //!
-//! An uplink that is gone is told of here as well.
+//! An uplink that is gone is told of here as well; one whose MTU is another now gives it to the partitions' links.
 
 use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 
-use super::{AttachError, Attachment, remove, wiring};
+use super::{AttachError, Attachment, build, remove, wiring};
+use crate::host::linux::netlink::Netlink;
 
 impl Attachment {
     /// Brings the host's routes, the partitions' sources and the flags of the word to what the word says, and returns
@@ -47,6 +48,10 @@ impl Attachment {
                 Err(error) => errors.push(error),
             }
         }
+        match self.reassert_mtu().await {
+            Ok(what) => mended.extend(what),
+            Err(error) => errors.push(error),
+        }
         for uplink in &self.record.uplinks {
             // Nothing can be done about one that is gone, but somebody has to know.
             errors.extend(self.host.link(uplink).await.err().map(AttachError::from));
@@ -65,6 +70,32 @@ impl Attachment {
         }
         let name = self.record.name.clone();
         Err(AttachError::Unmended { name, causes: errors.iter().map(remove::text).collect() })
+    }
+
+    /// Partitions must not send what no uplink can: frames that the card is to divide are measured by nobody else. A
+    /// link inside that somebody made smaller still stays so.
+    async fn reassert_mtu(&self) -> Result<Option<String>, AttachError> {
+        // That one is gone is told below.
+        let Ok(mtu) = build::mtu(&self.host, &self.record.uplinks).await else { return Ok(None) };
+        let mut is_other = false;
+        for slot in [Slot::A, Slot::B] {
+            let Some(entry) = self.record.slots[slot as usize].as_ref() else { continue };
+            if self.record.gone(slot).is_some() {
+                continue;
+            }
+            let outer = self.host.link(&entry.link).await?;
+            if outer.mtu == mtu {
+                continue;
+            }
+            let inside = Netlink::open(&self.netns(slot)?)?;
+            let inner = inside.link(&entry.inner_link).await?;
+            if inner.mtu == outer.mtu || inner.mtu > mtu {
+                inside.set_mtu(&inner, mtu).await?;
+            }
+            self.host.set_mtu(&outer, mtu).await?;
+            is_other = true;
+        }
+        Ok(is_other.then(|| format!("partitions send packets of at most {mtu} bytes, as the uplinks do")))
     }
 
     async fn reassert_route(&self, active: Slot) -> Result<Option<String>, AttachError> {

@@ -383,8 +383,10 @@ pub(super) async fn remove_slot(
 
 async fn remove_rules(entry: &SlotRecord, table: u32) -> Result<(), AttachError> {
     let held = crate::host::linux::netns::NetnsRef::Path(entry.held.clone());
-    // The namespace was not held yet, or is gone with all that was in it.
-    let Ok(netns) = Netns::open(&held) else { return Ok(()) };
+    // Somebody who took away the mount that holds it may have left the namespace itself, under its name.
+    let netns = Netns::open(&held).or_else(|_not_held| Netns::open(&entry.netns));
+    // Or it is gone with all that was in it.
+    let Ok(netns) = netns else { return Ok(()) };
     Ok(Netlink::open(&netns)?.delete_rules(table, RULE_PRIORITY).await?)
 }
 

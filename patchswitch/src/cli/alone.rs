@@ -21,7 +21,7 @@ use patchswitch_common::word::Phase;
 use serde_json::{Value, json};
 
 use super::canary::Steps;
-use super::{print, report};
+use super::{beside, print, report};
 
 /// An attachment, by name.
 #[derive(Debug, Args)]
@@ -104,12 +104,17 @@ impl Attach {
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
         let attachment = Attachment::create(&spec, &first, second.as_ref()).await?;
+        for chain in doctor::rules_about(&self.addresses) {
+            print::progress(&format!(
+                "warning: rules of {chain} name the service, whose packets pass them by"
+            ));
+        }
         if let Some(Item { found, cost, advice, .. }) = doctor::firewall() {
             print::progress(&format!("warning: {found}"));
             cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
             advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
         }
-        show(&attachment, json)?;
+        show(&attachment, json).await?;
         for _ in 1..self.announce {
             tokio::time::sleep(ANNOUNCE_AGAIN).await;
             attachment.announce().await;
@@ -385,9 +390,10 @@ impl Detach {
             }
             anyhow::ensure!(
                 left == 0,
-                "{} still has {left} flows, which would be cut; nothing was changed\n\
+                "{} still has {left} flows, which would be cut{}; nothing was changed\n\
                  next: patchswitch flows {0}, or patchswitch detach {0} --force",
-                self.name
+                self.name,
+                beside::cut_by_the_firewall()
             );
         }
         match Attachment::detach(&self.name).await {
@@ -416,12 +422,15 @@ pub(crate) struct Status {
 }
 
 impl Status {
-    pub(crate) fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    pub(crate) async fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         let records = match &self.name {
             Some(name) => vec![Record::load(name)?],
             None => Record::all()?,
         };
-        let states = records.iter().map(state).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut states = Vec::new();
+        for record in &records {
+            states.push(state(record).await?);
+        }
         // Who serves is to be seen whatever is wrong with the store or the configuration.
         let (jobs, rooms, trouble) = match report::open_jobs(config, self.name.as_ref()) {
             Ok((jobs, rooms)) => (jobs, rooms, None),
@@ -453,8 +462,8 @@ impl Status {
     }
 }
 
-fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
-    let state = state(attachment.record())?;
+async fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
+    let state = state(attachment.record()).await?;
     if json {
         return print::json(&json!({"schema": "patchswitch.status/1", "attachments": [state]}));
     }
@@ -467,7 +476,7 @@ fn broken(record: &Record) -> Value {
     json!({"name": record.name, "phase": "broken", "next": format!("patchswitch {next}")})
 }
 
-fn state(record: &Record) -> anyhow::Result<Value> {
+async fn state(record: &Record) -> anyhow::Result<Value> {
     let plane = match Dataplane::open(&record.name) {
         // Somebody removed the pins, or it was not made to its end.
         Err(DataplaneError::NotAttached(_)) => return Ok(broken(record)),
@@ -484,7 +493,8 @@ fn state(record: &Record) -> anyhow::Result<Value> {
                 (false, "sharing") => "canary",
                 (false, _) => "standby",
             };
-            json!({"netns": entry.netns, "role": role, "link": entry.link})
+            let gone = record.gone(slot);
+            json!({"netns": entry.netns, "role": role, "link": entry.link, "gone": gone})
         })
         .collect();
     Ok(json!({
@@ -499,6 +509,7 @@ fn state(record: &Record) -> anyhow::Result<Value> {
         "group": record.group(),
         "switches_with": record.others()?.into_iter().map(|other| other.name).collect::<Vec<_>>(),
         "partitions": partitions,
+        "programs": beside::programs(record).await,
         "counters": plane.counters()?,
     }))
 }
@@ -528,11 +539,13 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     writeln!(text, "  uplinks    {}", list("uplinks"))?;
     for partition in state["partitions"].as_array().into_iter().flatten() {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");
+        let gone = partition["gone"].as_str().map(|what| format!(": its {what} is gone")).unwrap_or_default();
         let share = match (of("role"), &state["share"]) {
             ("canary", share) => format!(", {share} of 100 new flows"),
             _ => String::new(),
         };
-        writeln!(text, "  {:<9}  {} ({}){share}", of("role"), of("netns"), of("link"))?;
+        writeln!(text, "  {:<9}  {} ({}){share}{gone}", of("role"), of("netns"), of("link"))?;
     }
+    text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)
 }

@@ -2,6 +2,7 @@
 
 mod alone;
 mod background;
+mod beside;
 mod canary;
 mod doctor;
 mod host;
@@ -13,6 +14,7 @@ mod reload;
 mod report;
 mod service;
 mod size;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use patchswitch::attachment::AttachError;
@@ -57,6 +59,8 @@ enum Verb {
     Detach(alone::Detach),
     /// Show who serves, and what was counted.
     Status(alone::Status),
+    /// Tell of foreign claims of the service addresses, answer them, and say what the programs log.
+    Watch(watch::Watch),
     /// The host's resources: who has what, and what is free.
     #[command(subcommand)]
     Host(host::Verb),
@@ -117,7 +121,8 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Flows(verb) => verb.flows(json),
         Verb::Reload(verb) => verb.run(json),
         Verb::Detach(verb) => verb.run(json).await,
-        Verb::Status(verb) => verb.run(&arguments.config, json),
+        Verb::Status(verb) => verb.run(&arguments.config, json).await,
+        Verb::Watch(verb) => verb.run(json).await,
         _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,
     }
 }

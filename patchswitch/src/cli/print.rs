@@ -23,6 +23,12 @@ pub(crate) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Writes one JSON document of several, in a line of its own.
+pub(crate) fn json_line<T: Serialize>(value: &T) -> anyhow::Result<()> {
+    text(&serde_json::to_string(value)?);
+    Ok(())
+}
+
 /// Says on standard error what is going on.
 pub(crate) fn progress(text: &str) {
     eprintln!("{text}");

@@ -10,6 +10,7 @@
 //! pins, made anew by each command. Killing the agent at any moment changes no packet's fate.
 
 mod attach;
+mod beside;
 mod counters;
 mod fence;
 mod load;
@@ -20,8 +21,10 @@ mod self_test;
 mod word;
 
 pub use attach::{Hook, HookKind, Point};
+pub use beside::{OnLink, Placed, Program};
 pub use counters::Counters;
 pub use load::{ensure_bpffs, object};
+pub use log::Line;
 pub use self_test::SelfTestError;
 
 use std::net::{IpAddr, Ipv6Addr};
@@ -32,6 +35,7 @@ use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
 use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Word;
 
+use crate::host::linux::netlink::{Netlink, NetlinkError};
 use crate::names::{self, Name};
 
 /// The mark of the agent's own probes of slot A (`SO_MARK`); an even number.
@@ -104,6 +108,9 @@ pub enum DataplaneError {
     /// Somebody else changed the word meanwhile.
     #[error("the phase word was changed by another process")]
     Changed,
+    /// The network could not be asked.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
     /// The programs do not do what they should.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
@@ -145,10 +152,13 @@ impl Dataplane {
     /// [`DataplaneError::NotAttached`] if nothing is.
     pub fn open(name: &Name) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
-        if !maps::path(&directory, maps::WORD).exists() {
-            return Err(DataplaneError::NotAttached(name.clone()));
+        let path = maps::path(&directory, maps::WORD);
+        // Who may not look does not know.
+        match path.try_exists() {
+            Ok(true) => Self::of(directory),
+            Ok(false) => Err(DataplaneError::NotAttached(name.clone())),
+            Err(source) => Err(DataplaneError::File { action: "look for", path, source }),
         }
-        Self::of(directory)
     }
 
     fn of(directory: PathBuf) -> Result<Self, DataplaneError> {
@@ -156,16 +166,26 @@ impl Dataplane {
         Ok(Self { directory, word, log: None })
     }
 
-    /// Writes what the programs had to say since the last time into this process's log (`tracing`).
+    /// What the programs had to say since the last time; nothing if another process reads it now.
     ///
     /// # Errors
     /// [`DataplaneError::Program`] if the programs' ring cannot be opened.
+    pub fn events(&mut self) -> Result<Option<Vec<Line>>, DataplaneError> {
+        // The programs of another version have a ring of their own.
+        self.log = self.log.take().filter(|log| log.is_current(&self.directory));
+        if self.log.is_none() {
+            self.log = log::EventLog::open(&self.directory)?;
+        }
+        Ok(self.log.as_mut().map(log::EventLog::take))
+    }
+
+    /// Writes what the programs had to say since the last time into this process's log (`tracing`), unless another
+    /// process reads it.
+    ///
+    /// # Errors
+    /// As [`Dataplane::events`].
     pub fn report_events(&mut self) -> Result<(), DataplaneError> {
-        let log = match &mut self.log {
-            Some(log) => log,
-            none => none.insert(log::EventLog::open(&self.directory)?),
-        };
-        log.flush();
+        self.events()?.into_iter().flatten().for_each(|line| line.log());
         Ok(())
     }
 
@@ -297,6 +317,15 @@ impl Dataplane {
     /// [`DataplaneError::Map`].
     pub fn forget_learned(&self) -> Result<(), DataplaneError> {
         maps::clear_learned(&self.directory)
+    }
+
+    /// Every program on some links, those of others included, in the order in which packets meet them. Links that are
+    /// gone are left out.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Netlink`], [`DataplaneError::Program`], [`DataplaneError::File`].
+    pub async fn beside(host: &Netlink, links: &[&str]) -> Result<Vec<OnLink>, DataplaneError> {
+        beside::list(host, links).await
     }
 
     /// The service addresses and the indices of the uplinks, as far as they can be read of what is pinned.

@@ -231,9 +231,11 @@ pub(super) fn old_tables() -> Vec<String> {
 }
 
 pub(super) fn rules() -> Result<Rules, String> {
-    let text = Run::new(Program::Nft).args(["-j", "list", "ruleset"]).read();
-    let text = text.map_err(|error| chain(&error))?;
-    firewall::parse(&text).map_err(|error| chain(&error))
+    firewall::parse(&ruleset()?).map_err(|error| chain(&error))
+}
+
+pub(super) fn ruleset() -> Result<String, String> {
+    Run::new(Program::Nft).args(["-j", "list", "ruleset"]).read().map_err(|error| chain(&error))
 }
 
 /// The folders of a directory, by name.

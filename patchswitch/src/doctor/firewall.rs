@@ -18,7 +18,7 @@ pub struct Rules {
 /// The output of `nft` is not what it should be.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to understand the output of nft")]
-pub struct BadRules(#[source] Option<serde_json::Error>);
+pub struct BadRules(#[source] pub(super) Option<serde_json::Error>);
 
 /// Reads the output of `nft -j list ruleset` (`libnftables-json(5)`).
 ///

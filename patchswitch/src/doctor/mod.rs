@@ -9,12 +9,15 @@
 mod facts;
 mod firewall;
 mod judge;
+mod naming;
 #[cfg(test)]
 mod tests;
 
 pub use facts::{Bpffs, Cgroups, Facts, Mapper, Place, RouterRoute, read};
 pub use firewall::{BadRules, Rules, parse as parse_rules};
 pub use judge::judge;
+
+use std::net::IpAddr;
 
 use serde::Serialize;
 
@@ -24,6 +27,17 @@ use crate::exit::ExitCode;
 pub fn firewall() -> Option<Item> {
     let item = judge::firewall(&facts::rules(), &facts::old_tables());
     (item.state == State::Warn).then_some(item)
+}
+
+/// The chains that drop what connection tracking calls invalid, as far as the rules are known.
+pub fn drops_invalid() -> Vec<String> {
+    facts::rules().map(|rules| rules.drop_invalid).unwrap_or_default()
+}
+
+/// The chains with rules that name one of these addresses, as far as the rules are known.
+pub fn rules_about(addresses: &[IpAddr]) -> Vec<String> {
+    let rules = facts::ruleset().ok().and_then(|text| naming::chains(&text, addresses).ok());
+    rules.unwrap_or_default()
 }
 
 /// How one thing is.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::Options;
 use super::report::{ROLLBACK, Report};
-use crate::attachment::Attachment;
+use crate::attachment::{Attachment, Watching};
 use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError, chain};
@@ -119,6 +119,8 @@ pub struct Context<'a> {
     pub attachment: Attachment,
     /// The job's number.
     pub job: JobId,
+    /// Neighbours are watched as long as this is here: from the switch on.
+    pub watching: Option<Watching>,
     /// What was asked for.
     pub options: Options,
     /// What was done, with its figures.

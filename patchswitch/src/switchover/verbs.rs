@@ -145,6 +145,7 @@ fn begin<'a>(
         service: settings,
         attachment,
         job,
+        watching: None,
         options: options.clone(),
         watched: Vec::new(),
         unfinished: false,

@@ -11,6 +11,7 @@ pub mod frames;
 mod ioctl;
 pub mod loopdev;
 pub mod mountns;
+pub mod neighbours;
 pub mod netlink;
 pub mod netns;
 pub mod pidfd;

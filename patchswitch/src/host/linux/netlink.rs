@@ -3,11 +3,13 @@
 //! A [`Netlink`] belongs to the network namespace in which its socket was opened. Every change is idempotent: what is
 //! already so is no error, and neither is what is already gone.
 
+mod hooks;
 mod look;
 mod nsid;
 mod qdisc;
 mod route;
 
+pub use hooks::{Direction, Filter, XdpMode};
 pub use route::{MAIN_TABLE, ROUTE_PROTOCOL, Selector};
 
 use std::io;
@@ -17,7 +19,7 @@ use futures_util::TryStreamExt;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, CacheInfo};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth};
 
@@ -64,6 +66,8 @@ pub struct Link {
     pub up: bool,
     /// Whether it is the loopback device.
     pub loopback: bool,
+    /// Whether its frames are Ethernet's.
+    pub ethernet: bool,
 }
 
 /// A netlink connection into one network namespace.
@@ -157,6 +161,16 @@ impl Netlink {
         let message =
             LinkUnspec::new_with_index(link.index).address(mac.to_vec()).mtu(mtu).alias(alias).build();
         let action = format!("set address and MTU of {}", link.name);
+        self.handle.link().set(message).execute().await.map_err(failed(action))
+    }
+
+    /// Sets the largest packet of a link.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn set_mtu(&self, link: &Link, mtu: u32) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(link.index).mtu(mtu).build();
+        let action = format!("set the MTU of {}", link.name);
         self.handle.link().set(message).execute().await.map_err(failed(action))
     }
 
@@ -296,6 +310,7 @@ fn link(message: LinkMessage) -> Link {
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
+        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
     };
     for attribute in message.attributes {
         match attribute {

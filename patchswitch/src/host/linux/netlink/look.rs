@@ -45,6 +45,19 @@ impl Netlink {
         Ok(routes.iter().find(|route| is_it(route)).and_then(link_of))
     }
 
+    /// Whether the main table has a route for exactly one host address that is somebody else's.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn has_foreign_host_route(&self, address: IpAddr) -> Result<bool, NetlinkError> {
+        let to = RouteAttribute::Destination(RouteAddress::from(address));
+        let routes = self.main_routes(address.is_ipv4()).await?;
+        let mut foreign = routes.iter().filter(|route| !is_ours(route));
+        Ok(foreign.any(|route| {
+            route.header.destination_prefix_length == width(address) && route.attributes.contains(&to)
+        }))
+    }
+
     /// Whether the main table's default route of one family, made by [`Netlink::default_route`], leaves by a link and
     /// gives unbound sockets this source.
     ///
@@ -62,6 +75,11 @@ impl Netlink {
 
     /// The routes of one family in the main table that are ours.
     async fn our_routes(&self, v4: bool) -> Result<Vec<RouteMessage>, NetlinkError> {
+        Ok(self.main_routes(v4).await?.into_iter().filter(is_ours).collect())
+    }
+
+    /// The routes of one family in the main table.
+    async fn main_routes(&self, v4: bool) -> Result<Vec<RouteMessage>, NetlinkError> {
         let unspecified = if v4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
         let mut message = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(unspecified, 0)
@@ -71,12 +89,12 @@ impl Netlink {
         message.attributes.clear();
         let messages = self.handle.route().get(message).execute();
         let found: Vec<_> = messages.try_collect().await.map_err(failed("list routes"))?;
-        let ours = |route: &RouteMessage| {
-            route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
-                && u32::from(route.header.table) == MAIN_TABLE
-        };
-        Ok(found.into_iter().filter(ours).collect())
+        Ok(found.into_iter().filter(|route| u32::from(route.header.table) == MAIN_TABLE).collect())
     }
+}
+
+fn is_ours(route: &RouteMessage) -> bool {
+    route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
 }
 
 fn link_of(route: &RouteMessage) -> Option<u32> {

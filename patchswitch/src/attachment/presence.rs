@@ -1,0 +1,79 @@
+//! Partitions that are not there any more: their namespace or their link was taken away while they were attached.
+//!
+//! A namespace is held as long as it is attached, whatever becomes of its name and processes; who undoes that, or removes
+//! the link inside, has cut its flows. Nobody can be switched to it, and nobody has to wait for it.
+
+use patchswitch_common::Slot;
+use serde::Serialize;
+
+use super::{AttachError, Attachment, Record, SlotRecord, here};
+use crate::host::linux::netns::{Netns, NetnsError, NetnsRef, link_index};
+
+/// What is gone of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Gone {
+    /// Its network namespace, and with it everything.
+    Namespace,
+    /// The veth pair between it and the host.
+    Link,
+}
+
+impl Gone {
+    /// For people: "its … is gone".
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Namespace => "network namespace",
+            Self::Link => "link",
+        }
+    }
+}
+
+impl Record {
+    /// What is gone of the partition in a slot. `None`: nothing, as far as can be seen from here; or nobody is there.
+    pub fn gone(&self, slot: Slot) -> Option<Gone> {
+        let entry = self.slots[slot as usize].as_ref()?;
+        if is_gone(entry) {
+            return Some(Gone::Namespace);
+        }
+        let is_here = here(self).is_ok();
+        (is_here && link_index(&entry.link).is_none()).then_some(Gone::Link)
+    }
+}
+
+fn is_gone(entry: &SlotRecord) -> bool {
+    match Netns::open(&NetnsRef::Path(entry.held.clone())) {
+        // What is left of a bind mount is the file below it.
+        Err(NetnsError::NotANamespace(_)) => true,
+        Err(NetnsError::Open { source, .. }) => source.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
+impl Attachment {
+    /// Refuses to give flows to a partition that packets do not reach.
+    pub(super) fn reachable(&self, slot: Slot) -> Result<(), AttachError> {
+        let entry = self.slot(slot)?;
+        let gone = self.record.gone(slot).or_else(|| {
+            // One of that name which somebody made anew has no programs.
+            let known = self.plane.slot(slot).ok()?.ifindex;
+            (link_index(&entry.link) != Some(known)).then_some(Gone::Link)
+        });
+        let Some(gone) = gone else { return Ok(()) };
+        Err(AttachError::Refused(format!(
+            "the {} of {} is gone; nothing was switched; patchswitch detach {} takes away what is left",
+            gone.name(),
+            entry.netns,
+            self.record.name
+        )))
+    }
+
+    /// The namespace of the partition that is to retire; nothing if it is gone, and all its flows with it.
+    pub(super) fn leaving(&self, slot: Slot) -> Result<Option<Netns>, AttachError> {
+        if self.record.gone(slot) != Some(Gone::Namespace) {
+            return self.netns(slot).map(Some);
+        }
+        tracing::warn!("the network namespace of {} is gone, and its flows with it", self.slot(slot)?.netns);
+        Ok(None)
+    }
+}

@@ -1,0 +1,109 @@
+//! Partitions whose namespace or link is taken away while they are attached: every verb says what is true, and the one
+//! that is left serves.
+
+use patchswitch_tests::leftovers::Leftover;
+use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::programs;
+use serde_json::{Value, json};
+
+use crate::ask::{Asking, who};
+use crate::rig::{NAME, Rig, Server, ends};
+
+/// Removes the link that the product has made in a namespace.
+fn remove_link(ns: &Ns) {
+    let links: Value = serde_json::from_str(&ns.ip("-j link show").unwrap()).unwrap();
+    let links = links.as_array().unwrap().iter().filter_map(|link| link["ifname"].as_str());
+    let ours: Vec<&str> = links.filter(|name| name.starts_with("ps")).collect();
+    assert_eq!(ours.len(), 1, "{ours:?}");
+    ns.ip(&format!("link del {}", ours[0])).unwrap();
+}
+
+/// Takes a namespace away from everybody who holds it, and waits until the kernel has let it go.
+fn remove_namespace(rig: &Rig, side: &str) {
+    let ns = if side == "a" { &rig.lab.a } else { &rig.lab.b };
+    programs::run(&["umount", &format!("/run/patchswitch/netns/{NAME}-{side}")]).unwrap();
+    // The laboratory's own descriptor keeps it alive otherwise; its link goes with it.
+    remove_link(ns);
+}
+
+/// What `status` says of the partitions: role, and what is gone.
+fn partitions(rig: &Rig) -> Vec<(Value, Value)> {
+    let status = rig.ok(&["status", NAME]).unwrap();
+    let partitions = status["attachments"][0]["partitions"].as_array().unwrap().clone();
+    partitions.iter().map(|one| (one["role"].clone(), one["gone"].clone())).collect()
+}
+
+fn only_gone(left: &[Leftover]) -> bool {
+    left.iter().all(|one| one.after.is_none())
+}
+
+fn attached(label: &str) -> (Rig, [Server; 2]) {
+    let rig = Rig::new(label).unwrap();
+    let servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    (rig, servers)
+}
+
+#[test]
+fn nobody_is_switched_to_a_partition_that_is_gone() {
+    for (what, remove) in [
+        ("link", &(|rig: &Rig| remove_link(&rig.lab.b)) as &dyn Fn(&Rig)),
+        ("namespace", &|rig| remove_namespace(rig, "b")),
+    ] {
+        let (rig, _servers) = attached("gone-standby");
+        remove(&rig);
+        assert_eq!(partitions(&rig), [("active".into(), Value::Null), ("standby".into(), json!(what))]);
+        let text = rig.run(&["status", NAME]).unwrap().stdout;
+        assert!(text.contains("is gone"), "{text}");
+        let said = rig.refused(&["switch", NAME], 1).unwrap();
+        assert!(said.contains("is gone; nothing was switched"), "{what}: {said}");
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), "a", "{what}");
+        }
+        assert_eq!(rig.ok(&["flows", NAME]).unwrap()["partitions"].as_array().unwrap().len(), 2);
+        assert_eq!(rig.ok(&["drain", NAME]).unwrap()["drain"]["settled"], true);
+        rig.ok(&["detach", NAME, "--force"]).unwrap();
+        let left = rig.left().unwrap();
+        assert!(only_gone(&left), "{left:?}");
+    }
+}
+
+#[test]
+fn the_one_that_is_left_takes_over_from_one_that_is_gone() {
+    for (what, remove) in [
+        ("link", &(|rig: &Rig| remove_link(&rig.lab.a)) as &dyn Fn(&Rig)),
+        ("namespace", &|rig| remove_namespace(rig, "a")),
+    ] {
+        let (rig, _servers) = attached("gone-active");
+        remove(&rig);
+        assert_eq!(partitions(&rig), [("active".into(), json!(what)), ("standby".into(), Value::Null)]);
+        rig.switch_to(&rig.lab.b).unwrap();
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), "b", "{what}");
+        }
+        assert_eq!(partitions(&rig), [("retiring".into(), json!(what)), ("active".into(), Value::Null)]);
+        rig.refused(&["switch", NAME, "--to", rig.lab.a.name()], 1).unwrap();
+        assert_eq!(rig.ok(&["drain", NAME, "--deadline", "10"]).unwrap()["drain"]["settled"], true, "{what}");
+        rig.ok(&["detach", NAME]).unwrap();
+        let left = rig.left().unwrap();
+        assert!(only_gone(&left), "{left:?}");
+    }
+}
+
+#[test]
+fn a_drain_does_not_wait_for_one_whose_namespace_is_gone() {
+    let (rig, _servers) = attached("gone-retiring");
+    let mut asking = Asking::from(&rig.lab.client, ends()[0]).unwrap();
+    assert_eq!(asking.who().unwrap(), "a");
+    rig.switch_to(&rig.lab.b).unwrap();
+    remove_namespace(&rig, "a");
+    let report = rig.ok(&["drain", NAME, "--deadline", "10"]).unwrap();
+    assert_eq!(report["drain"]["settled"], true, "{report}");
+    for end in ends() {
+        assert_eq!(who(&rig.lab.client, end).unwrap(), "b");
+    }
+    drop(asking);
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
+    let left = rig.left().unwrap();
+    assert!(only_gone(&left), "{left:?}");
+}

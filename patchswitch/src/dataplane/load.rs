@@ -104,7 +104,7 @@ fn load(flows: Option<u32>, known: &[(&Path, &str)]) -> Result<Ebpf, DataplaneEr
         loader.map_max_entries(maps::LOG, 4096);
     }
     for (directory, name) in known {
-        loader.map_pin_path(*name, maps::path(directory, name));
+        loader.map_pin_path(name, maps::path(directory, name));
     }
     loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }

@@ -372,7 +372,8 @@ impl Run {
 
     /// The same between two moments, all in microseconds since the start.
     fn stood_still_us(&self, from: u64, to: u64) -> u64 {
-        let spans = self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
+        let spans =
+            self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
         spans.map(|(from, to)| to.saturating_sub(from)).sum()
     }
 

@@ -87,7 +87,8 @@ fn before_the_first_answer_and_after_the_last_are_gaps_up_to_the_ends_of_the_run
 #[test]
 fn a_gap_does_not_count_the_time_in_which_the_machine_stood_still() {
     let gap = |standstills: &[(u64, u64)]| {
-        let run = run(vec![series(Class::New, Family::V4, &[(100, 0), (300, 0), (450, 0), (1000, 0)])], Vec::new());
+        let run =
+            run(vec![series(Class::New, Family::V4, &[(100, 0), (300, 0), (450, 0), (1000, 0)])], Vec::new());
         let standstills = standstills.iter().map(|(from, to)| window(*from, *to)).collect();
         let gap = Run { standstills, ..run }.longest_gap(window(0, 460)).unwrap();
         ((gap.from_ns - START) / 1_000_000, gap.ms, gap.stood_still_ms)

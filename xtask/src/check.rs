@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::build::cargo;
 use crate::cache::say;
-use crate::paths::{TARGET, root};
+use crate::paths::{self, TARGET, root};
 use crate::setup::{self, Need};
 
 /// A check and its name.
@@ -15,13 +15,14 @@ type Check = (&'static str, fn() -> Result<()>);
 /// Runs every check, also after a failure, and names those that failed.
 pub(crate) fn main() -> Result<()> {
     setup::ensure(&[Need::Build, Need::Check])?;
-    let checks: [Check; 8] = [
+    let checks: [Check; 9] = [
         ("format", format),
         ("lints", clippy),
         ("documentation", documentation),
         ("examples in the documentation", documentation_tests),
         ("dependencies", dependencies),
         ("lock file", lock_file),
+        ("fuzz targets", fuzz_targets),
         ("BPF object", crate::ebpf::check),
         ("lints are inherited", lints_are_inherited),
     ];
@@ -42,8 +43,10 @@ pub(crate) fn main() -> Result<()> {
 
 fn format() -> Result<()> {
     cargo()?.args(["fmt", "--all", "--check"]).show()?;
-    let ebpf = root().join("patchswitch-ebpf/Cargo.toml");
-    cargo()?.args(["fmt", "--check", "--manifest-path"]).arg(ebpf).show()
+    for outside in ["patchswitch-ebpf/Cargo.toml", "fuzz/Cargo.toml"] {
+        cargo()?.args(["fmt", "--check", "--manifest-path"]).arg(root().join(outside)).show()?;
+    }
+    Ok(())
 }
 
 fn clippy() -> Result<()> {
@@ -75,6 +78,14 @@ fn dependencies() -> Result<()> {
 
 fn lock_file() -> Result<()> {
     cargo()?.args(["metadata", "--locked", "--format-version=1"]).quiet()
+}
+
+/// That they still fit what they call, with the lock file of their own. Nothing is linked, so any compiler will do, and
+/// libFuzzer itself, which takes most of the time, need not be built: it is said to be elsewhere.
+fn fuzz_targets() -> Result<()> {
+    let tool = cargo()?.args(["check", "--quiet", "--locked", "--target", TARGET, "--manifest-path"]);
+    let tool = tool.arg(root().join("fuzz/Cargo.toml")).arg("--target-dir").arg(paths::target().join("fuzz"));
+    tool.env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libfuzzer.a").env("RUSTFLAGS", "-D warnings").show()
 }
 
 /// Cargo has no way to demand `[lints] workspace = true`, and a crate without it is not linted.

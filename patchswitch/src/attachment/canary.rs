@@ -86,9 +86,9 @@ impl Conduct {
         }
     }
 
-    /// Connections that failed: not accepted, or reset.
-    const fn failed(self) -> u64 {
-        self.asked.saturating_sub(self.answered) + self.reset
+    /// Connections that failed: not accepted, or reset. One that was refused is both.
+    fn failed(self) -> u64 {
+        self.asked.saturating_sub(self.answered).max(self.reset)
     }
 
     /// Why this side does worse than another one; nothing if it does not, or too little is known.

@@ -5,33 +5,25 @@
 //! partition's init; signals other than the classic ones have to be given by number; what a runtime does not know
 //! (any more) has ended.
 
+mod gather;
+mod scratch;
+
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::Deserialize;
 
-use super::cgroup::{Cgroup, CgroupError};
+use self::gather::gather;
+use self::scratch::Scratch;
+use super::cgroup::CgroupError;
 use super::mountns::Inside;
-use super::pidfd::Process;
-use super::poll;
 use super::programs::{Program, ProgramError, Run};
-use crate::names;
 
 /// How long a call may take that does not run anything of the partition's. An emulated machine needs a tenth of it.
 const LIMIT: Duration = Duration::from_secs(30);
-/// How much of each output of a command is kept.
-const OUTPUT_MAX: usize = 1 << 20;
-/// The beginning of the name of a command's cgroup below the partition's.
-const EXEC_CGROUP: &str = "exec-";
-/// How long a killed command may take to end.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why the runtime did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -352,110 +344,6 @@ impl Runtime {
     }
 }
 
-/// What belongs to one `exec`, removed with it.
-struct Scratch {
-    dir: PathBuf,
-    log: PathBuf,
-    cgroup: Cgroup,
-}
-
-impl Scratch {
-    fn new(root: &Path, name: &str) -> Result<Self, RuntimeError> {
-        let partition = Cgroup::new(&format!("{}/{name}", names::CGROUP_ROOT))?;
-        // Those of commands whose left-over children have ended meanwhile.
-        for old in partition.children()?.iter().filter(|child| child.name().starts_with(EXEC_CGROUP)) {
-            old.remove_if_unused()?;
-        }
-        let id = crate::control::random_id()
-            .map_err(error("make an identifier for a command in", Path::new(name)))?;
-        let cgroup = partition.child(&format!("{EXEC_CGROUP}{id}"));
-        // Beside the runtime's directory: in it, a directory would be taken for a partition.
-        let dir = root.with_extension("exec").join(id);
-        fs::create_dir_all(&dir).map_err(error("make", &dir))?;
-        let scratch = Self { log: dir.join("log"), dir, cgroup };
-        scratch.cgroup.make()?;
-        Ok(scratch)
-    }
-
-    /// The runtime first: what it has forked and not yet put into the cgroup ends without it.
-    fn kill(&self, child: &mut Child) -> Result<(), RuntimeError> {
-        let failed = error("kill a command of", &self.dir);
-        child.kill().and_then(|()| child.wait()).map_err(failed)?;
-        Ok(self.cgroup.kill_all(KILL_LIMIT)?)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Nothing depends on it: what is left goes with the next command, or with the partition.
-        let _ = self.cgroup.remove_if_unused();
-        let _ = fs::remove_dir_all(&self.dir);
-        let _ = self.dir.parent().map(fs::remove_dir);
-    }
-}
-
-/// Collects both outputs until the child has ended (`true`) or the deadline has passed.
-///
-/// A pipe may stay open for ever in the hands of what the command left behind, so it is the end of the child that
-/// counts, not the end of the pipe.
-fn gather(child: &mut Child, deadline: Instant) -> io::Result<(String, String, bool)> {
-    let process = Process::open(child.id())?.ok_or(io::ErrorKind::NotFound)?;
-    let mut out = Collected::new(child.stdout.take().map(OwnedFd::from))?;
-    let mut err = Collected::new(child.stderr.take().map(OwnedFd::from))?;
-    let ended = loop {
-        let mut polled = vec![PollFd::new(&process, PollFlags::IN)];
-        polled.extend([&out, &err].into_iter().filter_map(Collected::poll));
-        let ready = poll::poll(&mut polled, deadline)?;
-        let ended = !polled[0].revents().is_empty();
-        out.read()?;
-        err.read()?;
-        if ended || ready == 0 {
-            break ended;
-        }
-    };
-    Ok((out.text(), err.text(), ended))
-}
-
-struct Collected {
-    pipe: Option<File>,
-    bytes: Vec<u8>,
-}
-
-impl Collected {
-    fn new(pipe: Option<OwnedFd>) -> io::Result<Self> {
-        if let Some(pipe) = &pipe {
-            rustix::fs::fcntl_setfl(pipe, OFlags::NONBLOCK)?;
-        }
-        Ok(Self { pipe: pipe.map(File::from), bytes: Vec::new() })
-    }
-
-    fn poll(&self) -> Option<PollFd<'_>> {
-        self.pipe.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN))
-    }
-
-    /// Takes what is there. Beyond the limit it is read and dropped, so that the command does not block.
-    fn read(&mut self) -> io::Result<()> {
-        let mut piece = [0; 16 << 10];
-        while let Some(pipe) = &mut self.pipe {
-            match pipe.read(&mut piece) {
-                Ok(0) => self.pipe = None,
-                Ok(count) => {
-                    let room = OUTPUT_MAX - self.bytes.len();
-                    self.bytes.extend_from_slice(&piece[..count.min(room)]);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn text(self) -> String {
-        String::from_utf8_lossy(&self.bytes).into_owned()
-    }
-}
-
 fn read_log(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
@@ -498,30 +386,5 @@ mod tests {
         assert!(runtime.knows("web") && runtime.is_half_made("web"));
         fs::write(dir.path().join("web/status"), "{}").unwrap();
         assert!(!runtime.is_half_made("web"));
-    }
-
-    #[test]
-    fn output_ends_with_the_command_although_a_child_of_it_keeps_the_pipe() {
-        let script = "echo out; echo err >&2; sleep 60 & echo $! >&2; exit 3";
-        let mut child = Run::new(Program::Shell).args(["-c", script]).spawn().unwrap();
-        let start = Instant::now();
-        let (out, err, ended) = gather(&mut child, start + Duration::from_secs(30)).unwrap();
-        assert!(ended && start.elapsed() < Duration::from_secs(20));
-        assert_eq!(out, "out\n");
-        let mut lines = err.lines();
-        assert_eq!(lines.next(), Some("err"));
-        let sleeper: u32 = lines.next().unwrap().parse().unwrap();
-        Process::open(sleeper).unwrap().unwrap().kill().unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(3));
-    }
-
-    #[test]
-    fn gathering_stops_at_the_deadline() {
-        let mut child = Run::new(Program::Shell).args(["-c", "echo early; exec sleep 60"]).spawn().unwrap();
-        let (out, _, ended) = gather(&mut child, Instant::now() + Duration::from_millis(300)).unwrap();
-        assert!(!ended);
-        assert_eq!(out, "early\n");
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }

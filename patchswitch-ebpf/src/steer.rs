@@ -9,6 +9,7 @@ use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Octets as _, Pac
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
+use crate::context::Context;
 use crate::maps;
 use crate::owner::Sockets;
 use crate::packet::{self, Frame, is_ip};
@@ -98,7 +99,7 @@ fn is_quarantined(ifindex: u32) -> bool {
 }
 
 #[inline(always)]
-fn to(slot: Slot, copied: bool) -> Verdict {
+pub fn to(slot: Slot, copied: bool) -> Verdict {
     match (slot, copied) {
         (_, true) => Verdict::ToBoth,
         (Slot::A, false) => Verdict::ToA,
@@ -108,7 +109,7 @@ fn to(slot: Slot, copied: bool) -> Verdict {
 
 /// The partition that owns the packet, or why it is dropped or left to others.
 #[inline(always)]
-fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
+pub fn choose<C: Context>(frame: &Frame<'_, C>) -> Result<Owner, Verdict> {
     let ethertype = frame.ethertype();
     if !is_ip(ethertype) {
         return Err(Verdict::NotOurs);
@@ -134,6 +135,9 @@ fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
     }
     let answer = ask(frame.0, word, &packet, Plain::of(&network));
     let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
+    if owner.both && !C::COPIES {
+        return Err(Verdict::ToBoth);
+    }
     note(word.active(), owner, &network);
     Ok(owner)
 }
@@ -143,7 +147,7 @@ const BOTH: u32 = 2;
 
 /// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
 #[inline(never)]
-fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
+fn ask<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) -> u32 {
     let owner =
         owner(word, packet, &mut Sockets { ctx, active: word.active(), v6: plain.v6, plain: plain.plain });
     owner.slot.index() | if owner.both { BOTH } else { 0 }

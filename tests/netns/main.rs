@@ -38,3 +38,5 @@ mod rig;
 mod shared;
 #[cfg(test)]
 mod udp;
+#[cfg(test)]
+mod xdp;

@@ -11,5 +11,6 @@ mod steer;
 mod sums;
 mod truncated;
 mod wire;
+mod xdp;
 
 use patchswitch_tests::frame;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry, UplinkEntry};
 use patchswitch_common::word::Word;
 
 use super::DataplaneError;
@@ -101,12 +101,13 @@ pub(super) fn addresses(directory: &Path) -> Result<Vec<Address>, DataplaneError
     Ok(hash::<Address, u32>(directory, ADDRESSES)?.keys().flatten().collect())
 }
 
-pub(super) fn uplinks(directory: &Path) -> Result<Vec<u32>, DataplaneError> {
-    Ok(hash::<u32, u32>(directory, UPLINKS)?.keys().flatten().collect())
+pub(super) fn uplinks(directory: &Path) -> Result<Vec<(u32, UplinkEntry)>, DataplaneError> {
+    Ok(hash::<u32, UplinkEntry>(directory, UPLINKS)?.iter().flatten().collect())
 }
 
-pub(super) fn add_uplink(directory: &Path, ifindex: u32) -> Result<(), DataplaneError> {
-    hash::<u32, u32>(directory, UPLINKS)?.insert(ifindex, 1, 0).map_err(failed("write", UPLINKS))
+pub(super) fn add_uplink(directory: &Path, ifindex: u32, mac: [u8; 6]) -> Result<(), DataplaneError> {
+    let entry = UplinkEntry { mac, pad: [0; 2] };
+    hash::<u32, UplinkEntry>(directory, UPLINKS)?.insert(ifindex, entry, 0).map_err(failed("write", UPLINKS))
 }
 
 /// Counts the fresh flows of a slot and removes the stale ones of both.

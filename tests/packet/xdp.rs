@@ -50,13 +50,13 @@ pub(crate) fn compare(frame: &[u8], by_xdp: &Seen, by_tc: &Seen) -> anyhow::Resu
 #[test]
 fn what_is_not_for_this_uplink_is_passed_on() {
     let mut bench = Bench::new("xdpelse").unwrap();
-    bench.word(DRAINING).unwrap();
+    bench.word(Word::steady(Slot::A, 1)).unwrap();
     for family in families() {
         let ours = tcp((family.client, 1000), (family.service, PORT), SYN, b"");
         let uplink = bench.uplink;
         let other = bench.links[0];
         for (what, on, mac, action, verdict) in [
-            ("to the uplink", uplink, uplink.mac, XDP_REDIRECT, "to_b"),
+            ("to the uplink", uplink, uplink.mac, XDP_REDIRECT, "to_a"),
             ("to another link's address", uplink, other.mac, XDP_PASS, "not_ours"),
             ("to everybody", uplink, [0xff; 6], XDP_PASS, "not_ours"),
             ("to a group", uplink, [1, 0, 0x5e, 0, 0, 1], XDP_PASS, "not_ours"),

@@ -80,6 +80,10 @@ pub(super) fn write_settings(directory: &Path, settings: &Settings) -> Result<()
     array::<Settings>(directory, SETTINGS)?.set(0, settings, 0).map_err(failed("write", SETTINGS))
 }
 
+pub(super) fn read_settings(directory: &Path) -> Result<Settings, DataplaneError> {
+    array(directory, SETTINGS)?.get(&0, 0).map_err(failed("read", SETTINGS))
+}
+
 /// Writes a word that nobody maps.
 pub(super) fn write_word(directory: &Path, word: Word) -> Result<(), DataplaneError> {
     array::<u64>(directory, WORD)?.set(0, word.0, 0).map_err(failed("write", WORD))
@@ -112,7 +116,7 @@ pub(super) fn add_uplink(directory: &Path, ifindex: u32, mac: [u8; 6]) -> Result
 
 /// Counts the fresh flows of a slot and removes the stale ones of both.
 pub(super) fn count_learned(directory: &Path, slot: Slot) -> Result<usize, DataplaneError> {
-    let settings: Settings = array(directory, SETTINGS)?.get(&0, 0).map_err(failed("read", SETTINGS))?;
+    let settings = read_settings(directory)?;
     let mut flows = hash::<FlowKey, FlowRecord>(directory, LEARNED)?;
     let now = boot_ns();
     let (mut fresh, mut stale) = (0, Vec::new());

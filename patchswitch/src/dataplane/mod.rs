@@ -333,8 +333,7 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError::SelfTest`] if one does not.
     pub fn self_test_xdp(&self, ends: &[self_test::End<'_>]) -> Result<(), DataplaneError> {
-        let slots = [self.slot(Slot::A)?, self.slot(Slot::B)?];
-        xdp::run(&twin_dir(&self.directory), &slots, &maps::uplinks(&self.directory)?, ends)
+        xdp::run(&self.directory, &twin_dir(&self.directory), ends)
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, D
     let slots = [maps::read_slot(directory, Slot::A)?, maps::read_slot(directory, Slot::B)?];
     self_test::run(&next, &slots, what.ends)?;
     if has_xdp {
-        xdp::run(&next, &slots, &maps::uplinks(directory)?, what.all_ends)?;
+        xdp::run(directory, &next, what.all_ends)?;
     }
     for point in points.iter().copied() {
         let program = load::in_object(&mut ebpf, point)?;

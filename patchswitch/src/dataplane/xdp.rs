@@ -12,7 +12,7 @@ use aya::programs::xdp::{XdpError, XdpLink, XdpMode};
 use aya::programs::{ProgramError, TestRun, TestRunAttrs, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{SlotEntry, UplinkEntry};
+use patchswitch_common::maps::UplinkEntry;
 use patchswitch_common::verdict::Hook as At;
 use patchswitch_common::word::Word;
 
@@ -94,23 +94,20 @@ fn reason(errno: Option<i32>, said: &str) -> String {
 ///
 /// A veth drops what XDP redirects to it if its other end does not poll (NAPI), and a frame that is too long, without
 /// a word: nothing but a frame can tell.
-pub(super) fn run(
-    twin: &Path,
-    slots: &[SlotEntry; 2],
-    uplinks: &[(u32, UplinkEntry)],
-    ends: &[End<'_>],
-) -> Result<(), DataplaneError> {
-    for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(slots) {
+pub(super) fn run(directory: &Path, twin: &Path, ends: &[End<'_>]) -> Result<(), DataplaneError> {
+    maps::write_settings(twin, &maps::read_settings(directory)?)?;
+    let slots = [maps::read_slot(directory, Slot::A)?, maps::read_slot(directory, Slot::B)?];
+    for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(&slots) {
         maps::write_slot(twin, slot, entry)?;
     }
     let program = open(twin)?;
-    for (index, uplink) in uplinks {
-        maps::add_uplink(twin, *index, uplink.mac)?;
+    for (index, uplink) in maps::uplinks(directory)? {
+        maps::add_uplink(twin, index, uplink.mac)?;
         for end in ends {
             let alone = slots[end.slot.other() as usize].ifindex == 0;
             let steady = Word::steady(end.slot, 0);
             maps::write_word(twin, if alone { steady } else { steady.taken_over_by(end.slot.other()) })?;
-            arrives(twin, &program, (*index, uplink), end)?;
+            arrives(twin, &program, (index, uplink), end)?;
         }
     }
     Ok(())
@@ -119,7 +116,7 @@ pub(super) fn run(
 fn arrives(
     twin: &Path,
     program: &Xdp,
-    (index, uplink): (u32, &UplinkEntry),
+    (index, uplink): (u32, UplinkEntry),
     end: &End<'_>,
 ) -> Result<(), DataplaneError> {
     let failed =

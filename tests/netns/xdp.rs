@@ -80,7 +80,7 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     // XDP did it, and left nothing of it to TC.
     let (by_xdp, by_tc) = (steered(&rig, "xdp").unwrap(), steered(&rig, "uplink").unwrap());
     eprintln!("{requests} requests; {by_xdp} packets by XDP, {by_tc} by TC");
-    assert!(by_xdp > 4 * requests as u64 && by_tc == 0, "{by_xdp}, {by_tc}");
+    assert!(by_xdp > 2 * requests as u64 && by_tc == 0, "{by_xdp}, {by_tc}");
     // The host itself and the link go on as ever.
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "10.77.0.1"]).unwrap();
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "fd77::1"]).unwrap();
@@ -204,7 +204,8 @@ fn a_second_attachment_has_tc_where_the_first_one_has_xdp() {
 #[test]
 fn a_device_that_cannot_is_refused_and_nothing_is_left() {
     let mut rig = rig("xdpcannot").unwrap();
-    rig.lab.host.ip_batch("link add none0 type bridge\nlink set none0 up\n").unwrap();
+    // Down, so that its timers stand still.
+    rig.lab.host.ip("link add none0 type bridge").unwrap();
     rig.furnished().unwrap();
     let arguments: Vec<String> = arguments(&rig, "xdp")
         .into_iter()
@@ -227,10 +228,13 @@ fn a_device_that_cannot_is_refused_and_nothing_is_left() {
 fn frames_that_do_not_arrive_are_found_before_anybody_depends_on_them() {
     let mut rig = rig("xdplost").unwrap();
     // A partition that takes nothing from where the self-test's frames are from.
-    for link in ["all", "default"] {
-        rig.lab.b.sysctl(&format!("net/ipv4/conf/{link}/rp_filter"), "1").unwrap();
+    for rule in [
+        "add table ip guard",
+        "add chain ip guard coming { type filter hook input priority 0 ; }",
+        "add rule ip guard coming ip saddr 192.0.2.9 drop",
+    ] {
+        rig.lab.b.run(&[&["nft"][..], &rule.split(' ').collect::<Vec<_>>()].concat()).unwrap();
     }
-    rig.lab.b.ip("rule add to 192.0.2.9 priority 1 blackhole").unwrap();
     rig.furnished().unwrap();
     let error = refused(&rig, "xdp").unwrap();
     assert!(error.contains("did not arrive") && error.contains("everything was undone"), "{error}");

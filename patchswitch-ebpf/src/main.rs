@@ -1,8 +1,8 @@
 //! The path of a packet. Entry points only; each is the same short list, read top to bottom:
 //!
 //! ```text
-//!  clients ─► uplink ─► [ps_xdp], if wanted ─ ours? ─ owner ─► redirect, the rest to
-//!                 └───► [ps_uplink] ─ ours? ─ owner ─► redirect_peer ─► partition
+//!  clients ─► uplink ─► [ps_xdp], if wanted ─ ours? ─ owner ─► redirect ─► partition
+//!               the rest ─► [ps_uplink] ─ ours? ─ owner ─► redirect_peer ─► partition
 //!  host, other partitions ─► [ps_to_part] ─ ours? ─ owner ─► this veth, or the other one
 //!  partition ─► [ps_from_part] ─ learn ─ rewrite ─► redirect_neigh ─► uplink, or the kernel's routes
 //! ```

@@ -354,6 +354,13 @@ impl Bench {
         Ok(aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, to)?)
     }
 
+    /// Another link address of the partitions.
+    pub(crate) fn inner_mac(&mut self, inner_mac: [u8; 6]) -> anyhow::Result<()> {
+        let mut settings = self.array::<Settings>("SETTINGS")?;
+        let old = settings.get(&0, 0)?;
+        Ok(settings.set(0, Settings { inner_mac, ..old }, 0)?)
+    }
+
     /// What the kernel says of a program.
     pub(crate) fn info(&mut self, hook: Hook) -> anyhow::Result<ProgramInfo> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.info()?)

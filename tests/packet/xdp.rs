@@ -116,6 +116,7 @@ fn empty() -> anyhow::Result<aya::Ebpf> {
 #[test]
 fn the_time_of_a_packet_is_told() {
     let mut bench = Bench::new("xdptime").unwrap();
+    bench.inner_mac(bench.uplink.mac).unwrap();
     // A program without uplinks passes every frame after its first question.
     let mut other = empty().unwrap();
     let idle: &mut aya::programs::Xdp = other.program_mut("ps_xdp").unwrap().try_into().unwrap();

@@ -9,8 +9,9 @@ use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_xdp_load_bytes};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use patchswitch_common::parse::{Network, Packet};
 
-use crate::packet::{ps_inbound, ps_network, ps_refused};
-use crate::xdp::{ps_xdp_inbound, ps_xdp_network, ps_xdp_refused};
+use crate::packet::{Frame, ps_inbound, ps_network, ps_refused};
+use crate::steer::ps_owner;
+use crate::xdp::{ps_xdp_inbound, ps_xdp_network, ps_xdp_owner, ps_xdp_refused};
 
 /// The context of a hook.
 pub trait Context {
@@ -46,6 +47,9 @@ pub trait Context {
 
     /// As [`packet::refused`](crate::packet::refused), a global function.
     fn refused(&self, network: &Network) -> i32;
+
+    /// As [`ps_owner`], a global function.
+    fn owner(&self, word: u64, packet: &Packet, how: u32) -> u32;
 }
 
 /// `VLAN_VID_MASK` of `linux/if_vlan.h`.
@@ -105,6 +109,11 @@ impl Context for TcContext {
     fn refused(&self, network: &Network) -> i32 {
         ps_refused(self.skb.skb, network)
     }
+
+    #[inline(always)]
+    fn owner(&self, word: u64, packet: &Packet, how: u32) -> u32 {
+        ps_owner(self.skb.skb, word, packet, how)
+    }
 }
 
 impl Context for XdpContext {
@@ -142,12 +151,10 @@ impl Context for XdpContext {
     /// A tag is in the bytes and is no EtherType of ours; the kernel's own hook behind this one sees to it.
     #[inline(always)]
     fn ethertype(&self) -> u16 {
-        let data = Context::data(self);
-        if data + 14 > Context::data_end(self) {
-            return 0;
+        match Frame(self).head::<14>() {
+            Some(head) => u16::from_be(head.short::<12>()),
+            None => 0,
         }
-        // SAFETY: the bytes lie inside the frame, as just checked.
-        u16::from_be_bytes(unsafe { *((data + 12) as *const [u8; 2]) })
     }
 
     #[inline(always)]
@@ -163,5 +170,10 @@ impl Context for XdpContext {
     #[inline(always)]
     fn refused(&self, network: &Network) -> i32 {
         ps_xdp_refused(self.ctx, network)
+    }
+
+    #[inline(always)]
+    fn owner(&self, word: u64, packet: &Packet, how: u32) -> u32 {
+        ps_xdp_owner(self.ctx, word, packet, how)
     }
 }

@@ -13,6 +13,7 @@
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(
     missing_docs,
     reason = "the attribute of an entry point makes a second function, without its comment"
@@ -22,6 +23,7 @@ mod context;
 mod maps;
 mod owner;
 mod packet;
+mod quick;
 mod reply;
 mod report;
 mod rewrite;

@@ -6,7 +6,7 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry, UplinkEntry,
+    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry, UplinkEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -28,6 +28,10 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 /// The service addresses of both families; the value has no meaning. Written by user space once.
 #[map]
 static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+
+/// The first of them. Written by user space once.
+#[map]
+static QUICK: Array<Quick> = Array::with_max_entries(1, 0);
 
 /// Links on which clients are. Written by user space.
 #[map]
@@ -85,6 +89,12 @@ pub fn settings() -> Settings {
 #[inline(always)]
 pub fn is_service(address: &Address) -> bool {
     ADDRESSES.get_ptr(address).is_some()
+}
+
+/// The addresses that a packet is compared with first.
+#[inline(always)]
+pub fn quick() -> Option<&'static Quick> {
+    QUICK.get(0)
 }
 
 #[inline(always)]

@@ -39,7 +39,8 @@ struct Tuple6 {
 /// The kernel as one packet may ask it.
 pub struct Sockets<'a, C> {
     pub ctx: &'a C,
-    pub active: Slot,
+    /// The side that retires, if one does.
+    pub retiring: Option<Slot>,
     pub v6: bool,
     /// Whether network and transport header lie next to each other, as the SYN cookie check wants them.
     pub plain: bool,
@@ -49,7 +50,7 @@ impl<C: Context> Kernel for Sockets<'_, C> {
     #[inline(always)]
     fn tcp(&mut self, slot: Slot, flow: &Flow, cookie: bool) -> Socket {
         let socket = tcp(self.ctx, slot, flow, Ask { v6: self.v6, cookie: cookie && self.plain });
-        if socket == Socket::None && slot != self.active {
+        if socket == Socket::None && self.retiring == Some(slot) {
             // The kernel does not tell a namespace that is gone from one that has nothing.
             event(Event::NothingInRetiring);
         }

@@ -1,5 +1,6 @@
 //! The only place that touches a packet's bytes.
 
+use core::arch::asm;
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
@@ -37,11 +38,67 @@ impl<C: Context> Octets for Frame<'_, C> {
     }
 }
 
+/// The first `N` bytes of a frame, in the packet itself.
+#[derive(Clone, Copy)]
+pub struct Head<const N: usize>(usize);
+
+/// Reads a number as it lies in a packet, at any address. The compiler would take it for aligned, or read it byte by byte;
+/// the kernel allows the former only where the processor does not care, or where packets lie as it wants them
+/// (`NET_IP_ALIGN`).
+macro_rules! load {
+    ($width:literal, $base:expr, $at:ident) => {{
+        let value: u64;
+        // SAFETY: reads memory of the packet, which `Frame::head` has checked, and nothing else.
+        unsafe {
+            asm!(
+                concat!("{value} = *(", $width, " *)({base} + {at})"),
+                value = out(reg) value, base = in(reg) $base, at = const $at,
+                options(pure, readonly, nostack),
+            );
+        }
+        value
+    }};
+}
+
+impl<const N: usize> Head<N> {
+    #[inline(always)]
+    pub fn byte<const AT: usize>(self) -> u8 {
+        const { assert!(AT < N) };
+        load!("u8", self.0, AT) as u8
+    }
+
+    #[inline(always)]
+    pub fn short<const AT: usize>(self) -> u16 {
+        const { assert!(AT + 2 <= N) };
+        load!("u16", self.0, AT) as u16
+    }
+
+    #[inline(always)]
+    pub fn word<const AT: usize>(self) -> u32 {
+        const { assert!(AT + 4 <= N) };
+        load!("u32", self.0, AT) as u32
+    }
+
+    #[inline(always)]
+    pub fn long<const AT: usize>(self) -> u64 {
+        const { assert!(AT + 8 <= N) };
+        load!("u64", self.0, AT)
+    }
+}
+
 impl<C: Context> Frame<'_, C> {
     /// EtherType in host byte order; 0 if there is the tag of a VLAN, which no service of ours has.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
         self.0.ethertype()
+    }
+
+    /// The first `N` bytes where they lie, if they lie in one piece: without a call, which costs as much as all that is
+    /// done with them.
+    #[inline(always)]
+    pub fn head<const N: usize>(&self) -> Option<Head<N>> {
+        let (data, end) = (self.0.data(), self.0.data_end());
+        if data + N > end { None } else { Some(Head(data)) }
     }
 
     /// The destination address alone: most packets need no more.

@@ -12,7 +12,7 @@ use patchswitch_common::verdict::{Hook, Verdict};
 use crate::maps;
 use crate::packet::{Frame, judge, read_inbound, read_network};
 use crate::report::exit;
-use crate::steer::{choose, to};
+use crate::steer::{choose, find_owner, to};
 
 const PASS: i32 = xdp_action::XDP_PASS as i32;
 const DROP: i32 = xdp_action::XDP_DROP as i32;
@@ -29,6 +29,10 @@ pub fn from_uplink(ctx: &XdpContext) -> i32 {
         Err(verdict) => return exit(Hook::Xdp, verdict, if verdict.drops() { DROP } else { PASS }),
         Ok(owner) => owner,
     };
+    if owner.both {
+        // There is no second one to send. Nothing was noted on the way.
+        return exit(Hook::Xdp, Verdict::ToBoth, PASS);
+    }
     let Some(entry) = maps::slot(owner.slot) else {
         return exit(Hook::Xdp, Verdict::Unsteered, PASS);
     };
@@ -44,12 +48,9 @@ pub fn from_uplink(ctx: &XdpContext) -> i32 {
 fn is_for_host(ctx: &XdpContext) -> bool {
     // SAFETY: a field of the context, which is valid while the program runs.
     let Some(mac) = maps::uplink_mac(unsafe { (*ctx.ctx).ingress_ifindex }) else { return false };
-    let data = ctx.data();
-    if data + 6 > ctx.data_end() {
-        return false;
-    }
-    // SAFETY: the bytes lie inside the frame, as just checked.
-    (unsafe { *(data as *const [u8; 6]) }) == mac
+    let Some(head) = Frame(ctx).head::<6>() else { return false };
+    let [a, b, c, d, e, f] = mac;
+    head.word::<0>() == u32::from_ne_bytes([a, b, c, d]) && head.short::<4>() == u16::from_ne_bytes([e, f])
 }
 
 /// Addresses a frame to a link address; whether that was possible.
@@ -82,6 +83,15 @@ pub extern "C" fn ps_xdp_inbound(frame: *mut xdp_md, network: *const Network, pa
     // SAFETY: as above, and nobody else has it.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
     read_inbound(&XdpContext::new(frame), network, packet)
+}
+
+/// As [`ps_owner`](crate::steer::ps_owner).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn ps_xdp_owner(frame: *mut xdp_md, word: u64, packet: *const Packet, how: u32) -> u32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+    find_owner(&XdpContext::new(frame), word, packet, how)
 }
 
 /// As [`refused`](crate::packet::refused); a negative number is none.

@@ -7,6 +7,7 @@ mod announce;
 #[cfg(test)]
 mod ask;
 #[cfg(test)]
+mod canary;
 mod drain;
 #[cfg(test)]
 mod examples;

@@ -76,7 +76,10 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     }
     assert!(run.idle_uses.iter().all(|u| u.ok && u.instance.as_deref() == Some("a")), "{:?}", run.idle_uses);
     let kept = run.answers.iter().filter(|series| series.class == Class::Keepalive);
-    assert!(kept.flat_map(|series| series.iter()).all(|answer| run.instances[usize::from(answer.instance)] == "a"));
+    assert!(
+        kept.flat_map(|series| series.iter())
+            .all(|answer| run.instances[usize::from(answer.instance)] == "a")
+    );
     // XDP did it, and left nothing of it to TC.
     let (by_xdp, by_tc) = (steered(&rig, "xdp").unwrap(), steered(&rig, "uplink").unwrap());
     eprintln!("{requests} requests; {by_xdp} packets by XDP, {by_tc} by TC");
@@ -187,7 +190,8 @@ fn a_second_attachment_has_tc_where_the_first_one_has_xdp() {
     let rig = rig("xdptwo").unwrap();
     let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
     attach(&rig).unwrap();
-    let other = ["attach", "other", "--address", "10.77.0.20", "--uplink", UPLINK, "--announce", "1", "--hook"];
+    let other =
+        ["attach", "other", "--address", "10.77.0.20", "--uplink", UPLINK, "--announce", "1", "--hook"];
     let spaces = [rig.lab.b.name(), rig.lab.a.name()];
     let error = rig.refused(&[&other[..], &["xdp"], &spaces].concat(), 1).unwrap();
     assert!(error.contains("another XDP program"), "{error}");
@@ -258,7 +262,11 @@ fn what_is_chosen_is_explained() {
     for (hook, of) in [("tc", HookKind::of_this_kernel()), ("clsact", HookKind::Clsact)] {
         let said = rig.ok(&arguments(&rig, hook).iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
         let attachment = &said["attachments"][0];
-        assert_eq!((&attachment["xdp"], &attachment["hook_reason"]), (&false.into(), &"asked for".into()), "{said}");
+        assert_eq!(
+            (&attachment["xdp"], &attachment["hook_reason"]),
+            (&false.into(), &"asked for".into()),
+            "{said}"
+        );
         assert_eq!(attachment["hook"], serde_json::to_value(of).unwrap());
         assert_eq!(on_uplink(&rig), None);
         rig.ok(&["detach", NAME]).unwrap();

@@ -9,9 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::tc::qdisc_add_clsact;
-use aya::programs::{
-    Program, ProgramInfo, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp,
-};
+use aya::programs::{Program, ProgramInfo, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, Pod};
 use patchswitch::dataplane::{self, to_wire};
@@ -19,7 +17,7 @@ use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry, UplinkEntry,
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry, UplinkEntry,
 };
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
@@ -55,6 +53,8 @@ pub(crate) struct Seen {
     pub(crate) mark: u32,
     /// Counters that went up, by name: the verdict first, then events.
     pub(crate) counted: Vec<&'static str>,
+    /// The same of those that compare the two sides.
+    pub(crate) compared: Vec<&'static str>,
 }
 
 /// A link of the host.
@@ -142,9 +142,11 @@ impl Bench {
             };
             self.array("SLOTS")?.set(slot.index(), entry, 0)?;
         }
-        for service in SERVICE {
-            self.hash::<Address, u32>("ADDRESSES")?.insert(to_wire(address(service)), 1, 0)?;
+        let addresses = SERVICE.map(|service| to_wire(address(service)));
+        for service in addresses {
+            self.hash::<Address, u32>("ADDRESSES")?.insert(service, 1, 0)?;
         }
+        self.short_way(true)?;
         let Link { index, mac } = self.uplink;
         Ok(self.hash("UPLINKS")?.insert(index, UplinkEntry { mac, pad: [0; 2] }, 0)?)
     }
@@ -155,6 +157,13 @@ impl Bench {
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    /// Whether packets may take the short way, which knows the first addresses; without it all take the long one.
+    pub(crate) fn short_way(&mut self, is_open: bool) -> anyhow::Result<()> {
+        let addresses = SERVICE.map(|service| to_wire(address(service)));
+        let quick = if is_open { Quick::of(&addresses) } else { Quick::default() };
+        Ok(self.array("QUICK")?.set(0, quick, 0)?)
     }
 
     /// Who serves, who retires.
@@ -250,20 +259,21 @@ impl Bench {
             self.lab.host.enter(|| Ok(program.test_run(options)?))?
         };
         out.truncate(result.data_size_out as usize);
-        let counted = self.counted_since(&before, Hook::Xdp)?;
-        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark: 0, counted })
+        let (compared, counted) = self.counted_since(&before, Hook::Xdp)?;
+        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark: 0, counted, compared })
     }
 
-    /// The counters that went up, with a run of a program.
+    /// The counters that went up with a run of a program: those that compare the two sides, and the others.
     fn counted_since(
         &mut self,
         before: &BTreeMap<&'static str, u64>,
         hook: Hook,
-    ) -> anyhow::Result<Vec<&'static str>> {
+    ) -> anyhow::Result<(Vec<&'static str>, Vec<&'static str>)> {
         *self.runs.entry(hook.name()).or_default() += 1;
         let after = self.counters()?;
         let moved = after.iter().filter(|(name, count)| before.get(*name) != Some(count));
-        Ok(moved.map(|(name, _)| *name).collect())
+        let compares = |name: &&str| EVENTS.iter().any(|event| event.name() == *name && event.compares());
+        Ok(moved.map(|(name, _)| *name).partition(compares))
     }
 
     fn run_filter(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
@@ -286,9 +296,9 @@ impl Bench {
             self.lab.host.enter(|| Ok(program.test_run(options)?))?
         };
         out.truncate(result.data_size_out as usize);
-        let counted = self.counted_since(&before, hook)?;
+        let (compared, counted) = self.counted_since(&before, hook)?;
         let mark = u32::from_ne_bytes(context_out[MARK..MARK + 4].try_into()?);
-        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted })
+        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
     }
 
     /// A packet of a client. It must come out as it went in.
@@ -354,30 +364,9 @@ impl Bench {
         Ok(aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, to)?)
     }
 
-    /// Another link address of the partitions.
-    pub(crate) fn inner_mac(&mut self, inner_mac: [u8; 6]) -> anyhow::Result<()> {
-        let mut settings = self.array::<Settings>("SETTINGS")?;
-        let old = settings.get(&0, 0)?;
-        Ok(settings.set(0, Settings { inner_mac, ..old }, 0)?)
-    }
-
     /// What the kernel says of a program.
     pub(crate) fn info(&mut self, hook: Hook) -> anyhow::Result<ProgramInfo> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.info()?)
-    }
-
-    /// Runs the program for XDP, or another one of that kind, again and again; the time of one run.
-    pub(crate) fn time_xdp(&mut self, other: Option<&Xdp>, frame: &[u8], times: u32) -> anyhow::Result<Duration> {
-        let context = xdp::context(self.uplink.index, frame.len())?;
-        let program: &mut Xdp = self.ebpf.program_mut("ps_xdp").context("no such program")?.try_into()?;
-        let program = other.unwrap_or(program);
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(frame);
-        options.ctx_in = Some(&context);
-        options.repeat = times;
-        let result = self.lab.host.enter(|| Ok(program.test_run(options)?))?;
-        *self.runs.entry(Hook::Xdp.name()).or_default() += if other.is_some() { 0 } else { u64::from(times) };
-        Ok(result.duration)
     }
 
     /// The descriptor of a program.

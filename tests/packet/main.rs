@@ -7,6 +7,7 @@ mod model;
 mod paged;
 mod refuse;
 mod reply;
+mod sharing;
 mod steer;
 mod sums;
 mod truncated;

@@ -4,12 +4,11 @@
 
 use anyhow::ensure;
 use patchswitch_common::Slot;
-use patchswitch_common::verdict::Hook;
 use patchswitch_common::word::Word;
 
-use crate::bench::{Bench, DROP, Link, PORT, REDIRECT, Seen, families};
+use crate::bench::{Bench, DROP, PORT, REDIRECT, Seen, families};
 use crate::frame::{self, Ip, Place, icmp, tcp, udp};
-use crate::steer::{ACK, DRAINING, SYN, connection, listener};
+use crate::steer::{DRAINING, SYN};
 
 /// `XDP_DROP`, `XDP_PASS` and `XDP_REDIRECT`.
 const XDP_DROP: i32 = 1;
@@ -41,7 +40,10 @@ pub(crate) fn compare(frame: &[u8], by_xdp: &Seen, by_tc: &Seen) -> anyhow::Resu
     }
     let counted = if both { &["to_both"][..] } else { by_tc.counted.as_slice() };
     ensure!(
-        by_xdp.action == action && by_xdp.counted == counted && by_xdp.frame == expected,
+        by_xdp.action == action
+            && by_xdp.counted == counted
+            && by_xdp.compared == by_tc.compared
+            && by_xdp.frame == expected,
         "XDP is another's opinion: {by_xdp:?}, TC: {by_tc:?}"
     );
     Ok(())
@@ -86,7 +88,9 @@ fn what_goes_to_both_is_left_to_who_can_copy() {
         let quoted = Ip { place: Some(later), ..udp((family.service, PORT), client, &[7; 64]) };
         let kind = if family.client.is_ipv4() { 3 } else { 1 };
         let error = icmp(family.stranger, family.service, kind, [0; 4], &quoted.bytes());
-        for (what, packet) in [("a fragment before its first", fragment.clone()), ("an error about one", error)] {
+        for (what, packet) in
+            [("a fragment before its first", fragment.clone()), ("an error about one", error)]
+        {
             let frame = packet.frame(uplink.mac);
             let seen = bench.run_xdp(uplink, &frame).unwrap();
             assert_eq!((seen.action, seen.counted.as_slice()), (XDP_PASS, &["to_both"][..]), "{what}");
@@ -100,50 +104,5 @@ fn what_goes_to_both_is_left_to_who_can_copy() {
             assert_eq!((seen.action, seen.counted.as_slice()), (XDP_REDIRECT, &["to_b"][..]));
         }
     }
-    bench.finish().unwrap();
-}
-
-/// Runs of a program for one measurement, and measurements of which the middle one counts.
-const RUNS: u32 = 100_000;
-const ROUNDS: usize = 5;
-
-/// Passes every frame.
-fn empty() -> anyhow::Result<aya::Ebpf> {
-    let object = aya::EbpfLoader::new().load(&patchswitch::dataplane::object()?)?;
-    Ok(object)
-}
-
-#[test]
-fn the_time_of_a_packet_is_told() {
-    let mut bench = Bench::new("xdptime").unwrap();
-    bench.inner_mac(bench.uplink.mac).unwrap();
-    // A program without uplinks passes every frame after its first question.
-    let mut other = empty().unwrap();
-    let idle: &mut aya::programs::Xdp = other.program_mut("ps_xdp").unwrap().try_into().unwrap();
-    idle.load().unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        let frame_of = |port, link: Link| {
-            tcp((family.client, port), (family.service, PORT), ACK, b"data").frame(link.mac)
-        };
-        let mut lines = Vec::new();
-        for (what, word, port, counted) in [
-            ("steady", Word::steady(Slot::A, 1), 1000, true),
-            ("draining, kept", DRAINING, 1000, true),
-            ("draining, new", DRAINING, 1001, true),
-            ("no uplink", DRAINING, 1000, false),
-        ] {
-            bench.word(word).unwrap();
-            let frame = frame_of(port, bench.uplink);
-            let mut times: Vec<_> = (0..ROUNDS)
-                .map(|_| bench.time_xdp((!counted).then_some(&*idle), &frame, RUNS).unwrap())
-                .collect();
-            times.sort_unstable();
-            lines.push(format!("{what}: {} ns", times[ROUNDS / 2].as_nanos()));
-        }
-        println!("{}: {}", family.service, lines.join(", "));
-    }
-    assert_eq!(bench.info(Hook::Xdp).unwrap().name_as_str(), Some("ps_xdp"));
     bench.finish().unwrap();
 }

@@ -14,6 +14,7 @@
 
 mod announce;
 mod build;
+mod canary;
 mod drain;
 mod error;
 mod flows;
@@ -30,6 +31,7 @@ mod wiring;
 mod xdp;
 
 pub use announce::AGAIN as ANNOUNCE_AGAIN;
+pub use canary::{Canary, CanaryReport, Conduct};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
@@ -417,7 +419,8 @@ impl Attachment {
         Ok(self.plane.store(word, word.with_learning(true))?)
     }
 
-    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten.
+    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten. Of two sides that share,
+    /// the one that is not active would lose its flows: to be ended by a switch first.
     ///
     /// # Errors
     /// [`AttachError::Dataplane`].
@@ -475,6 +478,7 @@ pub fn phase_name(word: Word) -> &'static str {
     match word.phase() {
         Phase::Steady => "steady",
         Phase::Draining => "draining",
+        Phase::Sharing => "sharing",
     }
 }
 

@@ -69,9 +69,7 @@ fn on_virtual(link: &Link) -> String {
 /// Why the programs are where they are, for people.
 pub(super) fn reason(spec: &Spec, links: &[Link]) -> String {
     match spec.hook {
-        Some(HookKind::Xdp) => {
-            "asked for: in the driver, and TC for what XDP leaves to it".to_owned()
-        }
+        Some(HookKind::Xdp) => "asked for: in the driver, and TC for what XDP leaves to it".to_owned(),
         Some(HookKind::Tcx | HookKind::Clsact) => "asked for".to_owned(),
         None => {
             let reasons: Vec<_> = uplinks(spec, links).map(reason_for_tc).collect();
@@ -84,7 +82,9 @@ fn reason_for_tc(link: &Link) -> String {
     let name = &link.name;
     if is_virtual(link) {
         let kind = link.kind.as_deref().unwrap_or_default();
-        return format!("{name} is virtual ({kind}), where XDP comes no earlier and loses sums and joined segments");
+        return format!(
+            "{name} is virtual ({kind}), where XDP comes no earlier and loses sums and joined segments"
+        );
     }
     format!(
         "on {name} only TC gets what the card joins and sums; if its driver has native XDP, --hook xdp takes packets \

@@ -130,11 +130,7 @@ pub(super) fn attach(directory: &Path, hook: &Hook) -> Result<(), DataplaneError
 }
 
 /// Puts a program into the place of the one that is attached, at once.
-pub(super) fn update(
-    directory: &Path,
-    hook: &Hook,
-    program: &mut Program,
-) -> Result<(), DataplaneError> {
+pub(super) fn update(directory: &Path, hook: &Hook, program: &mut Program) -> Result<(), DataplaneError> {
     match program {
         Program::Xdp(program) => xdp::update(directory, hook, program),
         Program::SchedClassifier(program) => update_filter(directory, hook, program),
@@ -142,11 +138,7 @@ pub(super) fn update(
     }
 }
 
-fn update_filter(
-    directory: &Path,
-    hook: &Hook,
-    program: &mut SchedClassifier,
-) -> Result<(), DataplaneError> {
+fn update_filter(directory: &Path, hook: &Hook, program: &mut SchedClassifier) -> Result<(), DataplaneError> {
     let failed = |error: ProgramError| refused("replace", hook.point.program(), &error);
     let link = match hook.kind {
         HookKind::Tcx | HookKind::Xdp => {

@@ -1,4 +1,7 @@
-#![expect(unsafe_code, reason = "ioctl has no safe form: what the kernel reads and writes depends on the request")]
+#![expect(
+    unsafe_code,
+    reason = "ioctl has no safe form: what the kernel reads and writes depends on the request"
+)]
 //! Settings of network devices that have no place in rtnetlink (`ethtool(8)`), in the calling thread's namespace.
 
 use std::io;

@@ -6,7 +6,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry, UplinkEntry,
+    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry,
+    UplinkEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;

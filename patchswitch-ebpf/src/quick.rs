@@ -137,7 +137,8 @@ macro_rules! transport {
             if ($at + UDP_HEADER) as u32 > end {
                 return None;
             }
-            (packet.flow.remote_port, packet.flow.local_port) = (head.short::<$at>(), head.short::<{ $at + 2 }>());
+            (packet.flow.remote_port, packet.flow.local_port) =
+                (head.short::<$at>(), head.short::<{ $at + 2 }>());
             packet.flow.protocol = UDP;
             packet.transport = Transport::Udp;
             Some(())

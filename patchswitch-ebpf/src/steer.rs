@@ -161,7 +161,8 @@ pub fn owner_of<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) 
 
 #[inline(always)]
 fn count_asked(slot: Slot, packet: &Packet) {
-    if packet.kind == Kind::Direct && packet.transport == Transport::Tcp && packet.flags & (SYN | ACK) == SYN {
+    if packet.kind == Kind::Direct && packet.transport == Transport::Tcp && packet.flags & (SYN | ACK) == SYN
+    {
         event(Event::asked(slot));
     }
 }

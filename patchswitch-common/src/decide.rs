@@ -164,7 +164,7 @@ fn hundredth(flow: &Flow) -> u32 {
     let mixed = mix(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
     let mixed = mix(mixed ^ u64::from_ne_bytes(rest));
     let mixed = mix(mixed ^ (ports | local << 32));
-    ((mixed >> 32) * 100 >> 32) as u32
+    (((mixed >> 32) * 100) >> 32) as u32
 }
 
 /// The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every one given.
@@ -187,6 +187,18 @@ fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
         (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
     };
     if kept { retiring } else { active }
+}
+
+/// Whether the retiring partition keeps a TCP segment, as far as a look at its socket alone tells: by the socket's state,
+/// or that there is none. Nothing if that takes a second question.
+#[inline(always)]
+pub const fn at_once(state: Option<u32>, flags: u8) -> Option<bool> {
+    match state {
+        None | Some(tcp_state::CLOSE) => Some(false),
+        Some(tcp_state::LISTEN) if flags & (SYN | RST | ACK) != ACK => Some(false),
+        Some(tcp_state::LISTEN | tcp_state::TIME_WAIT) => None,
+        Some(_) => Some(true),
+    }
 }
 
 /// Whether the retiring partition keeps a TCP segment.
@@ -330,6 +342,44 @@ mod tests {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
             let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
             assert_eq!((got, kernel.asked), (alone(expected), asked), "{rule}");
+        }
+    }
+
+    #[test]
+    fn what_is_told_at_once_is_what_the_rules_say() {
+        let states = [
+            (None, NONE),
+            (Some(tcp_state::CLOSE), NONE),
+            (Some(tcp_state::LISTEN), LISTEN),
+            (Some(tcp_state::TIME_WAIT), TW),
+            (Some(tcp_state::ESTABLISHED), CONN),
+            // SYN_SENT, SYN_RECV, LAST_ACK, NEW_SYN_RECV.
+            (Some(2), CONN),
+            (Some(3), CONN),
+            (Some(9), CONN),
+            (Some(12), CONN),
+        ];
+        for (state, retiring) in states {
+            for flags in 0..=0x3f {
+                let mut told = [false; 2];
+                for active in [NONE, LISTEN, COOKIE, CONN, TW] {
+                    // A listener's opinion on a cookie is a second question.
+                    for retiring in [retiring, if retiring == LISTEN { COOKIE } else { retiring }] {
+                        let mut kernel =
+                            Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+                        let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
+                        told[usize::from(got.slot == Slot::A)] = true;
+                        let at_once = at_once(state, flags);
+                        assert!(
+                            at_once.is_none_or(|kept| kept == (got.slot == Slot::A)),
+                            "{state:?} {flags:#x}"
+                        );
+                    }
+                }
+                // It is silent only where the answer depends on more.
+                let is_silent = at_once(state, flags).is_none();
+                assert!(!is_silent || told == [true; 2] || flags & SYN != 0, "{state:?} {flags:#x}");
+            }
         }
     }
 

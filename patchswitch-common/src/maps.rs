@@ -53,9 +53,27 @@ pub struct Settings {
     pub probe_mark: u32,
     /// The link address of both partitions.
     pub inner_mac: [u8; 6],
+    /// UDP port whose datagrams are QUIC with connection ids of a known form, network byte order; 0: none.
+    pub quic_port: u16,
+    /// Where in a connection id the part begins that tells who made it.
+    pub cid_offset: u8,
+    /// How many bytes that part has, at most [`CID`].
+    pub cid_len: u8,
     /// Padding, 0.
-    pub pad: [u8; 6],
+    pub pad: [u8; 2],
+    /// Which bits of that part count; behind it, none.
+    pub cid_mask: [u8; CID],
+    /// UDP ports of which each datagram stands for itself, network byte order; 0: none.
+    pub stateless: [u16; STATELESS],
 }
+
+/// The longest part of a connection id that is looked at, in bytes.
+pub const CID: usize = 16;
+/// How many ports may be stateless.
+pub const STATELESS: usize = 8;
+
+/// The protocol number of a learned flow that is not one but a part of a connection id; IANA keeps it for itself.
+pub const OF_CID: u8 = 255;
 
 /// How many service addresses of each family are compared with a packet's before the table of all is asked.
 pub const QUICK: usize = 4;
@@ -195,7 +213,7 @@ pub struct FragmentRecord {
 const _: () = {
     assert!(size_of::<SlotEntry>() == 40);
     assert!(size_of::<UplinkEntry>() == 8);
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 56);
     assert!(size_of::<Quick>() == 96);
     assert!(size_of::<FlowKey>() == 24);
     assert!(size_of::<FlowRecord>() == 32);

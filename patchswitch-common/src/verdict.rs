@@ -218,22 +218,24 @@ pub enum Event {
     /// The retiring partition had not even a listener for a TCP packet: it has closed the port, or its network namespace
     /// is gone.
     NothingInRetiring = 8,
+    /// A client of QUIC went on from another address, and its connection id told whose it is.
+    Moved = 9,
     /// A SYN went to slot A. This and what follows is counted only while there are two sides to compare.
-    AskedA = 9,
+    AskedA = 10,
     /// A SYN went to slot B.
-    AskedB = 10,
+    AskedB = 11,
     /// Slot A accepted a connection: it sent a SYN with ACK.
-    AnsweredA = 11,
+    AnsweredA = 12,
     /// Slot B accepted a connection.
-    AnsweredB = 12,
+    AnsweredB = 13,
     /// Slot A reset a connection or refused one.
-    ResetA = 13,
+    ResetA = 14,
     /// Slot B reset a connection or refused one.
-    ResetB = 14,
+    ResetB = 15,
 }
 
 /// All events, in the order of their counters.
-pub const EVENTS: [Event; 15] = [
+pub const EVENTS: [Event; 16] = [
     Event::Learned,
     Event::LearnFull,
     Event::RewrittenV4,
@@ -243,6 +245,7 @@ pub const EVENTS: [Event; 15] = [
     Event::KeptByRetiring,
     Event::FragmentIdShared,
     Event::NothingInRetiring,
+    Event::Moved,
     Event::AskedA,
     Event::AskedB,
     Event::AnsweredA,
@@ -264,6 +267,7 @@ impl Event {
             Self::KeptByRetiring => "kept_by_retiring",
             Self::FragmentIdShared => "fragment_id_shared",
             Self::NothingInRetiring => "nothing_in_retiring",
+            Self::Moved => "moved",
             Self::AskedA => "asked_a",
             Self::AskedB => "asked_b",
             Self::AnsweredA => "answered_a",

@@ -6,8 +6,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry,
-    UplinkEntry,
+    Address, CID, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, STATELESS, Settings,
+    SlotEntry, UplinkEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -82,9 +82,22 @@ pub fn slot_of(ifindex: u32) -> Option<Slot> {
     }
 }
 
+/// Settings that are not written yet: nothing is declared.
+static NOTHING: Settings = Settings {
+    learned_idle_ns: 0,
+    probe_mark: 0,
+    inner_mac: [0; 6],
+    quic_port: 0,
+    cid_offset: 0,
+    cid_len: 0,
+    pad: [0; 2],
+    cid_mask: [0; CID],
+    stateless: [0; STATELESS],
+};
+
 #[inline(always)]
-pub fn settings() -> Settings {
-    SETTINGS.get(0).copied().unwrap_or_default()
+pub fn settings() -> &'static Settings {
+    SETTINGS.get(0).unwrap_or(&NOTHING)
 }
 
 #[inline(always)]

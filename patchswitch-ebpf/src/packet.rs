@@ -61,6 +61,13 @@ macro_rules! load {
 }
 
 impl<const N: usize> Head<N> {
+    /// Where `LENGTH` bytes from `AT` on are.
+    #[inline(always)]
+    pub fn address<const AT: usize, const LENGTH: usize>(self) -> usize {
+        const { assert!(AT + LENGTH <= N) };
+        self.0 + AT
+    }
+
     #[inline(always)]
     pub fn byte<const AT: usize>(self) -> u8 {
         const { assert!(AT < N) };

@@ -6,18 +6,19 @@
 
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{ACK, Owner, SYN};
+use patchswitch_common::decide::{ACK, Owner, SYN, at_once, tcp_state};
 use patchswitch_common::maps::{Address, Quick, mapped};
 use patchswitch_common::parse::protocol::{TCP, UDP};
 use patchswitch_common::parse::{ETH_IPV4, LINK_HEADER, Network, Octets as _, Packet, Transport};
-use patchswitch_common::verdict::{Hook, Verdict};
+use patchswitch_common::verdict::{Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
 use crate::context::Context;
 use crate::maps;
+use crate::owner::{TUPLE4, TUPLE6, state_at};
 use crate::packet::{Frame, Head};
 use crate::reply::{count_side, next_hop};
-use crate::report::exit;
+use crate::report::{event, exit};
 use crate::steer::{Plain, owner_of};
 
 /// Offset of the payload behind a header without options.
@@ -51,6 +52,12 @@ fn choose4<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
     if word.phase() == Phase::Steady {
         return Some(Ok(Owner { slot: word.active(), both: false }));
     }
+    if word.phase() == Phase::Draining
+        && head.byte::<23>() == TCP
+        && let Some(slot) = kept4(frame, end, word.active())
+    {
+        return Some(Ok(Owner { slot, both: false }));
+    }
     let mut packet = Packet::EMPTY;
     packet.flow.remote = address4(head.word::<26>());
     packet.flow.local = address4(head.word::<30>());
@@ -58,7 +65,7 @@ fn choose4<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
         TCP => tcp4(frame, end, &mut packet)?,
         _ => udp4(frame, end, &mut packet)?,
     }
-    Some(Ok(owner_of(frame.0, word, &packet, Plain { v6: false, plain: true })))
+    Some(Ok(owner_of(frame.0, word, &packet, Plain { v6: false, plain: true, payload: PAYLOAD4 as u32 })))
 }
 
 #[inline(always)]
@@ -76,6 +83,12 @@ fn choose6<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
     if word.phase() == Phase::Steady {
         return Some(Ok(Owner { slot: word.active(), both: false }));
     }
+    if word.phase() == Phase::Draining
+        && head.byte::<20>() == TCP
+        && let Some(slot) = kept6(frame, end, word.active())
+    {
+        return Some(Ok(Owner { slot, both: false }));
+    }
     let mut packet = Packet::EMPTY;
     packet.flow.remote = address6(head.long::<22>(), head.long::<30>());
     packet.flow.local = address6(head.long::<38>(), head.long::<46>());
@@ -83,7 +96,7 @@ fn choose6<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
         TCP => tcp6(frame, end, &mut packet)?,
         _ => udp6(frame, end, &mut packet)?,
     }
-    Some(Ok(owner_of(frame.0, word, &packet, Plain { v6: true, plain: true })))
+    Some(Ok(owner_of(frame.0, word, &packet, Plain { v6: true, plain: true, payload: PAYLOAD6 as u32 })))
 }
 
 /// A packet that goes to none of the quick table's addresses.
@@ -115,7 +128,23 @@ fn end6<C: Context>(frame: &Frame<'_, C>, head: Head<PAYLOAD6>) -> Option<u32> {
 
 /// Makes the readers of the two transport headers behind one of the two network headers.
 macro_rules! transport {
-    ($tcp:ident, $udp:ident, $at:ident) => {
+    ($tcp:ident, $udp:ident, $at:ident, $kept:ident, $source:literal, $tuple:ident) => {
+        /// Who gets a TCP segment while somebody retires, if one look at the retiring side's socket tells.
+        #[inline(always)]
+        fn $kept<C: Context>(frame: &Frame<'_, C>, end: u32, active: Slot) -> Option<Slot> {
+            let head = frame.head::<{ $at + TCP_HEADER }>()?;
+            let length = u32::from(head.byte::<{ $at + 12 }>() >> 4) * 4;
+            let ports = head.short::<$at>() != 0 && head.short::<{ $at + 2 }>() != 0;
+            if !ports || length < TCP_HEADER as u32 || $at as u32 + length > end {
+                return None;
+            }
+            let flags = head.byte::<{ $at + 13 }>();
+            let tuple = head.address::<$source, $tuple>();
+            let state = state_at::<$tuple>(frame.0, active.other(), tuple);
+            let kept = at_once(state, flags)?;
+            Some(told(active, state, flags, kept))
+        }
+
         #[inline(always)]
         fn $tcp<C: Context>(frame: &Frame<'_, C>, end: u32, packet: &mut Packet) -> Option<()> {
             let head = frame.head::<{ $at + TCP_HEADER }>()?;
@@ -146,8 +175,24 @@ macro_rules! transport {
     };
 }
 
-transport!(tcp4, udp4, PAYLOAD4);
-transport!(tcp6, udp6, PAYLOAD6);
+transport!(tcp4, udp4, PAYLOAD4, kept4, 26, TUPLE4);
+transport!(tcp6, udp6, PAYLOAD6, kept6, 22, TUPLE6);
+
+/// Counts what was told at once, as the long way does.
+#[inline(always)]
+fn told(active: Slot, state: Option<u32>, flags: u8, kept: bool) -> Slot {
+    let slot = if kept { active.other() } else { active };
+    if matches!(state, None | Some(tcp_state::CLOSE)) {
+        event(Event::NothingInRetiring);
+    }
+    if kept {
+        event(Event::KeptByRetiring);
+    }
+    if flags & (SYN | ACK) == SYN {
+        event(Event::asked(slot));
+    }
+    slot
+}
 
 /// Sends on what a partition answers from a service address; nothing if that takes the long way.
 #[inline(always)]

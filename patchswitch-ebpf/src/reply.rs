@@ -10,6 +10,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, RST, SYN, Socket};
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
 use patchswitch_common::parse::{Fragment, Kind, Network, Octets as _, Packet, Transport, protocol};
+use patchswitch_common::quic::{self, is_quic, is_stateless};
 use patchswitch_common::refuse;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
@@ -94,7 +95,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     {
         count_side(slot, word, &packet);
         if word.learns() && (slot == word.active() || word.phase() == Phase::Sharing) {
-            learn(slot, &packet);
+            learn(ctx, slot, &packet, network.payload);
         } else if word.notice() && retires {
             from_service |= rewrite::reply(ctx, slot, &network, &packet, &mut source);
         }
@@ -254,14 +255,28 @@ pub fn count_side(slot: Slot, word: Word, packet: &Packet) {
 
 /// Remembers a flow that the serving partition answered and that no socket will tell of.
 #[inline(never)]
-fn learn(slot: Slot, packet: &Packet) {
+fn learn(ctx: &TcContext, slot: Slot, packet: &Packet, payload: u32) {
     if packet.kind != Kind::Direct
         || packet.transport == Transport::Tcp
+        || is_stateless(maps::settings(), &packet.flow)
         || !maps::is_service(&packet.flow.local)
     {
         return;
     }
     remember(slot, packet, &packet.flow.local);
+    if is_quic(maps::settings(), &packet.flow) {
+        learn_id(ctx, slot, &packet.flow.local, payload);
+    }
+}
+
+/// Remembers the connection id that the serving partition has given a client.
+#[inline(never)]
+fn learn_id(ctx: &TcContext, slot: Slot, local: &Address, payload: u32) {
+    let Some(key) = quic::of_server(&Frame(ctx), payload, maps::settings()) else { return };
+    let record = FlowRecord { seen_ns: maps::now(), local: *local, slot: slot.index(), pad: 0 };
+    if !maps::learn(&key, &record) {
+        event(Event::LearnFull);
+    }
 }
 
 /// Writes or refreshes a learned flow.

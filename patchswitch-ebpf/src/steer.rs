@@ -4,9 +4,10 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{ACK, Owner, SYN, owner};
+use patchswitch_common::decide::{ACK, Owner, SYN, by_share, owner};
 use patchswitch_common::maps::{FragmentKey, FragmentRecord};
 use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Octets as _, Packet, Transport};
+use patchswitch_common::quic::is_stateless;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
@@ -138,7 +139,7 @@ pub fn choose<C: Context>(frame: &Frame<'_, C>) -> Result<Owner, Verdict> {
     if !packet::inbound(frame.0, &network, &mut packet) {
         return Err(Verdict::Malformed);
     }
-    let owner = owner_of(frame.0, word, &packet, Plain::of(&network));
+    let owner = owner_of(frame.0, word, &packet, Plain::of(&network, &packet));
     if C::COPIES || !owner.both {
         note(owner, &network);
     }
@@ -173,11 +174,13 @@ const BOTH: u32 = 2;
 const V6: u32 = 1;
 /// The same.
 const PLAIN: u32 = 2;
+/// The place of [`Plain::payload`] in it.
+const PAYLOAD: u32 = 8;
 
 #[inline(always)]
 fn ask<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) -> u32 {
     let how = if plain.v6 { V6 } else { 0 } | if plain.plain { PLAIN } else { 0 };
-    ctx.owner(word.0, packet, how)
+    ctx.owner(word.0, packet, how | plain.payload << PAYLOAD)
 }
 
 /// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
@@ -196,7 +199,12 @@ pub extern "C" fn ps_owner(skb: *mut __sk_buff, word: u64, packet: *const Packet
 pub fn find_owner<C: Context>(ctx: &C, word: u64, packet: &Packet, how: u32) -> u32 {
     let word = Word(word);
     let retiring = if word.phase() == Phase::Draining { Some(word.active().other()) } else { None };
-    let mut sockets = Sockets { ctx, retiring, v6: how & V6 != 0, plain: how & PLAIN != 0 };
+    if packet.transport == Transport::Udp && is_stateless(maps::settings(), &packet.flow) {
+        let shares = word.phase() == Phase::Sharing;
+        return if shares { by_share(word, &packet.flow).index() } else { word.active().index() };
+    }
+    let payload = how >> PAYLOAD;
+    let mut sockets = Sockets { ctx, retiring, v6: how & V6 != 0, plain: how & PLAIN != 0, payload };
     let owner = owner(word, packet, &mut sockets);
     owner.slot.index() | if owner.both { BOTH } else { 0 }
 }
@@ -221,13 +229,16 @@ pub struct Plain {
     pub v6: bool,
     /// Whether the transport header follows an option-less network header.
     pub plain: bool,
+    /// Where the transport header of the packet itself is; 0 if it has none, or speaks of another packet.
+    pub payload: u32,
 }
 
 impl Plain {
     #[inline(always)]
-    fn of(network: &Network) -> Self {
+    fn of(network: &Network, packet: &Packet) -> Self {
         let length = if network.v6 { 40 } else { 20 };
         let plain = network.payload == LINK_HEADER + length && network.fragment == Fragment::Whole;
-        Self { v6: network.v6, plain }
+        let payload = if packet.kind == Kind::Direct { network.payload } else { 0 };
+        Self { v6: network.v6, plain, payload }
     }
 }

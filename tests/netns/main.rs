@@ -30,6 +30,7 @@ mod local;
 #[cfg(test)]
 mod quarantine;
 #[cfg(test)]
+mod quic;
 mod reassert;
 #[cfg(test)]
 mod reload;

@@ -130,7 +130,7 @@ impl Bench {
             learned_idle_ns: IDLE_NS,
             probe_mark: dataplane::PROBE_MARK,
             inner_mac: crate::frame::SENDER,
-            pad: [0; 6],
+            ..Settings::default()
         };
         self.array("SETTINGS")?.set(0, settings, 0)?;
         for (slot, own) in [(Slot::A, OWN_A), (Slot::B, OWN_B)] {
@@ -157,6 +157,13 @@ impl Bench {
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    /// Declares what is known of datagrams.
+    pub(crate) fn declare(&mut self, change: impl Fn(Settings) -> Settings) -> anyhow::Result<()> {
+        let mut settings = self.array::<Settings>("SETTINGS")?;
+        let now = settings.get(&0, 0)?;
+        Ok(settings.set(0, change(now), 0)?)
     }
 
     /// Whether packets may take the short way, which knows the first addresses; without it all take the long one.
@@ -239,10 +246,30 @@ impl Bench {
         if hook != Hook::Uplink || frame.len() > xdp::LONGEST {
             return self.run_filter(hook, on, mark, frame);
         }
+        let flows = self.flows()?;
         let before = self.run_xdp(on, frame)?;
+        self.put_back(&flows)?;
         let seen = self.run_filter(hook, on, mark, frame)?;
         xdp::compare(frame, &before, &seen)?;
         Ok(seen)
+    }
+
+    /// The learned flows.
+    fn flows(&mut self) -> anyhow::Result<Vec<(FlowKey, FlowRecord)>> {
+        Ok(self.hash("LEARNED")?.iter().collect::<Result<_, _>>()?)
+    }
+
+    /// Makes the learned flows what they were: what one program learned of a packet, the other one has to learn itself.
+    fn put_back(&mut self, flows: &[(FlowKey, FlowRecord)]) -> anyhow::Result<()> {
+        let now = self.flows()?;
+        let mut map = self.hash::<FlowKey, FlowRecord>("LEARNED")?;
+        for (key, _) in now.iter().filter(|(key, _)| flows.iter().all(|(old, _)| old != key)) {
+            map.remove(key)?;
+        }
+        for (key, record) in flows.iter().filter(|flow| !now.contains(flow)) {
+            map.insert(key, record, 0)?;
+        }
+        Ok(())
     }
 
     /// Sends a frame through the program for XDP, as if it had come on a link.

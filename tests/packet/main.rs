@@ -2,6 +2,7 @@
 
 mod bench;
 mod cost;
+mod datagrams;
 mod host;
 mod model;
 mod paged;

@@ -49,6 +49,7 @@ use patchswitch_common::word::{Phase, Word};
 
 use self::record::identity;
 use self::settings::Settings;
+use crate::config::Datagrams;
 use crate::dataplane::{Dataplane, HookKind, Replacement};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::netns::{Netns, NetnsRef};
@@ -69,6 +70,8 @@ pub struct Spec {
     pub uplinks: Vec<String>,
     /// After this time without an answer a flow without a socket of its own is forgotten.
     pub udp_idle: Duration,
+    /// What is declared of its datagrams.
+    pub datagrams: Datagrams,
     /// How programs are attached; nothing: the best that this kernel has. With [`HookKind::Xdp`] the uplinks have XDP
     /// in addition to that.
     pub hook: Option<HookKind>,
@@ -255,16 +258,18 @@ impl Attachment {
         Ok(there.any(|link| !known.contains(&link.index)))
     }
 
-    /// Changes [`Spec::udp_idle`]; whether it was another one.
+    /// Changes [`Spec::udp_idle`] and [`Spec::datagrams`]; whether they were others.
     ///
     /// # Errors
-    /// [`AttachError::Dataplane`], [`AttachError::Record`].
-    pub fn set_udp_idle(&mut self, udp_idle: Duration) -> Result<bool, AttachError> {
-        if self.record.udp_idle == udp_idle {
+    /// [`AttachError::Refused`] if they make no sense, [`AttachError::Dataplane`], [`AttachError::Record`].
+    pub fn set_datagrams(&mut self, udp_idle: Duration, datagrams: &Datagrams) -> Result<bool, AttachError> {
+        if self.record.udp_idle == udp_idle && self.record.datagrams == *datagrams {
             return Ok(false);
         }
-        self.plane.set_settings(&build::map_settings(&self.record.name, udp_idle))?;
+        datagrams.check().map_err(|error| AttachError::Refused(error.to_string()))?;
+        self.plane.set_settings(&build::map_settings(&self.record.name, udp_idle, datagrams))?;
         self.record.udp_idle = udp_idle;
+        self.record.datagrams = datagrams.clone();
         self.record.save()?;
         Ok(true)
     }

@@ -133,6 +133,7 @@ mod tests {
             addresses: Vec::new(),
             uplinks: vec!["eth0".to_owned()],
             udp_idle: super::super::UDP_IDLE,
+            datagrams: crate::config::Datagrams::default(),
             hook,
             of_service: false,
         }

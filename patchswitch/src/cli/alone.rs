@@ -10,6 +10,7 @@ use patchswitch::attachment::{
     ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE,
     View, phase_name,
 };
+use patchswitch::config::{Datagrams, Quic};
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::doctor::{self, Item};
 use patchswitch::exit::ExitCode;
@@ -56,6 +57,14 @@ pub(crate) struct Attach {
     /// After so many seconds without an answer a datagram flow that was remembered for a switch is forgotten.
     #[arg(long, value_name = "SECONDS", default_value_t = UDP_IDLE.as_secs_f64())]
     udp_idle: f64,
+    /// A UDP port of which each datagram stands for itself, as those of DNS: with a switch all go to the new partition.
+    /// May be given several times.
+    #[arg(long, value_name = "PORT")]
+    stateless: Vec<u16>,
+    /// A port of QUIC, and which bytes of its servers' connection ids tell who made them: clients that go on from
+    /// another address stay with the partition that has them.
+    #[arg(long, value_name = "PORT:OFFSET:LENGTH[:MASK]")]
+    quic: Option<Quic>,
     /// How often neighbours on the uplinks are told (ARP, NDP) where the addresses are; a second apart.
     #[arg(long, value_name = "TIMES", default_value = "2", value_parser = clap::value_parser!(u32).range(1..=60))]
     announce: u32,
@@ -83,6 +92,7 @@ impl Attach {
             addresses: self.addresses.clone(),
             uplinks: self.uplinks.clone(),
             udp_idle: Duration::try_from_secs_f64(self.udp_idle)?,
+            datagrams: Datagrams { stateless: self.stateless.clone(), quic: self.quic },
             hook: match self.hook {
                 HookChoice::Auto => None,
                 HookChoice::Tc => Some(HookKind::of_this_kernel()),

@@ -32,6 +32,16 @@ pub struct SlotEntry {
     pub own6: Address,
 }
 
+/// Value of the table of uplinks: what XDP has to know of one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UplinkEntry {
+    /// Its link address: a frame to another one is not for this host.
+    pub mac: [u8; 6],
+    /// Padding, 0.
+    pub pad: [u8; 2],
+}
+
 /// Value of the settings table: what does not change during a switch.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -202,6 +212,7 @@ pub struct FragmentRecord {
 
 const _: () = {
     assert!(size_of::<SlotEntry>() == 40);
+    assert!(size_of::<UplinkEntry>() == 8);
     assert!(size_of::<Settings>() == 56);
     assert!(size_of::<Quick>() == 96);
     assert!(size_of::<FlowKey>() == 24);
@@ -217,6 +228,8 @@ mod pod {
 
     // SAFETY: `#[repr(C)]`, no implicit padding (sizes proved above), every bit pattern valid.
     unsafe impl aya::Pod for SlotEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for UplinkEntry {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Settings {}
     // SAFETY: as above.

@@ -15,10 +15,12 @@ pub enum Hook {
     ToPartition = 1,
     /// Ingress of a host-side veth: from a partition.
     FromPartition = 2,
+    /// Ingress of an uplink by XDP, before [`Hook::Uplink`], which gets what this one passes on.
+    Xdp = 3,
 }
 
 /// All hooks, in the order of their counters.
-pub const HOOKS: [Hook; 3] = [Hook::Uplink, Hook::ToPartition, Hook::FromPartition];
+pub const HOOKS: [Hook; 4] = [Hook::Uplink, Hook::ToPartition, Hook::FromPartition, Hook::Xdp];
 
 /// How a program ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +187,7 @@ impl Hook {
             Self::Uplink => "uplink",
             Self::ToPartition => "to_partition",
             Self::FromPartition => "from_partition",
+            Self::Xdp => "xdp",
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The path of a packet. Entry points only; each is the same short list, read top to bottom:
 //!
 //! ```text
-//!  clients ─► uplink ─► [ps_uplink] ─ ours? ─ owner ─► redirect_peer ─► partition
+//!  clients ─► uplink ─► [ps_xdp], if wanted ─ ours? ─ owner ─► redirect ─► partition
+//!               the rest ─► [ps_uplink] ─ ours? ─ owner ─► redirect_peer ─► partition
 //!  host, other partitions ─► [ps_to_part] ─ ours? ─ owner ─► this veth, or the other one
 //!  partition ─► [ps_from_part] ─ learn ─ rewrite ─► redirect_neigh ─► uplink, or the kernel's routes
 //! ```
@@ -18,6 +19,7 @@
     reason = "the attribute of an entry point makes a second function, without its comment"
 )]
 
+mod context;
 mod maps;
 mod owner;
 mod packet;
@@ -26,14 +28,21 @@ mod reply;
 mod report;
 mod rewrite;
 mod steer;
+mod xdp;
 
-use aya_ebpf::macros::classifier;
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
 
 /// Ingress of an uplink.
 #[classifier]
 pub fn ps_uplink(ctx: TcContext) -> i32 {
     steer::from_uplink(&ctx)
+}
+
+/// The same, before the kernel has made anything of a frame; beside the program above, which gets what this one passes.
+#[xdp]
+pub fn ps_xdp(ctx: XdpContext) -> u32 {
+    xdp::from_uplink(&ctx) as u32
 }
 
 /// Egress of the host-side link of a partition's veth pair.

@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
     Address, CID, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, STATELESS, Settings,
-    SlotEntry,
+    SlotEntry, UplinkEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -34,9 +34,9 @@ static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(64, BPF_F_NO
 #[map]
 static QUICK: Array<Quick> = Array::with_max_entries(1, 0);
 
-/// Links on which clients are; the value has no meaning. Written by user space.
+/// Links on which clients are. Written by user space.
 #[map]
-static UPLINKS: HashMap<u32, u32> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+static UPLINKS: HashMap<u32, UplinkEntry> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
 
 /// Flows without a socket of their own that a partition answered. Written by `from_partition` while the word says so,
 /// emptied by user space. Not LRU: that evicts live entries far below its capacity. Preallocated: an allocation may
@@ -114,6 +114,13 @@ pub fn quick() -> Option<&'static Quick> {
 #[inline(always)]
 pub fn is_uplink(ifindex: u32) -> bool {
     UPLINKS.get_ptr(ifindex).is_some()
+}
+
+/// The link address of an uplink.
+#[inline(always)]
+pub fn uplink_mac(ifindex: u32) -> Option<[u8; 6]> {
+    // SAFETY: the memory stays valid for the length of the program (RCU), and nobody changes an entry.
+    unsafe { UPLINKS.get(&ifindex) }.map(|uplink| uplink.mac)
 }
 
 /// The boot clock, in nanoseconds.

@@ -14,6 +14,7 @@ use patchswitch_common::parse::{ETH_IPV6, Flow, LINK_HEADER};
 use patchswitch_common::quic::{self, is_quic};
 use patchswitch_common::verdict::Event;
 
+use crate::context::Context;
 use crate::maps;
 use crate::packet::Frame;
 use crate::report::event;
@@ -37,8 +38,8 @@ struct Tuple6 {
 }
 
 /// The kernel as one packet may ask it.
-pub struct Sockets<'a> {
-    pub ctx: &'a TcContext,
+pub struct Sockets<'a, C> {
+    pub ctx: &'a C,
     /// The side that retires, if one does.
     pub retiring: Option<Slot>,
     pub v6: bool,
@@ -48,7 +49,7 @@ pub struct Sockets<'a> {
     pub payload: u32,
 }
 
-impl Kernel for Sockets<'_> {
+impl<C: Context> Kernel for Sockets<'_, C> {
     #[inline(always)]
     fn tcp(&mut self, slot: Slot, flow: &Flow, cookie: bool) -> Socket {
         let socket = tcp(self.ctx, slot, flow, Ask { v6: self.v6, cookie: cookie && self.plain });
@@ -93,7 +94,7 @@ fn learned(flow: &Flow) -> Option<Slot> {
 /// The side whose connection id a datagram of QUIC has, if its flow was not known: its client has moved. Both are fresh
 /// from then on; the answers of the side are to be known by the flow.
 #[inline(never)]
-fn by_id(ctx: &TcContext, payload: u32, flow: &Flow) -> Option<Slot> {
+fn by_id<C: Context>(ctx: &C, payload: u32, flow: &Flow) -> Option<Slot> {
     let settings = maps::settings();
     let key = quic::of_client(&Frame(ctx), payload, settings)?;
     let record = maps::learned(&key)?;
@@ -111,7 +112,7 @@ fn by_id(ctx: &TcContext, payload: u32, flow: &Flow) -> Option<Slot> {
 }
 
 #[inline(never)]
-fn fragment(ctx: &TcContext, source: &Address, id: u32, protocol: u8) -> Option<Slot> {
+fn fragment<C: Context>(ctx: &C, source: &Address, id: u32, protocol: u8) -> Option<Slot> {
     let frame = Frame(ctx);
     let ethertype = frame.ethertype();
     let destination = frame.destination(ethertype)?;
@@ -133,11 +134,11 @@ pub fn flow_key(flow: &Flow) -> FlowKey {
 /// The state of the socket that a partition has for a segment whose addresses and ports lie at `tuple` in the packet, next
 /// to each other as the lookup wants them; nothing if it has none.
 #[inline(always)]
-pub fn state_at<const LENGTH: usize>(ctx: &TcContext, slot: Slot, tuple: usize) -> Option<u32> {
+pub fn state_at<const LENGTH: usize>(ctx: &impl Context, slot: Slot, tuple: usize) -> Option<u32> {
     let netns = namespace(slot)?;
-    let skb = ctx.skb.skb.cast::<c_void>();
+    let packet = ctx.pointer();
     // SAFETY: the caller has checked that the packet has LENGTH bytes there, and the helper only reads them.
-    let sk = unsafe { bpf_skc_lookup_tcp(skb, tuple as *mut bpf_sock_tuple, LENGTH as u32, netns, 0) };
+    let sk = unsafe { bpf_skc_lookup_tcp(packet, tuple as *mut bpf_sock_tuple, LENGTH as u32, netns, 0) };
     if sk.is_null() {
         return None;
     }
@@ -162,7 +163,7 @@ pub struct Ask {
 /// A subprogram of its own: it is called from several places, and inlined twice it makes LLVM compute the address of
 /// a context field, which the verifier refuses.
 #[inline(never)]
-pub fn tcp(ctx: &TcContext, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
+pub fn tcp<C: Context>(ctx: &C, slot: Slot, flow: &Flow, ask: Ask) -> Socket {
     let Some(netns) = namespace(slot) else { return Socket::None };
     lookup_tcp(ctx, netns, flow, ask)
 }
@@ -192,21 +193,21 @@ fn namespace(slot: Slot) -> Option<u64> {
 const OWN_NAMESPACE: u64 = -1i64 as u64;
 
 #[inline(always)]
-fn find_tcp(ctx: &TcContext, netns: u64, flow: &Flow, v6: bool) -> *mut bpf_sock {
-    let skb = ctx.skb.skb.cast::<c_void>();
+fn find_tcp<C: Context>(ctx: &C, netns: u64, flow: &Flow, v6: bool) -> *mut bpf_sock {
+    let packet = ctx.pointer();
     if v6 {
         let mut tuple = tuple6(flow);
         // SAFETY: the tuple is valid for the given size.
-        unsafe { bpf_skc_lookup_tcp(skb, as_tuple(&mut tuple), size_of::<Tuple6>() as u32, netns, 0) }
+        unsafe { bpf_skc_lookup_tcp(packet, as_tuple(&mut tuple), size_of::<Tuple6>() as u32, netns, 0) }
     } else {
         let mut tuple = tuple4(flow);
         // SAFETY: as above.
-        unsafe { bpf_skc_lookup_tcp(skb, as_tuple(&mut tuple), size_of::<Tuple4>() as u32, netns, 0) }
+        unsafe { bpf_skc_lookup_tcp(packet, as_tuple(&mut tuple), size_of::<Tuple4>() as u32, netns, 0) }
     }
 }
 
 #[inline(always)]
-fn lookup_tcp(ctx: &TcContext, netns: u64, flow: &Flow, ask: Ask) -> Socket {
+fn lookup_tcp<C: Context>(ctx: &C, netns: u64, flow: &Flow, ask: Ask) -> Socket {
     let sk = find_tcp(ctx, netns, flow, ask.v6);
     if sk.is_null() {
         return Socket::None;
@@ -226,7 +227,7 @@ fn lookup_tcp(ctx: &TcContext, netns: u64, flow: &Flow, ask: Ask) -> Socket {
 
 /// Whether a listener accepts the SYN cookie in an ACK. Its errors cannot be told apart and mean "no".
 #[inline(always)]
-fn cookie_is_valid(ctx: &TcContext, sk: *mut bpf_sock, v6: bool) -> bool {
+fn cookie_is_valid<C: Context>(ctx: &C, sk: *mut bpf_sock, v6: bool) -> bool {
     const TCP_HEADER: usize = 20;
     let (data, end) = (ctx.data(), ctx.data_end());
     let network = data + LINK_HEADER as usize;
@@ -252,17 +253,17 @@ fn cookie_is_valid(ctx: &TcContext, sk: *mut bpf_sock, v6: bool) -> bool {
 
 /// An unconnected socket answers a lookup as well; its state tells them apart.
 #[inline(never)]
-fn udp_connected(ctx: &TcContext, slot: Slot, flow: &Flow, v6: bool) -> bool {
+fn udp_connected<C: Context>(ctx: &C, slot: Slot, flow: &Flow, v6: bool) -> bool {
     let Some(netns) = namespace(slot) else { return false };
-    let skb = ctx.skb.skb.cast::<c_void>();
+    let packet = ctx.pointer();
     let sk = if v6 {
         let mut tuple = tuple6(flow);
         // SAFETY: the tuple is valid for the given size.
-        unsafe { bpf_sk_lookup_udp(skb, as_tuple(&mut tuple), size_of::<Tuple6>() as u32, netns, 0) }
+        unsafe { bpf_sk_lookup_udp(packet, as_tuple(&mut tuple), size_of::<Tuple6>() as u32, netns, 0) }
     } else {
         let mut tuple = tuple4(flow);
         // SAFETY: as above.
-        unsafe { bpf_sk_lookup_udp(skb, as_tuple(&mut tuple), size_of::<Tuple4>() as u32, netns, 0) }
+        unsafe { bpf_sk_lookup_udp(packet, as_tuple(&mut tuple), size_of::<Tuple4>() as u32, netns, 0) }
     };
     if sk.is_null() {
         return false;

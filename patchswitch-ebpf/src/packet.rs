@@ -5,28 +5,25 @@ use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::maps::Address;
 use patchswitch_common::parse::{self, ETH_IPV4, ETH_IPV6, LINK_HEADER, Network, Octets, Packet, ipv4, ipv6};
 use patchswitch_common::refuse;
 use patchswitch_common::verdict::Verdict;
 
+use crate::context::Context;
 use crate::maps;
 
-/// `VLAN_VID_MASK` of `linux/if_vlan.h`.
-const VLAN_NUMBER: u32 = 0xfff;
 /// `PACKET_HOST` of `linux/if_packet.h`.
 const PACKET_HOST: u32 = 0;
 
-/// The bytes of a frame, wherever in the skb they lie.
-pub struct Frame<'a>(pub &'a TcContext);
+/// The bytes of a frame, wherever in the kernel's buffer they lie.
+pub struct Frame<'a, C = TcContext>(pub &'a C);
 
-impl Octets for Frame<'_> {
+impl<C: Context> Octets for Frame<'_, C> {
     #[inline(always)]
     fn length(&self) -> u32 {
-        // SAFETY: a field of the context, which is valid while the program runs.
-        unsafe { (*self.0.skb.skb).len }
+        self.0.length()
     }
 
     #[inline(always)]
@@ -35,7 +32,7 @@ impl Octets for Frame<'_> {
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         let to = bytes.as_mut_ptr().cast::<c_void>();
         // SAFETY: `to` has room for N bytes, and the helper fills all of them or fails.
-        let failed = unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), offset, to, N as u32) };
+        let failed = unsafe { self.0.load(offset, to, N as u32) };
         // SAFETY: filled, as the helper did not fail.
         if failed == 0 { Some(unsafe { bytes.assume_init() }) } else { None }
     }
@@ -96,15 +93,11 @@ impl<const N: usize> Head<N> {
     }
 }
 
-/// What the kernel keeps beside a packet.
-impl Frame<'_> {
-    /// EtherType in host byte order; 0 if there is the tag of a VLAN, which no service of ours has. One with number 0
-    /// names no VLAN, only a priority (IEEE 802.1Q 9.6), and the kernel takes it off behind this hook.
+impl<C: Context> Frame<'_, C> {
+    /// EtherType in host byte order; 0 if there is the tag of a VLAN, which no service of ours has.
     #[inline(always)]
     pub fn ethertype(&self) -> u16 {
-        // SAFETY: fields of the context, which is valid while the program runs.
-        let (protocol, tag) = unsafe { ((*self.0.skb.skb).protocol, (*self.0.skb.skb).vlan_tci) };
-        if tag & VLAN_NUMBER == 0 { u16::from_be(protocol as u16) } else { 0 }
+        self.0.ethertype()
     }
 
     /// The first `N` bytes where they lie, if they lie in one piece: without a call, which costs as much as all that is
@@ -115,6 +108,19 @@ impl Frame<'_> {
         if data + N > end { None } else { Some(Head(data)) }
     }
 
+    /// The destination address alone: most packets need no more.
+    #[inline(always)]
+    pub fn destination(&self, ethertype: u16) -> Option<Address> {
+        if ethertype == ETH_IPV4 {
+            self.at(LINK_HEADER + 16).map(patchswitch_common::maps::mapped)
+        } else {
+            self.at(LINK_HEADER + 24)
+        }
+    }
+}
+
+/// What the kernel keeps beside a packet.
+impl Frame<'_> {
     /// The link address that the frame comes from, as the last bytes of an address.
     #[inline(always)]
     pub fn sender(&self) -> Address {
@@ -128,7 +134,7 @@ impl Frame<'_> {
     /// Whether there is a tag of any kind beside the frame.
     #[inline(always)]
     pub fn has_tag(&self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: a field of the context, which is valid while the program runs.
         unsafe { (*self.0.skb.skb).vlan_present != 0 }
     }
 
@@ -150,16 +156,6 @@ impl Frame<'_> {
         // SAFETY: as above.
         unsafe { (*self.0.skb.skb).mark }
     }
-
-    /// The destination address alone: most packets need no more.
-    #[inline(always)]
-    pub fn destination(&self, ethertype: u16) -> Option<Address> {
-        if ethertype == ETH_IPV4 {
-            self.at(LINK_HEADER + 16).map(patchswitch_common::maps::mapped)
-        } else {
-            self.at(LINK_HEADER + 24)
-        }
-    }
 }
 
 // The steps of reading are global functions to the verifier, as their C signature makes them: it reads each once, and
@@ -168,14 +164,14 @@ impl Frame<'_> {
 
 /// Reads the network header and what lies between it and the payload; whether that was possible.
 #[inline(always)]
-pub fn network(ctx: &TcContext, ethertype: u16, network: &mut Network) -> bool {
-    ps_network(ctx.skb.skb, u32::from(ethertype), network) != 0
+pub fn network<C: Context>(ctx: &C, ethertype: u16, network: &mut Network) -> bool {
+    ctx.network(u32::from(ethertype), network) != 0
 }
 
 /// Reads a packet that goes to the service; whether that was possible.
 #[inline(always)]
-pub fn inbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool {
-    ps_inbound(ctx.skb.skb, network, packet) != 0
+pub fn inbound<C: Context>(ctx: &C, network: &Network, packet: &mut Packet) -> bool {
+    ctx.inbound(network, packet) != 0
 }
 
 /// Reads a packet that comes from the service; whether that was possible.
@@ -186,11 +182,11 @@ pub fn outbound(ctx: &TcContext, network: &Network, packet: &mut Packet) -> bool
 
 /// Why a packet to the service goes to no partition, by its headers alone; nothing if it may.
 #[inline(always)]
-pub fn refused(ctx: &TcContext, network: &Network) -> Option<Verdict> {
+pub fn refused<C: Context>(ctx: &C, network: &Network) -> Option<Verdict> {
     if refuse::is_plain(network) {
         return None;
     }
-    Verdict::of_refusal(ps_refused(ctx.skb.skb, network))
+    Verdict::of_refusal(ctx.refused(network))
 }
 
 /// Why what a partition sent may not leave it, by its headers alone; nothing if it may.
@@ -215,7 +211,13 @@ pub extern "C" fn ps_refused_out(skb: *mut __sk_buff, network: *const Network) -
 pub extern "C" fn ps_refused(skb: *mut __sk_buff, network: *const Network) -> i32 {
     // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
     let Some(network) = (unsafe { network.as_ref() }) else { return -1 };
-    refuse::inbound(&Frame(&TcContext::new(skb)), network).map_or(-1, |verdict| verdict as i32)
+    judge(&TcContext::new(skb), network)
+}
+
+/// What [`ps_refused`] does, at either kind of hook.
+#[inline(always)]
+pub fn judge<C: Context>(ctx: &C, network: &Network) -> i32 {
+    refuse::inbound(&Frame(ctx), network).map_or(-1, |verdict| verdict as i32)
 }
 
 /// As [`network`].
@@ -224,8 +226,13 @@ pub extern "C" fn ps_refused(skb: *mut __sk_buff, network: *const Network) -> i3
 pub extern "C" fn ps_network(skb: *mut __sk_buff, ethertype: u32, network: *mut Network) -> i32 {
     // SAFETY: null or, as the verifier makes sure of each caller, a whole value that nobody else has.
     let Some(network) = (unsafe { network.as_mut() }) else { return 0 };
-    let ctx = TcContext::new(skb);
-    let frame = Frame(&ctx);
+    read_network(&TcContext::new(skb), ethertype, network)
+}
+
+/// What [`ps_network`] does, at either kind of hook.
+#[inline(always)]
+pub fn read_network<C: Context>(ctx: &C, ethertype: u32, network: &mut Network) -> i32 {
+    let frame = Frame(ctx);
     let read = if ethertype == u32::from(ETH_IPV4) {
         ipv4(&frame, LINK_HEADER, network)
     } else {
@@ -242,7 +249,13 @@ pub extern "C" fn ps_inbound(skb: *mut __sk_buff, network: *const Network, packe
     let Some(network) = (unsafe { network.as_ref() }) else { return 0 };
     // SAFETY: as above, and nobody else has it.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
-    i32::from(parse::inbound(&Frame(&TcContext::new(skb)), network, packet).is_ok())
+    read_inbound(&TcContext::new(skb), network, packet)
+}
+
+/// What [`ps_inbound`] does, at either kind of hook.
+#[inline(always)]
+pub fn read_inbound<C: Context>(ctx: &C, network: &Network, packet: &mut Packet) -> i32 {
+    i32::from(parse::inbound(&Frame(ctx), network, packet).is_ok())
 }
 
 /// As [`outbound`].

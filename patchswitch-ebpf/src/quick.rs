@@ -13,6 +13,7 @@ use patchswitch_common::parse::{ETH_IPV4, LINK_HEADER, Network, Octets as _, Pac
 use patchswitch_common::verdict::{Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
+use crate::context::Context;
 use crate::maps;
 use crate::owner::{TUPLE4, TUPLE6, state_at};
 use crate::packet::{Frame, Head};
@@ -31,13 +32,13 @@ const UDP_HEADER: usize = 8;
 
 /// Who gets a packet to the service, or that it is left to others; nothing if that takes the long way.
 #[inline(always)]
-pub fn choose(frame: &Frame<'_>, ethertype: u16) -> Option<Result<Owner, Verdict>> {
+pub fn choose<C: Context>(frame: &Frame<'_, C>, ethertype: u16) -> Option<Result<Owner, Verdict>> {
     let quick = maps::quick()?;
     if ethertype == ETH_IPV4 { choose4(frame, quick) } else { choose6(frame, quick) }
 }
 
 #[inline(always)]
-fn choose4(frame: &Frame<'_>, quick: &Quick) -> Option<Result<Owner, Verdict>> {
+fn choose4<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Owner, Verdict>> {
     let head = frame.head::<PAYLOAD4>()?;
     if !has4(quick, head.word::<30>()) {
         return others(quick);
@@ -68,7 +69,7 @@ fn choose4(frame: &Frame<'_>, quick: &Quick) -> Option<Result<Owner, Verdict>> {
 }
 
 #[inline(always)]
-fn choose6(frame: &Frame<'_>, quick: &Quick) -> Option<Result<Owner, Verdict>> {
+fn choose6<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Owner, Verdict>> {
     let head = frame.head::<PAYLOAD6>()?;
     if !has6(quick, [head.long::<38>(), head.long::<46>()]) {
         return others(quick);
@@ -106,7 +107,7 @@ fn others(quick: &Quick) -> Option<Result<Owner, Verdict>> {
 
 /// The end of a plain IPv4 packet of TCP or UDP; nothing if it is not plain.
 #[inline(always)]
-fn end4(frame: &Frame<'_>, head: Head<PAYLOAD4>) -> Option<u32> {
+fn end4<C: Context>(frame: &Frame<'_, C>, head: Head<PAYLOAD4>) -> Option<u32> {
     let end = LINK_HEADER + u32::from(u16::from_be(head.short::<16>()));
     // More fragments, or not the first one.
     let is_whole = head.short::<20>() & 0x3fff_u16.to_be() == 0;
@@ -117,7 +118,7 @@ fn end4(frame: &Frame<'_>, head: Head<PAYLOAD4>) -> Option<u32> {
 
 /// The same of IPv6.
 #[inline(always)]
-fn end6(frame: &Frame<'_>, head: Head<PAYLOAD6>) -> Option<u32> {
+fn end6<C: Context>(frame: &Frame<'_, C>, head: Head<PAYLOAD6>) -> Option<u32> {
     let length = u32::from(u16::from_be(head.short::<18>()));
     let end = PAYLOAD6 as u32 + length;
     let fits = length != 0 && end <= frame.length();
@@ -130,7 +131,7 @@ macro_rules! transport {
     ($tcp:ident, $udp:ident, $at:ident, $kept:ident, $source:literal, $tuple:ident) => {
         /// Who gets a TCP segment while somebody retires, if one look at the retiring side's socket tells.
         #[inline(always)]
-        fn $kept(frame: &Frame<'_>, end: u32, active: Slot) -> Option<Slot> {
+        fn $kept<C: Context>(frame: &Frame<'_, C>, end: u32, active: Slot) -> Option<Slot> {
             let head = frame.head::<{ $at + TCP_HEADER }>()?;
             let length = u32::from(head.byte::<{ $at + 12 }>() >> 4) * 4;
             let ports = head.short::<$at>() != 0 && head.short::<{ $at + 2 }>() != 0;
@@ -145,7 +146,7 @@ macro_rules! transport {
         }
 
         #[inline(always)]
-        fn $tcp(frame: &Frame<'_>, end: u32, packet: &mut Packet) -> Option<()> {
+        fn $tcp<C: Context>(frame: &Frame<'_, C>, end: u32, packet: &mut Packet) -> Option<()> {
             let head = frame.head::<{ $at + TCP_HEADER }>()?;
             let (source, destination) = (head.short::<$at>(), head.short::<{ $at + 2 }>());
             let length = u32::from(head.byte::<{ $at + 12 }>() >> 4) * 4;
@@ -160,7 +161,7 @@ macro_rules! transport {
         }
 
         #[inline(always)]
-        fn $udp(frame: &Frame<'_>, end: u32, packet: &mut Packet) -> Option<()> {
+        fn $udp<C: Context>(frame: &Frame<'_, C>, end: u32, packet: &mut Packet) -> Option<()> {
             let head = frame.head::<{ $at + UDP_HEADER }>()?;
             if ($at + UDP_HEADER) as u32 > end {
                 return None;

@@ -11,6 +11,7 @@ use patchswitch_common::quic::is_stateless;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
+use crate::context::Context;
 use crate::maps;
 use crate::owner::Sockets;
 use crate::packet::{self, Frame, is_ip};
@@ -101,7 +102,7 @@ fn is_quarantined(ifindex: u32) -> bool {
 }
 
 #[inline(always)]
-fn to(slot: Slot, copied: bool) -> Verdict {
+pub fn to(slot: Slot, copied: bool) -> Verdict {
     match (slot, copied) {
         (_, true) => Verdict::ToBoth,
         (Slot::A, false) => Verdict::ToA,
@@ -111,7 +112,7 @@ fn to(slot: Slot, copied: bool) -> Verdict {
 
 /// The partition that owns the packet, or why it is dropped or left to others.
 #[inline(always)]
-fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
+pub fn choose<C: Context>(frame: &Frame<'_, C>) -> Result<Owner, Verdict> {
     let ethertype = frame.ethertype();
     if !is_ip(ethertype) {
         return Err(Verdict::NotOurs);
@@ -139,13 +140,15 @@ fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
         return Err(Verdict::Malformed);
     }
     let owner = owner_of(frame.0, word, &packet, Plain::of(&network, &packet));
-    note(owner, &network);
+    if C::COPIES || !owner.both {
+        note(owner, &network);
+    }
     Ok(owner)
 }
 
 /// The owner of a packet while there are two to choose from.
 #[inline(always)]
-pub fn owner_of(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> Owner {
+pub fn owner_of<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) -> Owner {
     let answer = ask(ctx, word, packet, plain);
     let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
     if word.phase() == Phase::Draining && owner.slot != word.active() {
@@ -175,9 +178,9 @@ const PLAIN: u32 = 2;
 const PAYLOAD: u32 = 8;
 
 #[inline(always)]
-fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
+fn ask<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) -> u32 {
     let how = if plain.v6 { V6 } else { 0 } | if plain.plain { PLAIN } else { 0 };
-    ps_owner(ctx.skb.skb, word.0, packet, how | plain.payload << PAYLOAD)
+    ctx.owner(word.0, packet, how | plain.payload << PAYLOAD)
 }
 
 /// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
@@ -188,14 +191,20 @@ fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
 pub extern "C" fn ps_owner(skb: *mut __sk_buff, word: u64, packet: *const Packet, how: u32) -> u32 {
     // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
     let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
-    let (ctx, word) = (TcContext::new(skb), Word(word));
+    find_owner(&TcContext::new(skb), word, packet, how)
+}
+
+/// What [`ps_owner`] does, at either kind of hook.
+#[inline(always)]
+pub fn find_owner<C: Context>(ctx: &C, word: u64, packet: &Packet, how: u32) -> u32 {
+    let word = Word(word);
     let retiring = if word.phase() == Phase::Draining { Some(word.active().other()) } else { None };
     if packet.transport == Transport::Udp && is_stateless(maps::settings(), &packet.flow) {
         let shares = word.phase() == Phase::Sharing;
         return if shares { by_share(word, &packet.flow).index() } else { word.active().index() };
     }
     let payload = how >> PAYLOAD;
-    let mut sockets = Sockets { ctx: &ctx, retiring, v6: how & V6 != 0, plain: how & PLAIN != 0, payload };
+    let mut sockets = Sockets { ctx, retiring, v6: how & V6 != 0, plain: how & PLAIN != 0, payload };
     let owner = owner(word, packet, &mut sockets);
     owner.slot.index() | if owner.both { BOTH } else { 0 }
 }

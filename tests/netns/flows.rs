@@ -12,6 +12,7 @@ use rustix::net::sockopt;
 
 use crate::hand::{self, ACK, Hand, RST, SYN, Segment};
 use crate::rig::{PORT, Rig, Server, ends};
+use crate::xdp;
 
 /// Listens on both families, and accepts when asked.
 struct Waiting(TcpListener);
@@ -188,7 +189,15 @@ fn cookie_across(rig: &Rig, end: SocketAddr, port: u16, waiting: [&Waiting; 2]) 
 
 #[test]
 fn a_syn_cookie_is_honoured_by_who_can() {
-    let mut rig = Rig::new("cookie").unwrap();
+    cookies(Rig::new("cookie").unwrap(), Rig::attach);
+}
+
+#[test]
+fn a_syn_cookie_is_honoured_by_xdp() {
+    cookies(xdp::rig("xdpcookie").unwrap(), xdp::attach);
+}
+
+fn cookies(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json::Value>) {
     hand::furnish(&rig.lab).unwrap();
     rig.furnished().unwrap();
     for ns in [&rig.lab.a, &rig.lab.b] {
@@ -196,7 +205,7 @@ fn a_syn_cookie_is_honoured_by_who_can() {
     }
     let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
     rig.furnished().unwrap();
-    rig.attach().unwrap();
+    attach(&rig).unwrap();
     // Only the old one has given out cookies.
     for (port, end) in (5300..).zip(ends()) {
         assert!(

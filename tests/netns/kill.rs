@@ -7,6 +7,7 @@ use rustix::process::Signal;
 
 use crate::ask::who;
 use crate::rig::{NAME, Rig, Server, ends};
+use crate::xdp;
 
 /// So many moments between the beginning and the end of a command.
 const MOMENTS: u32 = 16;
@@ -28,17 +29,25 @@ fn kill_after(rig: &Rig, arguments: &[&str], delay: Duration) -> anyhow::Result<
 
 #[test]
 fn an_attach_that_is_killed_can_be_detached_or_repeated() {
-    let rig = Rig::new("killed").unwrap();
+    killed_attach(&Rig::new("killed").unwrap(), "auto");
+}
+
+#[test]
+fn an_attach_of_xdp_that_is_killed_can_be_detached_or_repeated() {
+    killed_attach(&xdp::rig("xdpkilled").unwrap(), "xdp");
+}
+
+fn killed_attach(rig: &Rig, hook: &str) {
     let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
-    let arguments = rig.attach_arguments();
+    let arguments = [rig.attach_arguments(), vec!["--hook".to_owned(), hook.to_owned()]].concat();
     let attach: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let begin = Instant::now();
-    rig.attach().unwrap();
+    rig.ok(&attach).unwrap();
     let whole = begin.elapsed();
     rig.ok(&["detach", NAME]).unwrap();
     let mut killed = 0;
     for moment in 0..MOMENTS {
-        let alive = kill_after(&rig, &attach, whole * moment / MOMENTS).unwrap();
+        let alive = kill_after(rig, &attach, whole * moment / MOMENTS).unwrap();
         killed += u32::from(alive);
         if moment % 2 == 0 && alive {
             // Repeated: what is left of the first one is removed on the way.

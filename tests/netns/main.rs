@@ -54,3 +54,5 @@ mod rig;
 mod shared;
 #[cfg(test)]
 mod udp;
+#[cfg(test)]
+mod xdp;

@@ -11,6 +11,7 @@ use patchswitch_tests::observe::Counters;
 
 use crate::ask::who;
 use crate::rig::{NAME, Rig, Server, ends, service, spec};
+use crate::xdp;
 
 /// So many times the programs are replaced.
 const REPLACEMENTS: u32 = 8;
@@ -57,7 +58,8 @@ fn flood(ns: &Ns, stop: &AtomicBool) -> i64 {
 
 /// Replaces the programs again and again under a flood.
 fn nothing_is_lost(kind: HookKind) {
-    let rig = Rig::new("reload").unwrap();
+    let is_xdp = kind == HookKind::Xdp;
+    let rig = if is_xdp { xdp::rig("xdpflood") } else { Rig::new("reload") }.unwrap();
     let (a, b) = (&rig.lab.a, &rig.lab.b);
     let _servers = [Server::start(a, "a").unwrap(), Server::start(b, "b").unwrap()];
     rig.attach_spec(Spec { hook: Some(kind), ..spec(Duration::from_secs(125)).unwrap() }).unwrap();
@@ -83,7 +85,8 @@ fn nothing_is_lost(kind: HookKind) {
     assert!(sent > 100_000, "{sent}");
     assert!(programs().iter().all(|id| !first.contains(id)));
     // What was stored goes on: the counters, and the word.
-    assert!(rig.counter(&["packets", "uplink", "to_a"]).unwrap() >= u64::try_from(sent).unwrap());
+    let hook = if is_xdp { "xdp" } else { "uplink" };
+    assert!(rig.counter(&["packets", hook, "to_a"]).unwrap() >= u64::try_from(sent).unwrap());
     rig.with(async |attachment| Ok(attachment.switch(patchswitch_common::Slot::B).await?)).unwrap();
     rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?)).unwrap();
     for end in ends() {
@@ -104,6 +107,11 @@ fn nothing_is_lost_on_tcx() {
 #[test]
 fn nothing_is_lost_on_clsact() {
     nothing_is_lost(HookKind::Clsact);
+}
+
+#[test]
+fn nothing_is_lost_on_xdp() {
+    nothing_is_lost(HookKind::Xdp);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::tc::qdisc_add_clsact;
-use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
+use aya::programs::{Program, ProgramInfo, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader, Pod};
 use patchswitch::dataplane::{self, to_wire};
@@ -17,11 +17,13 @@ use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry,
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry, UplinkEntry,
 };
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
+
+use crate::xdp;
 
 /// `TC_ACT_UNSPEC`: the next program, and then the kernel.
 pub(crate) const NEXT: i32 = -1;
@@ -145,8 +147,8 @@ impl Bench {
             self.hash::<Address, u32>("ADDRESSES")?.insert(service, 1, 0)?;
         }
         self.short_way(true)?;
-        let uplink = self.uplink.index;
-        Ok(self.hash::<u32, u32>("UPLINKS")?.insert(uplink, 1, 0)?)
+        let Link { index, mac } = self.uplink;
+        Ok(self.hash("UPLINKS")?.insert(index, UplinkEntry { mac, pad: [0; 2] }, 0)?)
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> anyhow::Result<Array<&mut aya::maps::MapData, V>> {
@@ -238,8 +240,70 @@ impl Bench {
         keys.iter().try_for_each(|key| Ok(map.remove(key)?))
     }
 
-    /// Sends a packet through a program, as if it had come on a link.
+    /// Sends a packet through a program, as if it had come on a link. What comes on an uplink goes through XDP as well,
+    /// which must do the same as far as it goes.
     pub(crate) fn run(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
+        if hook != Hook::Uplink || frame.len() > xdp::LONGEST {
+            return self.run_filter(hook, on, mark, frame);
+        }
+        let flows = self.flows()?;
+        let before = self.run_xdp(on, frame)?;
+        self.put_back(&flows)?;
+        let seen = self.run_filter(hook, on, mark, frame)?;
+        xdp::compare(frame, &before, &seen)?;
+        Ok(seen)
+    }
+
+    /// The learned flows.
+    fn flows(&mut self) -> anyhow::Result<Vec<(FlowKey, FlowRecord)>> {
+        Ok(self.hash("LEARNED")?.iter().collect::<Result<_, _>>()?)
+    }
+
+    /// Makes the learned flows what they were: what one program learned of a packet, the other one has to learn itself.
+    fn put_back(&mut self, flows: &[(FlowKey, FlowRecord)]) -> anyhow::Result<()> {
+        let now = self.flows()?;
+        let mut map = self.hash::<FlowKey, FlowRecord>("LEARNED")?;
+        for (key, _) in now.iter().filter(|(key, _)| flows.iter().all(|(old, _)| old != key)) {
+            map.remove(key)?;
+        }
+        for (key, record) in flows.iter().filter(|flow| !now.contains(flow)) {
+            map.insert(key, record, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a frame through the program for XDP, as if it had come on a link.
+    pub(crate) fn run_xdp(&mut self, on: Link, frame: &[u8]) -> anyhow::Result<Seen> {
+        let before = self.counters()?;
+        let mut out = vec![0; frame.len()];
+        let context = xdp::context(on.index, frame.len())?;
+        let result = {
+            let program: &mut Xdp = self.ebpf.program_mut("ps_xdp").context("no such program")?.try_into()?;
+            let mut options = TestRunOptions::new();
+            options.data_in = Some(frame);
+            options.data_out = Some(&mut out);
+            options.ctx_in = Some(&context);
+            self.lab.host.enter(|| Ok(program.test_run(options)?))?
+        };
+        out.truncate(result.data_size_out as usize);
+        let (compared, counted) = self.counted_since(&before, Hook::Xdp)?;
+        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark: 0, counted, compared })
+    }
+
+    /// The counters that went up with a run of a program: those that compare the two sides, and the others.
+    fn counted_since(
+        &mut self,
+        before: &BTreeMap<&'static str, u64>,
+        hook: Hook,
+    ) -> anyhow::Result<(Vec<&'static str>, Vec<&'static str>)> {
+        *self.runs.entry(hook.name()).or_default() += 1;
+        let after = self.counters()?;
+        let moved = after.iter().filter(|(name, count)| before.get(*name) != Some(count));
+        let compares = |name: &&str| EVENTS.iter().any(|event| event.name() == *name && event.compares());
+        Ok(moved.map(|(name, _)| *name).partition(compares))
+    }
+
+    fn run_filter(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
         let name = program(hook);
         keep_as_seed(frame)?;
         let before = self.counters()?;
@@ -259,11 +323,7 @@ impl Bench {
             self.lab.host.enter(|| Ok(program.test_run(options)?))?
         };
         out.truncate(result.data_size_out as usize);
-        *self.runs.entry(hook.name()).or_default() += 1;
-        let after = self.counters()?;
-        let moved = after.iter().filter(|(name, count)| before.get(*name) != Some(count));
-        let compares = |name: &&str| EVENTS.iter().any(|event| event.name() == *name && event.compares());
-        let (compared, counted) = moved.map(|(name, _)| *name).partition(compares);
+        let (compared, counted) = self.counted_since(&before, hook)?;
         let mark = u32::from_ne_bytes(context_out[MARK..MARK + 4].try_into()?);
         Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
     }
@@ -331,6 +391,11 @@ impl Bench {
         Ok(aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, to)?)
     }
 
+    /// What the kernel says of a program.
+    pub(crate) fn info(&mut self, hook: Hook) -> anyhow::Result<ProgramInfo> {
+        Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.info()?)
+    }
+
     /// The descriptor of a program.
     pub(crate) fn program(&mut self, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.try_into()?)
@@ -353,6 +418,7 @@ fn program(hook: Hook) -> &'static str {
         Hook::Uplink => "ps_uplink",
         Hook::ToPartition => "ps_to_part",
         Hook::FromPartition => "ps_from_part",
+        Hook::Xdp => "ps_xdp",
     }
 }
 
@@ -393,9 +459,10 @@ fn load() -> anyhow::Result<Ebpf> {
         .map_max_entries("LEARNED", LEARNED)
         .load(&dataplane::object()?)?;
     for hook in HOOKS {
-        let program: &mut SchedClassifier =
-            ebpf.program_mut(program(hook)).context("no such program")?.try_into()?;
-        program.load()?;
+        match ebpf.program_mut(program(hook)).context("no such program")? {
+            Program::Xdp(program) => program.load()?,
+            other => <&mut SchedClassifier>::try_from(other)?.load()?,
+        }
     }
     Ok(ebpf)
 }

@@ -12,7 +12,7 @@ const BUDGET: u32 = 40_000;
 fn the_kernel_reads_the_programs_in_time() {
     let mut bench = Bench::new("cost").unwrap();
     for hook in HOOKS {
-        let info = bench.program(hook).unwrap().info().unwrap();
+        let info = bench.info(hook).unwrap();
         let read = info.verified_instruction_count().unwrap();
         println!("{hook:?}: {read} instructions read, {} loaded", info.size_translated().unwrap_or(0) / 8);
         assert!(read <= BUDGET, "{hook:?}: {read} instructions");

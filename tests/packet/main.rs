@@ -13,5 +13,6 @@ mod steer;
 mod sums;
 mod truncated;
 mod wire;
+mod xdp;
 
 use patchswitch_tests::frame;

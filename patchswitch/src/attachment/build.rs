@@ -7,7 +7,7 @@ use patchswitch_common::maps::{CID, STATELESS, Settings as MapSettings, SlotEntr
 
 use super::record::{Inside, Record, SlotRecord};
 use super::settings::Settings;
-use super::{AttachError, Partition, Spec, wiring};
+use super::{AttachError, Partition, Spec, wiring, xdp};
 use crate::config::{Datagrams, Quic};
 use crate::dataplane::{self, Dataplane, End, Hook, HookKind, Point};
 use crate::host::linux::netlink::{Link, Netlink};
@@ -24,11 +24,13 @@ pub(super) async fn build(
 ) -> Result<Dataplane, AttachError> {
     dataplane::ensure_bpffs()?;
     let settings_of_maps = map_settings(&spec.name, spec.udp_idle, &spec.datagrams);
-    let plane = Dataplane::create(&spec.name, &spec.addresses, &settings_of_maps, spec.with.as_ref())?;
+    let plane =
+        Dataplane::create(&spec.name, &spec.addresses, &settings_of_maps, (spec.with.as_ref(), record.xdp))?;
     // Who joins a group is given its serving partition first, whichever slot that has there.
     let active = plane.word().active();
     for uplink in &record.uplinks {
-        plane.add_uplink(host.link(uplink).await?.index)?;
+        let link = host.link(uplink).await?;
+        plane.add_uplink(link.index, link.mac)?;
     }
     for wanted in wiring::settings(record, links) {
         settings.set(&record.name, &wanted)?;
@@ -45,7 +47,10 @@ pub(super) async fn build(
         if record.hook_kind == HookKind::Clsact {
             settings.clsact(&record.name, host, &uplink).await?;
         }
-        attach(record, &plane, Point::Uplink, uplink)?;
+        attach(record, &plane, Point::Uplink, uplink.clone())?;
+        if record.xdp {
+            attach(record, &plane, Point::Xdp, uplink)?;
+        }
     }
     wiring::answer(host, record).await?;
     record.ready = true;
@@ -109,6 +114,7 @@ pub(super) async fn join(
     // Before the veth: making one would give the namespace an id of the kernel's choice.
     let nsid = host.nsid(&netns, wiring::nsid(&record.name, slot)).await?;
     let link = wiring::make_slot(host, record, slot, &entry, &netns, mtu).await?;
+    xdp::receive(record, &netns, &entry.inner_link)?;
     let own = |v4: bool| match &entry.inside {
         Inside::Owned { own } => own.iter().copied().find(|a| a.is_ipv4() == v4).map(dataplane::to_wire),
         Inside::Guest { .. } => None,
@@ -127,7 +133,8 @@ pub(super) async fn join(
 }
 
 fn attach(record: &mut Record, plane: &Dataplane, point: Point, link: String) -> Result<(), AttachError> {
-    let hook = Hook { point, link, kind: record.hook_kind };
+    let kind = if point == Point::Xdp { HookKind::Xdp } else { record.hook_kind };
+    let hook = Hook { point, link, kind };
     record.hooks.push(hook.clone());
     record.save()?;
     Ok(plane.attach(&hook)?)
@@ -138,11 +145,25 @@ pub(super) fn self_test(record: &Record, plane: &Dataplane) -> Result<(), Attach
     with_ends(record, |ends| match ends {
         [] => Ok(()),
         ends => Ok(plane.self_test(ends)?),
-    })
+    })?;
+    xdp::self_test(record, plane)
 }
 
 /// Opens the namespaces of both partitions for the self-test; with one partition there is nothing to ask.
 pub(super) fn with_ends<T>(
+    record: &Record,
+    ask: impl FnOnce(&[End<'_>]) -> Result<T, AttachError>,
+) -> Result<T, AttachError> {
+    with_all_ends(record, |all| ask(with_a_choice(record, all)))
+}
+
+/// Those ends among which there is something to choose.
+pub(super) fn with_a_choice<'a>(record: &Record, all: &'a [End<'a>]) -> &'a [End<'a>] {
+    if record.slots.iter().all(Option::is_some) { all } else { &[] }
+}
+
+/// Opens the namespaces of the partitions that are there.
+pub(super) fn with_all_ends<T>(
     record: &Record,
     ask: impl FnOnce(&[End<'_>]) -> Result<T, AttachError>,
 ) -> Result<T, AttachError> {
@@ -151,9 +172,6 @@ pub(super) fn with_ends<T>(
         if let Some(entry) = entry {
             namespaces.push((slot, Netns::open(&NetnsRef::Path(entry.held.clone()))?));
         }
-    }
-    if namespaces.len() < 2 {
-        return ask(&[]);
     }
     let ends: Vec<End<'_>> = namespaces
         .iter()

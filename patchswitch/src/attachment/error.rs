@@ -39,6 +39,19 @@ pub enum AttachError {
         #[source]
         source: std::io::Error,
     },
+    /// A link inside a partition could not be made to take what XDP redirects.
+    #[error(
+        "failed to switch generic receive offload on for {link} in network namespace {netns}, as XDP needs it"
+    )]
+    Receive {
+        /// The link inside.
+        link: String,
+        /// The namespace.
+        netns: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// What a network namespace counts could not be read.
     #[error("failed to read the counters of network namespace {netns}")]
     Counters {

@@ -32,6 +32,7 @@ mod remove;
 mod settings;
 mod watch;
 mod wiring;
+mod xdp;
 
 pub use announce::{AGAIN as ANNOUNCE_AGAIN, EVERY as ANNOUNCE_EVERY};
 pub use canary::{Canary, CanaryReport, Conduct};
@@ -77,7 +78,8 @@ pub struct Spec {
     pub udp_idle: Duration,
     /// What is declared of its datagrams.
     pub datagrams: Datagrams,
-    /// How programs are attached; nothing: the best that this kernel has.
+    /// How programs are attached; nothing: the best that this kernel has. With [`HookKind::Xdp`] the uplinks have XDP
+    /// in addition to that.
     pub hook: Option<HookKind>,
     /// Whether a service of that name has it, whose record has to follow every switch.
     pub of_service: bool,
@@ -168,9 +170,11 @@ impl Attachment {
         }
         let partitions: Vec<&Partition> = std::iter::once(first).chain(second).collect();
         let links = preflight::check(spec, &own, &host, &partitions).await?;
+        xdp::check(spec, &links)?;
         let mut record = Record::new(spec, identity(&own)?);
         record.group = group::leader(spec)?;
         let others = Self::open_others(&record)?;
+        record.hook_reason = xdp::reason(spec, &links);
         record.save()?;
         let mut settings = Settings::load(record.host, &shared)?;
         let plan = (links.as_slice(), partitions.as_slice());
@@ -499,9 +503,10 @@ impl Attachment {
     pub fn reload(&mut self, force: bool) -> Result<bool, AttachError> {
         self.report_events();
         let (record, plane) = (&self.record, &mut self.plane);
-        build::with_ends(record, |ends| {
+        build::with_all_ends(record, |all_ends| {
             let (hooks, addresses) = (record.hooks.as_slice(), record.addresses.as_slice());
-            Ok(plane.replace(Replacement { hooks, addresses, ends, force })?)
+            let ends = build::with_a_choice(record, all_ends);
+            Ok(plane.replace(Replacement { hooks, addresses, ends, all_ends, force })?)
         })
     }
 

@@ -97,6 +97,12 @@ pub struct Record {
     pub slots: [Option<SlotRecord>; 2],
     /// How programs are attached on this kernel.
     pub hook_kind: HookKind,
+    /// Whether the uplinks have XDP in addition.
+    #[serde(default)]
+    pub xdp: bool,
+    /// Why it is done so, for people.
+    #[serde(default)]
+    pub hook_reason: String,
     /// Programs on links, in the order in which they were attached.
     pub hooks: Vec<Hook>,
     /// Ports on which the retiring partition served when the switch was made: flows to them are accepted ones.
@@ -147,7 +153,12 @@ impl Record {
             addresses: spec.addresses.clone(),
             uplinks: uplinks(spec),
             slots: [None, None],
-            hook_kind: spec.hook.unwrap_or_else(HookKind::of_this_kernel),
+            hook_kind: match spec.hook {
+                None | Some(HookKind::Xdp) => HookKind::of_this_kernel(),
+                Some(kind) => kind,
+            },
+            xdp: spec.hook == Some(HookKind::Xdp),
+            hook_reason: String::new(),
             hooks: Vec::new(),
             service_ports: ServicePorts::default(),
             learn_full: 0,

@@ -51,7 +51,7 @@ pub(crate) struct Attach {
     /// A network device on which clients are; may be given several times.
     #[arg(long = "uplink", required = true, value_name = "DEVICE")]
     uplinks: Vec<String>,
-    /// How the programs are attached.
+    /// How the programs are attached. `auto` is `tc`, and says why.
     #[arg(long, value_enum, default_value = "auto")]
     hook: HookChoice,
     /// After so many seconds without an answer a datagram flow that was remembered for a switch is forgotten.
@@ -77,12 +77,16 @@ pub(crate) struct Attach {
 /// Where the programs are on the path of a packet.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum HookChoice {
-    /// The best that this kernel has.
+    /// The best for these uplinks: TC.
     Auto,
+    /// TCX where the kernel has it, else clsact.
+    Tc,
     /// TCX, since Linux 6.6.
     Tcx,
     /// A filter of the clsact qdisc.
     Clsact,
+    /// Native XDP at the uplinks, and TC for what XDP leaves to it: for physical devices whose driver has it.
+    Xdp,
 }
 
 impl Attach {
@@ -95,8 +99,10 @@ impl Attach {
             datagrams: Datagrams { stateless: self.stateless.clone(), quic: self.quic },
             hook: match self.hook {
                 HookChoice::Auto => None,
+                HookChoice::Tc => Some(HookKind::of_this_kernel()),
                 HookChoice::Tcx => Some(HookKind::Tcx),
                 HookChoice::Clsact => Some(HookKind::Clsact),
+                HookChoice::Xdp => Some(HookKind::Xdp),
             },
             of_service: false,
             with: self.with.clone(),
@@ -508,6 +514,8 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         "hook": record.hook_kind,
         "group": record.group(),
         "switches_with": record.others()?.into_iter().map(|other| other.name).collect::<Vec<_>>(),
+        "xdp": record.xdp,
+        "hook_reason": record.hook_reason,
         "partitions": partitions,
         "programs": beside::programs(record).await,
         "counters": plane.counters()?,
@@ -526,12 +534,16 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     let mut text = String::new();
     writeln!(
         text,
-        "{}: {} (generation {}, hook {})",
+        "{}: {} (generation {}, hook {}{})",
         word("name"),
         word("phase"),
         state["generation"],
-        word("hook")
+        word("hook"),
+        if state["xdp"] == true { " and xdp" } else { "" },
     )?;
+    if let Some(reason) = state["hook_reason"].as_str().filter(|reason| !reason.is_empty()) {
+        writeln!(text, "  hook       {reason}")?;
+    }
     writeln!(text, "  addresses  {}", list("addresses"))?;
     if state["switches_with"].as_array().is_some_and(|others| !others.is_empty()) {
         writeln!(text, "  with       {}", list("switches_with"))?;

@@ -1,18 +1,18 @@
-//! The hooks: TCX where the kernel has it (6.6), a filter of a `clsact` qdisc before.
+//! The hooks: TCX where the kernel has it (6.6), a filter of a `clsact` qdisc before; XDP in addition, if wanted.
 //!
-//! A TCX link is pinned, and its pin is what holds it. A filter has a fixed priority and a handle made of the
+//! A link of TCX or XDP is pinned, and its pin is what holds it. A filter has a fixed priority and a handle made of the
 //! attachment's name, so that it can be found and removed without any record.
 
 use std::path::Path;
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
-use aya::programs::{Link, LinkOrder, ProgramError, SchedClassifier, TcAttachType, TcError};
+use aya::programs::{Link, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType, TcError};
 use aya::util::KernelVersion;
 use serde::{Deserialize, Serialize};
 
-use super::DataplaneError;
 use super::load::{open, refused};
+use super::{DataplaneError, xdp};
 
 /// Priority of our filters; the kernel gives 49152 to those who ask for none.
 const PRIORITY: u16 = 49_300;
@@ -27,10 +27,17 @@ pub enum Point {
     ToPartition,
     /// Ingress of a partition's host-side link.
     FromPartition,
+    /// Ingress of an uplink by XDP, before [`Point::Uplink`].
+    Xdp,
 }
 
 impl Point {
-    pub(super) const ALL: [Self; 3] = [Self::Uplink, Self::ToPartition, Self::FromPartition];
+    const ALL: [Self; 4] = [Self::Uplink, Self::ToPartition, Self::FromPartition, Self::Xdp];
+
+    /// The points of an attachment, with XDP or without.
+    pub(super) fn all(xdp: bool) -> &'static [Self] {
+        if xdp { &Self::ALL } else { &Self::ALL[..3] }
+    }
 
     /// The program's name in the kernel.
     pub const fn program(self) -> &'static str {
@@ -38,12 +45,13 @@ impl Point {
             Self::Uplink => "ps_uplink",
             Self::ToPartition => "ps_to_part",
             Self::FromPartition => "ps_from_part",
+            Self::Xdp => "ps_xdp",
         }
     }
 
     const fn direction(self) -> TcAttachType {
         match self {
-            Self::Uplink | Self::FromPartition => TcAttachType::Ingress,
+            Self::Uplink | Self::FromPartition | Self::Xdp => TcAttachType::Ingress,
             Self::ToPartition => TcAttachType::Egress,
         }
     }
@@ -57,6 +65,8 @@ pub enum HookKind {
     Tcx,
     /// A filter of the `clsact` qdisc.
     Clsact,
+    /// A BPF link on the XDP hook, in the driver. Only uplinks have it, beside one of the others.
+    Xdp,
 }
 
 impl HookKind {
@@ -79,17 +89,20 @@ pub struct Hook {
 }
 
 impl Hook {
-    fn pin(&self, directory: &Path) -> std::path::PathBuf {
+    pub(super) fn pin(&self, directory: &Path) -> std::path::PathBuf {
         directory.join("links").join(format!("{}@{}", self.point.program(), self.link))
     }
 }
 
 pub(super) fn attach(directory: &Path, hook: &Hook) -> Result<(), DataplaneError> {
     let name = hook.point.program();
+    if hook.kind == HookKind::Xdp {
+        return xdp::attach(directory, hook);
+    }
     let failed = |error: ProgramError| refused("attach", name, &error);
     let mut program = open(directory, hook.point)?;
     match hook.kind {
-        HookKind::Tcx => {
+        HookKind::Tcx | HookKind::Xdp => {
             let options = TcAttachOptions::TcxOrder(LinkOrder::default());
             let id =
                 program.attach_with_options(&hook.link, hook.point.direction(), options).map_err(failed)?;
@@ -117,14 +130,18 @@ pub(super) fn attach(directory: &Path, hook: &Hook) -> Result<(), DataplaneError
 }
 
 /// Puts a program into the place of the one that is attached, at once.
-pub(super) fn update(
-    directory: &Path,
-    hook: &Hook,
-    program: &mut SchedClassifier,
-) -> Result<(), DataplaneError> {
+pub(super) fn update(directory: &Path, hook: &Hook, program: &mut Program) -> Result<(), DataplaneError> {
+    match program {
+        Program::Xdp(program) => xdp::update(directory, hook, program),
+        Program::SchedClassifier(program) => update_filter(directory, hook, program),
+        _ => Err(DataplaneError::Missing(format!("program {}", hook.point.program()))),
+    }
+}
+
+fn update_filter(directory: &Path, hook: &Hook, program: &mut SchedClassifier) -> Result<(), DataplaneError> {
     let failed = |error: ProgramError| refused("replace", hook.point.program(), &error);
     let link = match hook.kind {
-        HookKind::Tcx => {
+        HookKind::Tcx | HookKind::Xdp => {
             let opened = PinnedLink::from_pin(hook.pin(directory)).map(FdLink::from);
             let link = opened.and_then(SchedClassifierLink::try_from);
             link.map_err(|error| DataplaneError::Program {
@@ -150,7 +167,7 @@ pub(super) fn update(
 
 pub(super) fn detach(directory: &Path, hook: &Hook) -> Result<(), DataplaneError> {
     match hook.kind {
-        HookKind::Tcx => {
+        HookKind::Tcx | HookKind::Xdp => {
             let pin = hook.pin(directory);
             match PinnedLink::from_pin(&pin) {
                 Ok(link) => link.unpin().map(drop).map_err(|source| DataplaneError::File {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 
 use super::attach::Point;
@@ -32,11 +32,11 @@ pub fn object() -> Result<Cow<'static, [u8]>, DataplaneError> {
 
 /// Loads the object and pins all maps and programs below `directory`. The phase word is the one that is pinned below
 /// `with`, if that is given.
-pub(super) fn load_and_pin(directory: &Path, with: Option<&Path>) -> Result<(), DataplaneError> {
+pub(super) fn load_and_pin(directory: &Path, with: Option<&Path>, xdp: bool) -> Result<(), DataplaneError> {
     let links = directory.join("links");
     fs::create_dir_all(&links).map_err(made(&links))?;
     let known: Vec<_> = with.into_iter().map(|with| (with, maps::WORD)).collect();
-    pin(load(None, &known)?, directory, &Point::ALL)
+    pin(load(None, &known)?, directory, Point::all(xdp))
 }
 
 /// Loads the object onto the maps that are pinned below `directory`; its programs are not in the kernel yet.
@@ -48,9 +48,10 @@ pub(super) fn load_onto(directory: &Path) -> Result<Ebpf, DataplaneError> {
 ///
 /// It is done when nobody waits for it: the verifier reads the program for as long as it takes, and a partition that
 /// joins while clients are served is tested with what is there then.
-pub(super) fn load_and_pin_twin(directory: &Path) -> Result<(), DataplaneError> {
+pub(super) fn load_and_pin_twin(directory: &Path, xdp: bool) -> Result<(), DataplaneError> {
+    let points: &[Point] = if xdp { &[Point::Uplink, Point::Xdp] } else { &[Point::Uplink] };
     // It learns nothing.
-    pin(load(Some(1), &[])?, directory, &[Point::Uplink])
+    pin(load(Some(1), &[])?, directory, points)
 }
 
 fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), DataplaneError> {
@@ -61,8 +62,7 @@ fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), Datapla
     maps::pin_all(&ebpf, directory)?;
     for point in points {
         let name = point.program();
-        let program = program(&mut ebpf, name)?;
-        program.load().map_err(|error| refused("load", name, &error))?;
+        let program = program(&mut ebpf, *point)?;
         let path = directory.join("programs").join(name);
         program.pin(&path).map_err(|error| DataplaneError::Program {
             action: "pin",
@@ -79,7 +79,7 @@ fn made(path: &Path) -> impl FnOnce(std::io::Error) -> DataplaneError {
 }
 
 /// Loads the maps of the object, those of flows with room for `flows` if that is given; in place of the `known` ones it
-/// takes those that are pinned below a directory. Programs are loaded by [`program`] and `load`.
+/// takes those that are pinned below a directory. Programs are loaded by [`program`].
 fn load(flows: Option<u32>, known: &[(&Path, &str)]) -> Result<Ebpf, DataplaneError> {
     let version = aya::util::KernelVersion::current().ok();
     let at_least =
@@ -109,10 +109,25 @@ fn load(flows: Option<u32>, known: &[(&Path, &str)]) -> Result<Ebpf, DataplaneEr
     loader.load(&object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 
-pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, DataplaneError> {
-    let missing = || DataplaneError::Missing(format!("program {name}"));
-    let program = ebpf.program_mut(name).ok_or_else(missing)?;
-    program.try_into().map_err(|_another_kind: ProgramError| missing())
+/// Loads the program of a point into the kernel.
+pub(super) fn program(ebpf: &mut Ebpf, point: Point) -> Result<&mut Program, DataplaneError> {
+    let program = in_object(ebpf, point)?;
+    let loaded = match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
+        _ => return Err(missing(point)),
+    };
+    loaded.map_err(|error| refused("load", point.program(), &error))?;
+    Ok(program)
+}
+
+/// The program of a point, loaded or not.
+pub(super) fn in_object(ebpf: &mut Ebpf, point: Point) -> Result<&mut Program, DataplaneError> {
+    ebpf.program_mut(point.program()).ok_or_else(|| missing(point))
+}
+
+fn missing(point: Point) -> DataplaneError {
+    DataplaneError::Missing(format!("program {}", point.program()))
 }
 
 /// Opens a pinned program.
@@ -136,7 +151,7 @@ pub(super) fn refused(action: &'static str, program: &str, error: &ProgramError)
     DataplaneError::Program { action, program: program.to_owned(), reason }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Quick, Settings, SlotEntry};
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Quick, Settings, SlotEntry, UplinkEntry};
 use patchswitch_common::word::Word;
 
 use super::DataplaneError;
@@ -82,6 +82,10 @@ pub(super) fn write_settings(directory: &Path, settings: &Settings) -> Result<()
     array::<Settings>(directory, SETTINGS)?.set(0, settings, 0).map_err(failed("write", SETTINGS))
 }
 
+pub(super) fn read_settings(directory: &Path) -> Result<Settings, DataplaneError> {
+    array(directory, SETTINGS)?.get(&0, 0).map_err(failed("read", SETTINGS))
+}
+
 /// Writes a word that nobody maps.
 pub(super) fn write_word(directory: &Path, word: Word) -> Result<(), DataplaneError> {
     array::<u64>(directory, WORD)?.set(0, word.0, 0).map_err(failed("write", WORD))
@@ -108,17 +112,18 @@ pub(super) fn addresses(directory: &Path) -> Result<Vec<Address>, DataplaneError
     Ok(hash::<Address, u32>(directory, ADDRESSES)?.keys().flatten().collect())
 }
 
-pub(super) fn uplinks(directory: &Path) -> Result<Vec<u32>, DataplaneError> {
-    Ok(hash::<u32, u32>(directory, UPLINKS)?.keys().flatten().collect())
+pub(super) fn uplinks(directory: &Path) -> Result<Vec<(u32, UplinkEntry)>, DataplaneError> {
+    Ok(hash::<u32, UplinkEntry>(directory, UPLINKS)?.iter().flatten().collect())
 }
 
-pub(super) fn add_uplink(directory: &Path, ifindex: u32) -> Result<(), DataplaneError> {
-    hash::<u32, u32>(directory, UPLINKS)?.insert(ifindex, 1, 0).map_err(failed("write", UPLINKS))
+pub(super) fn add_uplink(directory: &Path, ifindex: u32, mac: [u8; 6]) -> Result<(), DataplaneError> {
+    let entry = UplinkEntry { mac, pad: [0; 2] };
+    hash::<u32, UplinkEntry>(directory, UPLINKS)?.insert(ifindex, entry, 0).map_err(failed("write", UPLINKS))
 }
 
 /// Counts the fresh flows of a slot and removes the stale ones of both.
 pub(super) fn count_learned(directory: &Path, slot: Slot) -> Result<usize, DataplaneError> {
-    let settings: Settings = array(directory, SETTINGS)?.get(&0, 0).map_err(failed("read", SETTINGS))?;
+    let settings = read_settings(directory)?;
     let mut flows = hash::<FlowKey, FlowRecord>(directory, LEARNED)?;
     let now = boot_ns();
     let (mut fresh, mut stale) = (0, Vec::new());

@@ -19,6 +19,7 @@ mod maps;
 mod replace;
 mod self_test;
 mod word;
+mod xdp;
 
 pub use attach::{Hook, HookKind, Point};
 pub use beside::{OnLink, Placed, Program};
@@ -31,7 +32,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, Settings, SlotEntry, mapped};
+use patchswitch_common::maps::{Address, Settings, SlotEntry, UplinkEntry, mapped};
 use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Word;
 
@@ -102,6 +103,14 @@ pub enum DataplaneError {
     /// Nothing is pinned under that name.
     #[error("the programs of {0} are gone; `patchswitch detach {0}` removes what else there is")]
     NotAttached(Name),
+    /// XDP cannot be used on a device.
+    #[error("XDP cannot be used on {link}: {reason}; --hook tc does the same there")]
+    Xdp {
+        /// The device.
+        link: String,
+        /// Why, and what to do about it.
+        reason: String,
+    },
     /// A system call of the fence failed.
     #[error("failed to wait for the packets under way")]
     Fence(#[source] std::io::Error),
@@ -128,6 +137,7 @@ impl Dataplane {
     /// Loads the object, pins everything below `/sys/fs/bpf/patchswitch/v1/NAME` and fills the maps that do not change.
     ///
     /// Nothing is attached yet. The word is steady on slot A, or that of `with`: both read one from then on.
+    /// The program for XDP is loaded only if it is wanted.
     ///
     /// # Errors
     /// [`DataplaneError`]; what was pinned until then stays and is removed by [`Dataplane::remove`].
@@ -135,14 +145,14 @@ impl Dataplane {
         name: &Name,
         addresses: &[IpAddr],
         settings: &Settings,
-        with: Option<&Name>,
+        (with, xdp): (Option<&Name>, bool),
     ) -> Result<Self, DataplaneError> {
         let directory = names::pin_dir(name);
-        load::load_and_pin(&directory, with.map(names::pin_dir).as_deref())?;
+        load::load_and_pin(&directory, with.map(names::pin_dir).as_deref(), xdp)?;
         let plane = Self::of(directory)?;
         maps::write_settings(&plane.directory, settings)?;
         maps::write_addresses(&plane.directory, &on_wire(addresses))?;
-        self_test::prepare(&twin_dir(&plane.directory), addresses)?;
+        self_test::prepare(&twin_dir(&plane.directory), addresses, xdp)?;
         Ok(plane)
     }
 
@@ -234,12 +244,12 @@ impl Dataplane {
         maps::read_slot(&self.directory, slot)
     }
 
-    /// Lets replies go straight to a link's next hops.
+    /// Lets replies go straight to a link's next hops, and tells XDP under which link address it takes frames.
     ///
     /// # Errors
     /// [`DataplaneError::Map`].
-    pub fn add_uplink(&self, ifindex: u32) -> Result<(), DataplaneError> {
-        maps::add_uplink(&self.directory, ifindex)
+    pub fn add_uplink(&self, ifindex: u32, mac: [u8; 6]) -> Result<(), DataplaneError> {
+        maps::add_uplink(&self.directory, ifindex, mac)
     }
 
     /// The indices of the links that [`Dataplane::add_uplink`] was told.
@@ -247,7 +257,7 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn uplinks(&self) -> Result<Vec<u32>, DataplaneError> {
-        maps::uplinks(&self.directory)
+        Ok(indices(&maps::uplinks(&self.directory)?))
     }
 
     /// Writes the settings anew; packets under way may still see the old ones.
@@ -332,7 +342,7 @@ impl Dataplane {
     pub fn remains(name: &Name) -> (Vec<IpAddr>, Vec<u32>) {
         let directory = names::pin_dir(name);
         let addresses = maps::addresses(&directory).unwrap_or_default().iter().map(from_wire).collect();
-        (addresses, maps::uplinks(&directory).unwrap_or_default())
+        (addresses, indices(&maps::uplinks(&directory).unwrap_or_default()))
     }
 
     /// Sends packets through a twin of the programs that knows the same partitions, in the kernel but not on any wire,
@@ -344,6 +354,15 @@ impl Dataplane {
         let slots = [self.slot(Slot::A)?, self.slot(Slot::B)?];
         self_test::run(&twin_dir(&self.directory), &slots, ends)
     }
+
+    /// Sends frames through the twin of the program for XDP, which redirects them: each has to arrive at a socket of the
+    /// partition that owns it.
+    ///
+    /// # Errors
+    /// [`DataplaneError::SelfTest`] if one does not.
+    pub fn self_test_xdp(&self, ends: &[self_test::End<'_>]) -> Result<(), DataplaneError> {
+        xdp::run(&self.directory, &twin_dir(&self.directory), ends)
+    }
 }
 
 pub use replace::Replacement;
@@ -352,6 +371,10 @@ pub use self_test::End;
 /// Where the self-test's twin of what is pinned in a directory is pinned.
 fn twin_dir(directory: &Path) -> PathBuf {
     directory.join("twin")
+}
+
+fn indices(uplinks: &[(u32, UplinkEntry)]) -> Vec<u32> {
+    uplinks.iter().map(|(index, _)| *index).collect()
 }
 
 /// An address as the maps have it.

@@ -13,12 +13,12 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use aya::programs::SchedClassifier;
+use aya::programs::{Program, ProgramInfo};
 use patchswitch_common::Slot;
 
 use super::attach::{self, Hook, Point};
 use super::self_test::{self, End};
-use super::{DataplaneError, load, maps};
+use super::{DataplaneError, load, maps, xdp};
 
 /// What the replacement needs to know of the attachment.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,8 @@ pub struct Replacement<'a> {
     pub addresses: &'a [IpAddr],
     /// Whom the self-test asks.
     pub ends: &'a [End<'a>],
+    /// Whom the self-test of XDP sends frames, also if there is but one.
+    pub all_ends: &'a [End<'a>],
     /// Replace programs by equal ones as well.
     pub force: bool,
 }
@@ -53,14 +55,15 @@ pub(super) fn remove_remains(directory: &Path) -> Result<(), DataplaneError> {
 pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, DataplaneError> {
     remove_remains(directory)?;
     let next = next_dir(directory);
-    self_test::prepare(&next, what.addresses)?;
+    let has_xdp = what.hooks.iter().any(|hook| hook.point == Point::Xdp);
+    let points = Point::all(has_xdp);
+    self_test::prepare(&next, what.addresses, has_xdp)?;
     maps::compare(directory, &next)?;
     let mut ebpf = load::load_onto(directory)?;
     let mut alike = super::twin_dir(directory).exists();
-    for point in Point::ALL {
-        let program = load::program(&mut ebpf, point.program())?;
-        program.load().map_err(|error| load::refused("load", point.program(), &error))?;
-        alike &= tag(program, point)? == tag(&load::open(directory, point)?, point)?;
+    for point in points.iter().copied() {
+        let program = load::program(&mut ebpf, point)?;
+        alike &= tag(program, point)? == tag_of_pinned(directory, point)?;
     }
     if alike && !what.force {
         load::remove_all(&next)?;
@@ -68,8 +71,11 @@ pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, D
     }
     let slots = [maps::read_slot(directory, Slot::A)?, maps::read_slot(directory, Slot::B)?];
     self_test::run(&next, &slots, what.ends)?;
-    for point in Point::ALL {
-        let program = load::program(&mut ebpf, point.program())?;
+    if has_xdp {
+        xdp::run(directory, &next, what.all_ends)?;
+    }
+    for point in points.iter().copied() {
+        let program = load::in_object(&mut ebpf, point)?;
         for hook in what.hooks.iter().filter(|hook| hook.point == point) {
             attach::update(directory, hook, program)?;
         }
@@ -80,13 +86,18 @@ pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, D
 }
 
 /// What the kernel calls a program after its instructions.
-fn tag(program: &SchedClassifier, point: Point) -> Result<u64, DataplaneError> {
+fn tag(program: &Program, point: Point) -> Result<u64, DataplaneError> {
     let info = program.info().map_err(|error| load::refused("look at", point.program(), &error))?;
     Ok(info.tag())
 }
 
+fn tag_of_pinned(directory: &Path, point: Point) -> Result<u64, DataplaneError> {
+    let info = ProgramInfo::from_pin(directory.join("programs").join(point.program()));
+    Ok(info.map_err(|error| load::refused("look at", point.program(), &error))?.tag())
+}
+
 /// Gives a program the pin of its predecessor.
-fn adopt(directory: &Path, point: Point, program: &mut SchedClassifier) -> Result<(), DataplaneError> {
+fn adopt(directory: &Path, point: Point, program: &mut Program) -> Result<(), DataplaneError> {
     let pin = directory.join("programs").join(point.program());
     // The BPF file system keeps names with a dot for itself.
     let fresh = directory.join("programs").join(format!("{}-new", point.program()));

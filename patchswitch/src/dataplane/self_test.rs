@@ -19,7 +19,7 @@ use pnet::packet::ethernet::{EtherTypes, MutableEthernetPacket};
 use pnet::packet::ip::IpNextHeaderProtocols;
 use pnet::packet::ipv4::{self, MutableIpv4Packet};
 use pnet::packet::ipv6::MutableIpv6Packet;
-use pnet::packet::udp::MutableUdpPacket;
+use pnet::packet::udp::{self, MutableUdpPacket};
 
 use super::DataplaneError;
 use super::attach::Point;
@@ -73,6 +73,20 @@ pub enum SelfTestError {
         /// The verdict that is right.
         wanted: &'static str,
     },
+    /// What XDP redirected did not arrive.
+    #[error(
+        "self-test failed: a frame that XDP redirected to {address} did not arrive in network namespace {netns}; that \
+         takes generic receive offload on the service's link inside (`ethtool -k`), an MTU of that link that is no \
+         smaller than the uplink's, and a firewall inside that lets a datagram from {peer} pass; or use --hook tc"
+    )]
+    Lost {
+        /// The service address.
+        address: IpAddr,
+        /// The namespace.
+        netns: String,
+        /// From where the frame came.
+        peer: IpAddr,
+    },
 }
 
 /// The pins of a loaded object that is attached to nothing.
@@ -98,8 +112,8 @@ impl<'a> Twin<'a> {
 }
 
 /// Makes the twin of programs that are being pinned.
-pub(super) fn prepare(directory: &Path, addresses: &[IpAddr]) -> Result<(), DataplaneError> {
-    load::load_and_pin_twin(directory)?;
+pub(super) fn prepare(directory: &Path, addresses: &[IpAddr], xdp: bool) -> Result<(), DataplaneError> {
+    load::load_and_pin_twin(directory, xdp)?;
     maps::write_addresses(directory, &super::on_wire(addresses))
 }
 
@@ -109,19 +123,9 @@ pub(super) fn run(directory: &Path, slots: &[SlotEntry; 2], ends: &[End<'_>]) ->
 }
 
 fn check(twin: &Twin<'_>, end: &End<'_>) -> Result<(), DataplaneError> {
-    let peer = match end.address {
-        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 9]),
-        IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9]),
-    };
-    let open_socket = || -> io::Result<UdpSocket> {
-        let socket = UdpSocket::bind(SocketAddr::new(end.address, 0))?;
-        socket.connect(SocketAddr::new(peer, PEER_PORT))?;
-        Ok(socket)
-    };
-    let failed =
-        |source| SelfTestError::Socket { address: end.address, netns: end.netns.to_string(), source };
-    let socket = end.netns.run(open_socket).map_err(SelfTestError::Netns)?.map_err(failed)?;
-    let port = socket.local_addr().map_err(failed)?.port();
+    let peer = peer(end.address);
+    let socket = open_socket(end)?;
+    let port = socket.local_addr().map_err(failed(end))?.port();
     let other = end.slot.other();
     maps::write_word(twin.directory, Word::steady(end.slot, 0).taken_over_by(other))?;
     expect(twin, end.address, "a flow with a socket", &packet(peer, end.address, port), verdict(end.slot))?;
@@ -129,7 +133,30 @@ fn check(twin: &Twin<'_>, end: &End<'_>) -> Result<(), DataplaneError> {
     expect(twin, end.address, "an unknown flow", &packet(peer, end.address, 1), verdict(other))
 }
 
-const fn verdict(slot: Slot) -> Verdict {
+/// Who a packet to an address says that it is from.
+pub(super) fn peer(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 9]),
+        IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9]),
+    }
+}
+
+fn failed(end: &End<'_>) -> impl Fn(io::Error) -> SelfTestError {
+    let (address, netns) = (end.address, end.netns.to_string());
+    move |source| SelfTestError::Socket { address, netns: netns.clone(), source }
+}
+
+/// A socket of the partition that is connected to the peer.
+pub(super) fn open_socket(end: &End<'_>) -> Result<UdpSocket, SelfTestError> {
+    let open = || -> io::Result<UdpSocket> {
+        let socket = UdpSocket::bind(SocketAddr::new(end.address, 0))?;
+        socket.connect(SocketAddr::new(peer(end.address), PEER_PORT))?;
+        Ok(socket)
+    };
+    end.netns.run(open)?.map_err(failed(end))
+}
+
+pub(super) const fn verdict(slot: Slot) -> Verdict {
     match slot {
         Slot::A => Verdict::ToA,
         Slot::B => Verdict::ToB,
@@ -143,10 +170,22 @@ fn expect(
     frame: &[u8],
     wanted: Verdict,
 ) -> Result<(), DataplaneError> {
-    let before = counters::read(twin.directory)?;
-    twin.send(frame)?;
-    let after = counters::read(twin.directory)?;
-    let count = |verdict| after.packets(Hook::Uplink, verdict) - before.packets(Hook::Uplink, verdict);
+    expect_at(Hook::Uplink, twin.directory, address, what, wanted, || twin.send(frame))
+}
+
+/// Sends a packet, of which the twin's program at a hook has to count what is right.
+pub(super) fn expect_at(
+    hook: Hook,
+    directory: &Path,
+    address: IpAddr,
+    what: &'static str,
+    wanted: Verdict,
+    send: impl FnOnce() -> Result<(), DataplaneError>,
+) -> Result<(), DataplaneError> {
+    let before = counters::read(directory)?;
+    send()?;
+    let after = counters::read(directory)?;
+    let count = |verdict| after.packets(hook, verdict) - before.packets(hook, verdict);
     if count(wanted) == 1 {
         return Ok(());
     }
@@ -156,7 +195,7 @@ fn expect(
 }
 
 /// A UDP datagram without payload, addressed to the loopback device's MAC (all zeroes), on which the kernel runs tests.
-fn packet(peer: IpAddr, service: IpAddr, port: u16) -> Vec<u8> {
+pub(super) fn packet(peer: IpAddr, service: IpAddr, port: u16) -> Vec<u8> {
     let header = if service.is_ipv4() { 20 } else { 40 };
     let mut frame = vec![0; ETHERNET + header + UDP];
     if let Some(mut ethernet) = MutableEthernetPacket::new(&mut frame) {
@@ -167,6 +206,10 @@ fn packet(peer: IpAddr, service: IpAddr, port: u16) -> Vec<u8> {
         udp.set_source(PEER_PORT);
         udp.set_destination(port);
         udp.set_length(UDP as u16);
+        // None is a sum only for IPv4.
+        if let (IpAddr::V6(from), IpAddr::V6(to)) = (peer, service) {
+            udp.set_checksum(udp::ipv6_checksum(&udp.to_immutable(), &from, &to));
+        }
     }
     frame
 }

@@ -102,8 +102,8 @@ fn btf(facts: &Facts) -> Item {
 /// Which hook `attach` takes of itself.
 fn hook(facts: &Facts) -> Item {
     let found = match facts.hook {
-        HookKind::Tcx => "tcx",
-        HookKind::Clsact => "clsact, as TCX came with Linux 6.6",
+        HookKind::Tcx | HookKind::Xdp => "tcx; attach --hook xdp puts XDP before it",
+        HookKind::Clsact => "clsact, as TCX came with Linux 6.6; attach --hook xdp puts XDP before it",
     };
     ok("hook", Need::Nobody, found)
 }

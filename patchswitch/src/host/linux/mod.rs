@@ -7,6 +7,7 @@ pub mod cutter;
 mod cutter_child;
 pub mod dm;
 mod dm_ioctl;
+pub mod ethtool;
 pub mod frames;
 mod ioctl;
 pub mod loopdev;

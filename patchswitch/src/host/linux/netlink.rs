@@ -19,7 +19,9 @@ use futures_util::TryStreamExt;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, CacheInfo};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{
+    LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+};
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth};
 
@@ -68,6 +70,10 @@ pub struct Link {
     pub loopback: bool,
     /// Whether its frames are Ethernet's.
     pub ethernet: bool,
+    /// What it is, if it is not a device of its own right: `veth`, `bond`, `vlan` …
+    pub kind: Option<String>,
+    /// Whether there is an XDP program on it.
+    pub xdp: bool,
 }
 
 /// A netlink connection into one network namespace.
@@ -311,12 +317,24 @@ fn link(message: LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        kind: None,
+        xdp: false,
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => found.name = name,
             LinkAttribute::Mtu(mtu) => found.mtu = mtu,
             LinkAttribute::Address(mac) => found.mac = mac.try_into().unwrap_or_default(),
+            LinkAttribute::LinkInfo(all) => {
+                found.kind = all.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+            }
+            LinkAttribute::Xdp(all) => {
+                let is = |one: &LinkXdp| matches!(one, LinkXdp::Attached(mode) if *mode != XdpAttached::None);
+                found.xdp = all.iter().any(is);
+            }
             _ => {}
         }
     }

@@ -1,0 +1,2 @@
+//! Probes.
+pub(crate) const TCP_PROBE: u16 = 82;

@@ -1,0 +1,2 @@
+//! Requests.
+pub(crate) const RR: u16 = 83;

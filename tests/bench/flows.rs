@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use patchswitch_tests::netlab::{CLIENT_LINK, SERVICE};
 use patchswitch_tests::programs::Running;
-use rustix::net::{AddressFamily, SocketType, bind, connect, listen, socket};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
 use crate::peers::{Peer, Side};
 
@@ -114,7 +114,7 @@ fn listen_in(peer: &dyn Peer, to: Side, count: u32) -> Result<TcpListener> {
     let ns = peer.ns(to);
     ns.sysctl("net/core/somaxconn", &(count + 100).to_string())?;
     ns.enter(|| {
-        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)))?;
         listen(&socket, i32::try_from(count + 100)?)?;
         Ok(TcpListener::from(socket))
@@ -125,7 +125,7 @@ fn dial_all(from: Ipv4Addr, count: u32) -> Result<Vec<TcpStream>> {
     let target = SocketAddr::new(SERVICE[0].parse()?, PORT);
     let dial = |number: u16| {
         let local = SocketAddr::new(from.into(), FIRST + number);
-        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         bind(&socket, &local).with_context(|| format!("failed to bind {local}"))?;
         connect(&socket, &target).with_context(|| format!("failed to connect {local}"))?;
         Ok(TcpStream::from(socket))

@@ -8,7 +8,9 @@
 //! Nothing is judged by its time alone: what is compared was measured in turn in one run (ABBA), and so was patchswitch
 //! with itself (A/A). Runs as root in network namespaces of its own.
 
+mod flip;
 mod flows;
+mod handover;
 mod head;
 mod kernel;
 mod packets;
@@ -17,6 +19,7 @@ mod plan;
 mod plot;
 mod probe;
 mod programs;
+mod rates;
 mod report;
 mod rr;
 mod stats;
@@ -93,7 +96,19 @@ fn list() {
 fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
     if selection.rows(&[12, 22]) {
         say("\nthe programs by themselves (rows 12, 22)");
-        programs::measure(&mut Product::new(peers::PRODUCT, "programs")?, scale, found)?;
+        programs::measure(&mut Product::new("programs")?, scale, found)?;
+    }
+    if selection.rows(&[8, 9, 10, 11, 18]) {
+        say("\nthe data path at rest and while draining (rows 8 to 11, 18)");
+        rates::measure(scale, selection, found)?;
+    }
+    if selection.rows(&[5, 6]) {
+        say("\nthe moment of the switch (rows 5, 6)");
+        flip::measure(scale, selection, found)?;
+    }
+    if selection.rows(&[1, 2, 3, 4, 7]) {
+        say("\na switch under load (rows 1 to 4, 7)");
+        handover::measure(scale, selection, found)?;
     }
     Ok(())
 }

@@ -89,12 +89,7 @@ fn line(text: &mut String, figure: &Figure, y: f64, range: (f64, f64)) {
         y + 4.0,
         number(row.ratio_median)
     );
-    let limits = match figure.target {
-        Some(Target::AtLeast(limit) | Target::AtMost(limit)) => vec![limit],
-        Some(Target::Within(low, high)) => vec![low, high],
-        None => Vec::new(),
-    };
-    for limit in limits {
+    if let Some(Target::AtLeast(limit) | Target::AtMost(limit)) = figure.target {
         let (x, y1, y2) = (place(limit, range), y - 7.0, y + 7.0);
         let _ = writeln!(
             text,

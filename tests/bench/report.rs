@@ -17,8 +17,6 @@ pub(crate) fn say(text: &str) {
 pub(crate) enum Target {
     AtLeast(f64),
     AtMost(f64),
-    /// As the quiet run, compared with itself: between these limits.
-    Within(f64, f64),
 }
 
 impl Target {
@@ -26,7 +24,6 @@ impl Target {
         match self {
             Self::AtLeast(limit) => value >= limit,
             Self::AtMost(limit) => value <= limit,
-            Self::Within(low, high) => (low..=high).contains(&value),
         }
     }
 
@@ -34,7 +31,6 @@ impl Target {
         match self {
             Self::AtLeast(limit) => format!("≥ {}", number(limit)),
             Self::AtMost(limit) => format!("≤ {}", number(limit)),
-            Self::Within(low, high) => format!("{} … {}", number(low), number(high)),
         }
     }
 }
@@ -227,7 +223,6 @@ mod tests {
         let ratio = || Figure::ratio(8, "packets", "floor", "packets/s", &FAST);
         assert_eq!(ratio().must(Target::AtLeast(0.97)).reached, Some(true));
         assert_eq!(ratio().must(Target::AtMost(1.5)).reached, Some(false));
-        assert_eq!(ratio().must(Target::Within(1.9, 2.1)).reached, Some(true));
         assert_eq!(ratio().row.unit, "ratio of packets/s");
         assert_eq!(Figure::difference(12, "m", "p", "ns", &FAST).row.ratio_median, 1.0);
     }

@@ -8,7 +8,7 @@ use patchswitch::network::announce;
 use patchswitch_load::clock::now_ns;
 use patchswitch_tests::netlab::{OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 
-use super::{BRIDGE, Peer, Side};
+use super::{Peer, Side};
 
 /// Both namespaces and the uplink on one bridge of the host; each namespace has its own address, none the service's.
 pub(super) fn bridged(label: &str) -> Result<SwitchLab> {
@@ -22,6 +22,10 @@ pub(super) fn bridged(label: &str) -> Result<SwitchLab> {
     lab.host.ip(&format!("link set {UPLINK} master br0"))?;
     Ok(lab)
 }
+
+/// Where the clients are. What answers them on a wildcard socket answers with the service's address by a route that is
+/// gone with it.
+pub(super) const CLIENTS: &str = "10.77.0.0/25";
 
 #[derive(Debug)]
 pub(crate) struct Bridge {
@@ -37,7 +41,8 @@ impl Bridge {
 
     fn give(&self, to: Side) -> Result<()> {
         let ns = self.ns(to);
-        ns.ip(&format!("addr add {}/24 dev eth0", SERVICE[0]))?;
+        let service = SERVICE[0];
+        ns.ip_batch(&format!("addr add {service}/24 dev eth0\nroute add {CLIENTS} dev eth0 src {service}\n"))?;
         let frame = |mac| announce::frame(SERVICE[0].parse().ok()?, mac);
         ns.enter(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -49,10 +54,6 @@ impl Bridge {
 }
 
 impl Peer for Bridge {
-    fn key(&self) -> &'static str {
-        BRIDGE
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

@@ -8,7 +8,7 @@ use patchswitch_tests::netlab::{SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs::Running;
 use patchswitch_tests::traffic::PORT;
 
-use super::{HAPROXY, Peer, Side, inner, route_to_both};
+use super::{Peer, Side, inner, route_to_both};
 
 #[derive(Debug)]
 pub(crate) struct Haproxy {
@@ -74,17 +74,12 @@ fn configuration(socket: &str, to: Side) -> String {
     format!(
         "global\n  stats socket {socket} mode 600 level admin expose-fd listeners\n  nbthread 1\n\
          defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\
-         listen web\n  bind {service}:{PORT}\n  bind {service}:{}\n  bind {service}:{}\n  server one {server}\n",
+         listen web\n  bind {service}:{PORT}\n  bind {service}:{}\n  server one {server}\n",
         crate::probe::TCP_PROBE,
-        crate::rr::RR,
     )
 }
 
 impl Peer for Haproxy {
-    fn key(&self) -> &'static str {
-        HAPROXY
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

@@ -8,8 +8,8 @@ use patchswitch_tests::netlab::{SERVICE, SwitchLab};
 use patchswitch_tests::programs::Running;
 use rustix::process::Signal;
 
-use super::bridge::bridged;
-use super::{KEEPALIVED, Peer, Side};
+use super::bridge::{CLIENTS, bridged};
+use super::{Peer, Side};
 
 #[derive(Debug)]
 pub(crate) struct Keepalived {
@@ -37,8 +37,9 @@ impl Keepalived {
         let (file, pid, child, log) = (path("conf"), path("pid"), path("vrrp"), path("log"));
         let configuration = format!(
             "vrrp_instance web {{\n  state BACKUP\n  nopreempt\n  interface eth0\n  virtual_router_id 51\n  priority 100\n  \
-             virtual_ipaddress {{\n    {}/24\n  }}\n}}\n",
-            SERVICE[0]
+             virtual_ipaddress {{\n    {service}/24\n  }}\n  virtual_routes {{\n    {CLIENTS} dev eth0 src {service}\n  \
+             }}\n}}\n",
+            service = SERVICE[0]
         );
         std::fs::write(&file, configuration)?;
         let argv = ["keepalived", "-n", "-l", "-P", "-f", &file, "-p", &pid, "-r", &child];
@@ -78,10 +79,6 @@ impl Drop for Keepalived {
 }
 
 impl Peer for Keepalived {
-    fn key(&self) -> &'static str {
-        KEEPALIVED
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

@@ -43,9 +43,6 @@ impl Side {
 
 /// Something that moves a service address from one namespace to another.
 pub(crate) trait Peer {
-    /// By what it is named in results.
-    fn key(&self) -> &'static str;
-
     /// Its laboratory.
     fn lab(&self) -> &SwitchLab;
 
@@ -113,8 +110,8 @@ pub(crate) fn make(key: &str) -> Result<Box<dyn Peer>> {
         KEEPALIVED => Box::new(keepalived::Keepalived::new()?),
         NFT => Box::new(nft::Nft::new()?),
         HAPROXY => Box::new(haproxy::Haproxy::new()?),
-        PRODUCT => Box::new(Product::new(PRODUCT, "product")?),
-        AGAIN => Box::new(Product::new(AGAIN, "again")?),
+        PRODUCT => Box::new(Product::new("product")?),
+        AGAIN => Box::new(Product::new("again")?),
         other => anyhow::bail!("no peer is called {other}"),
     })
 }

@@ -5,7 +5,7 @@ use patchswitch_load::clock::now_ns;
 use patchswitch_tests::netlab::{SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs;
 
-use super::{NFT, Peer, Side, inner, route_to_both};
+use super::{Peer, Side, inner, route_to_both};
 
 #[derive(Debug)]
 pub(crate) struct Nft {
@@ -34,10 +34,6 @@ fn rule(to: Side) -> String {
 }
 
 impl Peer for Nft {
-    fn key(&self) -> &'static str {
-        NFT
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

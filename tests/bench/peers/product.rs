@@ -23,12 +23,11 @@ const UDP_IDLE: Duration = Duration::from_secs(125);
 pub(crate) struct Product {
     lab: SwitchLab,
     name: Name,
-    key: &'static str,
 }
 
 impl Product {
-    /// Attaches; the first partition serves. `key` names it among the peers, and the attachment after this process.
-    pub(crate) fn new(key: &'static str, label: &str) -> Result<Self> {
+    /// Attaches; the first partition serves. The attachment is named after the label.
+    pub(crate) fn new(label: &str) -> Result<Self> {
         let lab = SwitchLab::new(label)?;
         let name = Name::new(&format!("bench-{label}"))?;
         let spec = Spec {
@@ -40,7 +39,7 @@ impl Product {
             of_service: false,
         };
         let (first, second) = (partition(&lab.a, OWN_A)?, partition(&lab.b, OWN_B)?);
-        let product = Self { lab, name, key };
+        let product = Self { lab, name };
         product.library(|| async move {
             Attachment::create(&spec, &first, Some(&second)).await?;
             Ok(())
@@ -106,10 +105,6 @@ impl Drop for Product {
 }
 
 impl Peer for Product {
-    fn key(&self) -> &'static str {
-        self.key
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

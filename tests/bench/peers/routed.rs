@@ -12,31 +12,28 @@ use super::{Peer, Side, inner, route_to_both};
 #[derive(Debug)]
 pub(crate) struct Routed {
     lab: SwitchLab,
-    key: &'static str,
 }
 
 impl Routed {
-    pub(crate) fn new(key: &'static str) -> Result<Self> {
-        let lab = SwitchLab::new(key)?;
+    pub(crate) fn new(label: &str) -> Result<Self> {
+        let lab = SwitchLab::new(label)?;
         route_to_both(&lab)?;
         let service = SERVICE[0];
-        for ns in [&lab.a, &lab.b] {
+        for (ns, gateway) in [(&lab.a, "10.78.1.1"), (&lab.b, "10.78.2.1")] {
             ns.ip(&format!("addr add {service}/32 dev lo"))?;
+            // What answers on a wildcard socket answers with the service's address.
+            ns.ip(&format!("route replace default via {gateway} dev eth0 src {service}"))?;
         }
         // At once: an answer that is delayed would count as the first packet's time.
         lab.host.sysctl(&format!("net/ipv4/neigh/{UPLINK}/proxy_delay"), "0")?;
         lab.host.ip(&format!("neigh add proxy {service} dev {UPLINK}"))?;
-        let mut routed = Self { lab, key };
+        let mut routed = Self { lab };
         routed.switch(Side::A)?;
         Ok(routed)
     }
 }
 
 impl Peer for Routed {
-    fn key(&self) -> &'static str {
-        self.key
-    }
-
     fn lab(&self) -> &SwitchLab {
         &self.lab
     }

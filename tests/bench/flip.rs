@@ -149,7 +149,8 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
     for (row, flips) in [(5, &there), (6, &back)] {
         add(row, PRODUCT, flips, found);
         let beyond: Vec<f64> = flips.iter().map(|flip| flip.beyond_us).collect();
-        let metric = if row == 5 { "switch to first connection, beyond the gap" } else { "rollback, beyond the gap" };
+        let metric =
+            if row == 5 { "switch to first connection, beyond the gap" } else { "rollback, beyond the gap" };
         let figure = Figure::values(row, metric, PRODUCT, "µs", &beyond);
         found.add(figure.must(Target::AtMost(BEYOND_US)));
     }

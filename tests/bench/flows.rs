@@ -44,13 +44,8 @@ impl Flows {
         let client = &peer.lab().client;
         client.ip(&format!("addr replace {}/24 dev {CLIENT_LINK}", address(0)))?;
         let clients = client.enter(|| dial_all(address(0), own))?;
-        let mut flows = Self {
-            clients,
-            listener: Some(listener),
-            _helpers: Vec::new(),
-            count,
-            _directory: directory,
-        };
+        let mut flows =
+            Self { clients, listener: Some(listener), _helpers: Vec::new(), count, _directory: directory };
         flows.help(peer, count - own)?;
         Ok(flows)
     }

@@ -44,19 +44,26 @@ struct Repaired {
     broken: i64,
     /// Segments sent again.
     again: i64,
+    /// Of these, those that had arrived: the receiver said so (DSACK).
+    needless: i64,
     /// Resets that the service's namespaces sent.
     resets: i64,
 }
 
 impl Repaired {
     fn of(peer: &dyn Peer) -> Result<Self> {
-        let client = Counters::of(&peer.lab().client)?.trouble()?;
-        let mut sum = Self { broken: client.established_reset + client.time_outs, again: client.retransmitted, resets: 0 };
-        for side in [Side::A, Side::B] {
-            let served = Counters::of(peer.ns(side))?.trouble()?;
-            sum.broken += served.time_outs;
-            sum.again += served.retransmitted;
-            sum.resets += served.resets_sent;
+        let mut sum = Self::default();
+        for ns in [&peer.lab().client, peer.ns(Side::A), peer.ns(Side::B)] {
+            let counters = Counters::of(ns)?;
+            let trouble = counters.trouble()?;
+            sum.broken += trouble.time_outs;
+            sum.again += trouble.retransmitted;
+            sum.needless += counters.get("TcpExt.TCPDSACKRecv")?;
+            if ns.name() == peer.lab().client.name() {
+                sum.broken += trouble.established_reset;
+            } else {
+                sum.resets += trouble.resets_sent;
+            }
         }
         Ok(sum)
     }
@@ -65,6 +72,7 @@ impl Repaired {
         Self {
             broken: self.broken - earlier.broken,
             again: self.again - earlier.again,
+            needless: self.needless - earlier.needless,
             resets: self.resets - earlier.resets,
         }
     }
@@ -116,7 +124,7 @@ impl Course {
         peer.prepare()?;
         std::thread::sleep(Duration::from_millis(500));
         let slow = peer.settles_s() > 0.0;
-        let count = scale.switch_blocks(slow);
+        let count = scale.switch_blocks(slow, whole);
         let (mut control, mut blocks) = (Vec::new(), Vec::new());
         for _ in 0..if whole { count } else { 0 } {
             let mut quiet = || window(peer, scale, None);
@@ -240,7 +248,13 @@ fn judge(key: &str, course: &Course, limits: Option<&Limits>, found: &mut Found)
     };
     let value = |row, metric, value| Figure::values(row, metric, key, "per switch", &[value]);
     found.add(must(value(2, "connections reset or timed out", each(sum(|t| t.broken))), quiet(|t| t.broken)));
-    found.add(must(value(2, "segments sent again", each(sum(|t| t.again))), quiet(|t| t.again)));
+    let in_blocks: i64 = course.blocks.iter().flat_map(|block| &block[1..3]).map(|w| w.trouble.again).sum();
+    let note = format!(
+        "{} in all, {} of them had arrived; {in_blocks} at switches with time between them",
+        sum(|t| t.again),
+        sum(|t| t.needless)
+    );
+    found.add(must(value(2, "segments sent again", each(sum(|t| t.again))), quiet(|t| t.again)).note(note));
     for (probe, metric) in GAP.into_iter().enumerate() {
         if course.heard[probe].0.is_empty() {
             found.not_run(metric, key, "nothing was heard: it does not carry this");
@@ -274,7 +288,11 @@ fn failed(key: &str, course: &Course, found: &mut Found) {
     let stats = course.run.stats(window);
     let (failed, requests) = (stats.failed as f64, stats.requests as f64);
     let switches = course.switches();
-    let bound = if failed == 0.0 { format!(": fewer than {} of them fail", number(3.0 / requests)) } else { String::new() };
+    let bound = if failed == 0.0 {
+        format!(": fewer than {} of them fail", number(3.0 / requests))
+    } else {
+        String::new()
+    };
     let figure = Figure::values(1, "requests failed", key, "per switch", &[failed / switches]);
     let figure = if key == PRODUCT { figure.must(Target::AtMost(0.0)) } else { figure };
     found.add(figure.note(format!("{failed} of {requests} requests in {switches} switches{bound}")));

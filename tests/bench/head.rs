@@ -86,7 +86,8 @@ fn versions() -> Vec<String> {
         let text = output.stdout + &output.stderr;
         text.lines().find(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned())
     };
-    let argvs: [&[&str]; 4] = [&["ip", "-V"], &["nft", "--version"], &["haproxy", "-v"], &["keepalived", "-v"]];
+    let argvs: [&[&str]; 4] =
+        [&["ip", "-V"], &["nft", "--version"], &["haproxy", "-v"], &["keepalived", "-v"]];
     argvs
         .iter()
         .map(|argv| {

@@ -36,12 +36,12 @@ impl Scale {
 
     /// Blocks of the order ABBA for rates.
     pub(crate) fn blocks(self) -> usize {
-        self.pick(6, 20)
+        self.pick(10, 20)
     }
 
     /// How long one side of a block sends.
     pub(crate) fn slot(self) -> Duration {
-        Duration::from_millis(self.pick(150, 400))
+        Duration::from_millis(self.pick(100, 300))
     }
 
     /// Blocks of test runs.
@@ -74,19 +74,18 @@ impl Scale {
         self.pick(50_000, 100_000)
     }
 
-    /// Blocks of two quiet windows and two with a switch in them.
-    pub(crate) fn switch_blocks(self, slow: bool) -> usize {
-        match (slow, self.quick) {
-            (false, true) => 4,
-            (false, false) => 20,
-            (true, true) => 1,
-            (true, false) => 5,
+    /// Blocks of two quiet windows and two with a switch in them: of a peer that takes long, and of patchswitch.
+    pub(crate) fn switch_blocks(self, slow: bool, ours: bool) -> usize {
+        match (slow, ours) {
+            (true, _) => self.pick(1, 5),
+            (false, false) => self.pick(5, 10),
+            (false, true) => self.pick(12, 40),
         }
     }
 
     /// How long such a window is.
     pub(crate) fn window(self) -> Duration {
-        Duration::from_millis(self.pick(500, 1000))
+        Duration::from_millis(self.pick(400, 1000))
     }
 
     /// Switches under load in close succession.

@@ -101,8 +101,12 @@ impl Probes {
         for side in [Side::A, Side::B] {
             answer(peer.ns(side), side, &mut answering)?;
         }
-        let mut probes =
-            Self { udp: Arc::default(), tcp: Arc::default(), asking: Threads::default(), _answering: answering };
+        let mut probes = Self {
+            udp: Arc::default(),
+            tcp: Arc::default(),
+            asking: Threads::default(),
+            _answering: answering,
+        };
         let client = peer.lab().client.clone();
         if peer.has_udp() {
             let service = SocketAddr::new(SERVICE[0].parse()?, UDP_PROBE);

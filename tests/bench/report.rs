@@ -118,8 +118,7 @@ impl Figure {
         let Row { ratio_low: low, ratio_high: high, .. } = control.row;
         if !(low..=high).contains(&1.0) {
             (self.reported, self.reached) = (false, None);
-            self.note =
-                Some(format!("A/A interval {} … {} does not contain 1", number(low), number(high)));
+            self.note = Some(format!("A/A interval {} … {} does not contain 1", number(low), number(high)));
         }
         self
     }
@@ -257,6 +256,9 @@ mod tests {
 
     #[test]
     fn numbers_have_three_figures_that_count() {
-        assert_eq!([0.0, 0.01234, 1.2345, 12.345, 1234.5].map(number), ["0", "0.0123", "1.234", "12.3", "1234"]);
+        assert_eq!(
+            [0.0, 0.01234, 1.2345, 12.345, 1234.5].map(number),
+            ["0", "0.0123", "1.234", "12.3", "1234"]
+        );
     }
 }

@@ -23,7 +23,7 @@ const AWAKE: Duration = Duration::from_millis(2);
 /// A question that is not answered within this time is an error.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Answers on one connection at a time.
+/// Answers on every connection; one is in use at a time.
 #[derive(Debug)]
 pub(crate) struct Answerer {
     ending: Arc<AtomicBool>,
@@ -38,14 +38,16 @@ impl Answerer {
         let thread = std::thread::spawn({
             let ending = Arc::clone(&ending);
             move || {
-                // Where it cannot be kept there, it is measured wherever it runs.
+                // Where it cannot be kept there, it is measured wherever it runs. Threads that are made inherit it.
                 drop(pin_to(1));
-                while !ending.load(Ordering::Relaxed) {
-                    match listener.accept() {
-                        Ok((stream, _)) => drop(answer(stream, &ending)),
-                        Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                std::thread::scope(|scope| {
+                    while !ending.load(Ordering::Relaxed) {
+                        match listener.accept() {
+                            Ok((stream, _)) => drop(scope.spawn(|| answer(stream, &ending))),
+                            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                        }
                     }
-                }
+                });
             }
         });
         Ok(Self { ending, thread: Some(thread) })

@@ -65,6 +65,11 @@ impl Interval {
         medians.sort_by(f64::total_cmp);
         Self { median: median(values), low: quantile(&medians, 0.025), high: quantile(&medians, 0.975) }
     }
+
+    /// Whether a value lies inside.
+    pub(crate) fn contains(&self, value: f64) -> bool {
+        (self.low..=self.high).contains(&value)
+    }
 }
 
 /// The value in the middle; of nothing not a number.
@@ -128,7 +133,10 @@ mod tests {
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan() && quantile(&[], 0.5).is_nan());
         let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!([0.0, 0.5, 0.99, 0.999, 1.0].map(|q| quantile(&hundred, q)), [1.0, 50.0, 99.0, 100.0, 100.0]);
+        assert_eq!(
+            [0.0, 0.5, 0.99, 0.999, 1.0].map(|q| quantile(&hundred, q)),
+            [1.0, 50.0, 99.0, 100.0, 100.0]
+        );
     }
 
     #[test]
@@ -138,6 +146,7 @@ mod tests {
         for interval in [narrow, wide] {
             assert!(interval.low <= interval.median && interval.median <= interval.high, "{interval:?}");
         }
+        assert!(narrow.contains(1.0) && !narrow.contains(1.1) && wide.contains(1.1));
         assert!(narrow.high - narrow.low < 0.05 && wide.high - wide.low > 0.3);
         let one = Interval::of(&[7.0]);
         assert_eq!((one.median, one.low, one.high), (7.0, 7.0, 7.0));

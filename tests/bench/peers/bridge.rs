@@ -42,7 +42,9 @@ impl Bridge {
     fn give(&self, to: Side) -> Result<()> {
         let ns = self.ns(to);
         let service = SERVICE[0];
-        ns.ip_batch(&format!("addr add {service}/24 dev eth0\nroute add {CLIENTS} dev eth0 src {service}\n"))?;
+        ns.ip_batch(&format!(
+            "addr add {service}/24 dev eth0\nroute add {CLIENTS} dev eth0 src {service}\n"
+        ))?;
         let frame = |mac| announce::frame(SERVICE[0].parse().ok()?, mac);
         ns.enter(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -97,7 +97,10 @@ pub(crate) const ALL: [(&str, &str); 7] = [
     (KEEPALIVED, "VRRP on that bridge; the master is stopped"),
     (NFT, "nft DNAT with conntrack; the rule is replaced"),
     (HAPROXY, "a proxy of TCP; reloaded with its listeners handed over"),
-    (LETTER, "the patent to the letter: the address moves at once, nothing is steered inbound (a model: the route)"),
+    (
+        LETTER,
+        "the patent to the letter: the address moves at once, nothing is steered inbound (a model: the route)",
+    ),
     (IPVS, "IPVS, the old server with weight 0"),
 ];
 

@@ -8,6 +8,7 @@ use anyhow::Result;
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec, Switched};
 use patchswitch::dataplane::Hook;
 use patchswitch::host::linux::netns::NetnsRef;
+use patchswitch::host::linux::priority::Priority;
 use patchswitch::names::{self, Name};
 use patchswitch_common::Slot;
 use patchswitch_load::clock::now_ns;
@@ -49,6 +50,8 @@ impl Product {
 
     fn library<T: Send, F: Future<Output = Result<T>>>(&self, call: impl FnOnce() -> F + Send) -> Result<T> {
         self.lab.host.enter(|| {
+            // As the program does around a switch.
+            let _gives_way = Priority::give_way();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(call())
         })

@@ -5,7 +5,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{ACK, Kernel, Owner, RST, SYN, Socket, owner};
+use patchswitch_common::decide::{ACK, Kernel, Owner, RST, SYN, Socket, by_share, owner};
 use patchswitch_common::maps::Address;
 use patchswitch_common::parse::{Flow, Kind, Packet, Transport};
 use patchswitch_common::word::{Phase, Word};
@@ -78,6 +78,10 @@ fn expected(word: Word, packet: &Packet, kernel: &mut Given) -> Owner {
         }
         Kind::Direct | Kind::Error => {}
     }
+    if word.phase() == Phase::Sharing {
+        let slot = shared(active, packet, kernel).unwrap_or_else(|| by_share(word, &packet.flow));
+        return Owner { slot, both: false };
+    }
     if packet.transport != Transport::Tcp {
         let connected = packet.transport == Transport::Udp && kernel.udp_connected(retiring, &packet.flow);
         return alone(connected || kernel.learned(&packet.flow) == Some(retiring));
@@ -97,6 +101,32 @@ fn expected(word: Word, packet: &Packet, kernel: &mut Given) -> Owner {
     })
 }
 
+/// Whose a flow is while both serve, if it is anybody's.
+fn shared(active: Slot, packet: &Packet, kernel: &mut Given) -> Option<Slot> {
+    let sides = [active, active.other()];
+    if packet.transport != Transport::Tcp {
+        let connected = packet.transport == Transport::Udp;
+        let connected = sides.into_iter().find(|side| connected && kernel.udp_connected(*side, &packet.flow));
+        return connected.or_else(|| kernel.learned(&packet.flow));
+    }
+    let sockets = sides.map(|side| (side, kernel.socket(side, true)));
+    let with = |wanted: fn(Socket) -> bool| sockets.iter().filter(move |(_, socket)| wanted(*socket)).map(|(side, _)| *side);
+    if let Some(side) = with(|socket| socket == Socket::Connection).next() {
+        return Some(side);
+    }
+    let error = packet.kind == Kind::Error;
+    let (syn, rst, ack) = (packet.flags & SYN != 0, packet.flags & RST != 0, packet.flags & ACK != 0);
+    if syn && !error {
+        return None;
+    }
+    let cookies: Vec<Slot> = with(|socket| socket == Socket::Listener { cookie: true }).collect();
+    match cookies[..] {
+        [side] if ack && !rst && !error => Some(side),
+        [_, _] if ack && !rst && !error => None,
+        _ => with(|socket| socket == Socket::TimeWait).next(),
+    }
+}
+
 fuzz_target!(|frame: &[u8]| {
     let Some(v6) = is_v6(frame) else { return };
     let Ok(read) = network(frame, v6) else { return };
@@ -109,7 +139,7 @@ fuzz_target!(|frame: &[u8]| {
 
     let mut kernel = given.clone();
     let found = owner(word, &packet, &mut kernel);
-    assert!(kernel.asked <= 2, "{} questions", kernel.asked);
+    assert!(kernel.asked <= 3, "{} questions", kernel.asked);
     assert!(word.phase() != Phase::Steady || kernel.asked == 0);
     assert!(!found.both || found.slot == word.active());
     assert_eq!(found, expected(word, &packet, &mut given.clone()), "{word:?} {packet:?}");

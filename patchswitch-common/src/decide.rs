@@ -15,6 +15,10 @@
 //!    socket for it, else to the retiring one;
 //! 4. a SYN that nobody owns: active;
 //! 5. everything else: active.
+//!
+//! While a canary gets a share of the new flows nobody retires, and both sides are asked: a connection, else a cookie that
+//! only one of the two accepts, else what remains of a connection says whose a segment is. What nobody owns goes by the
+//! share, a hash of the flow's ends, so that every retry goes the same way and a larger share only adds.
 
 use crate::Slot;
 use crate::maps::Address;
@@ -82,15 +86,94 @@ pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Owner {
     let active = word.active();
     match (word.phase(), packet.kind) {
         (Phase::Steady, _) => Owner { slot: active, both: false },
-        (Phase::Draining, Kind::ErrorOfFragment) => Owner { slot: active, both: true },
-        (Phase::Draining, Kind::LaterFragment) => {
+        (_, Kind::ErrorOfFragment) => Owner { slot: active, both: true },
+        (_, Kind::LaterFragment) => {
             match kernel.fragment(&packet.flow.remote, packet.fragment_id, packet.flow.protocol) {
                 Some(slot) => Owner { slot, both: false },
                 None => Owner { slot: active, both: true },
             }
         }
         (Phase::Draining, _) => Owner { slot: draining(active, packet, kernel), both: false },
+        (Phase::Sharing, _) => {
+            let slot = sharing(active, packet, kernel).unwrap_or_else(|| by_share(word, &packet.flow));
+            Owner { slot, both: false }
+        }
     }
+}
+
+/// The side that has a flow while both serve; nothing if none has.
+#[inline(always)]
+fn sharing(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Option<Slot> {
+    let (flow, other) = (&packet.flow, active.other());
+    match (packet.kind, packet.transport) {
+        (kind, Transport::Tcp) => tcp_shared(active, flow, (kind, packet.flags), kernel),
+        (_, Transport::Udp) if kernel.udp_connected(active, flow) => Some(active),
+        (_, Transport::Udp) if kernel.udp_connected(other, flow) => Some(other),
+        _ => kernel.learned(flow),
+    }
+}
+
+/// The side that a TCP segment belongs to, or an ICMP error about one.
+#[inline(always)]
+fn tcp_shared(
+    active: Slot,
+    flow: &Flow,
+    (kind, flags): (Kind, u8),
+    kernel: &mut impl Kernel,
+) -> Option<Slot> {
+    let direct = matches!(kind, Kind::Direct);
+    let bare_ack = direct && flags & (SYN | RST | ACK) == ACK;
+    let other = active.other();
+    let first = kernel.tcp(active, flow, bare_ack);
+    if first == Socket::Connection {
+        return Some(active);
+    }
+    let second = kernel.tcp(other, flow, bare_ack);
+    if second == Socket::Connection {
+        return Some(other);
+    }
+    if direct && flags & SYN != 0 {
+        return None;
+    }
+    match (first, second) {
+        // Valid on both sides: the secret is the kernel's. The SYN went by the share, and so goes its ACK.
+        (Socket::Listener { cookie: true }, Socket::Listener { cookie: true }) => None,
+        (Socket::Listener { cookie: true }, _) => Some(active),
+        (_, Socket::Listener { cookie: true }) => Some(other),
+        (Socket::TimeWait, _) => Some(active),
+        (_, Socket::TimeWait) => Some(other),
+        _ => None,
+    }
+}
+
+/// The side that a new flow goes to. The same for every packet of a flow; those that a share sends to the other side, a
+/// larger one does as well.
+#[inline(always)]
+pub fn by_share(word: Word, flow: &Flow) -> Slot {
+    let active = word.active();
+    if u32::from(word.share()) > hundredth(flow) { active.other() } else { active }
+}
+
+/// In which of a hundred equal parts of all flows one is, by its ends.
+#[inline(always)]
+fn hundredth(flow: &Flow) -> u32 {
+    let [a, b, c, d, e, f, g, h, rest @ ..] = flow.remote;
+    let ports = u64::from(flow.remote_port) << 16 | u64::from(flow.local_port);
+    let [.., w, x, y, z] = flow.local;
+    let local = u64::from(u32::from_ne_bytes([w, x, y, z]));
+    let mixed = mix(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+    let mixed = mix(mixed ^ u64::from_ne_bytes(rest));
+    let mixed = mix(mixed ^ (ports | local << 32));
+    (((mixed >> 32) * 100) >> 32) as u32
+}
+
+/// The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every one given.
+#[inline(always)]
+const fn mix(number: u64) -> u64 {
+    let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ number >> 31
 }
 
 #[inline(always)]
@@ -104,6 +187,18 @@ fn draining(active: Slot, packet: &Packet, kernel: &mut impl Kernel) -> Slot {
         (_, Transport::Other) => kernel.learned(flow) == Some(retiring),
     };
     if kept { retiring } else { active }
+}
+
+/// Whether the retiring partition keeps a TCP segment, as far as a look at its socket alone tells: by the socket's state,
+/// or that there is none. Nothing if that takes a second question.
+#[inline(always)]
+pub const fn at_once(state: Option<u32>, flags: u8) -> Option<bool> {
+    match state {
+        None | Some(tcp_state::CLOSE) => Some(false),
+        Some(tcp_state::LISTEN) if flags & (SYN | RST | ACK) != ACK => Some(false),
+        Some(tcp_state::LISTEN | tcp_state::TIME_WAIT) => None,
+        Some(_) => Some(true),
+    }
 }
 
 /// Whether the retiring partition keeps a TCP segment.
@@ -247,6 +342,125 @@ mod tests {
             let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
             let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
             assert_eq!((got, kernel.asked), (alone(expected), asked), "{rule}");
+        }
+    }
+
+    #[test]
+    fn what_is_told_at_once_is_what_the_rules_say() {
+        let states = [
+            (None, NONE),
+            (Some(tcp_state::CLOSE), NONE),
+            (Some(tcp_state::LISTEN), LISTEN),
+            (Some(tcp_state::TIME_WAIT), TW),
+            (Some(tcp_state::ESTABLISHED), CONN),
+            // SYN_SENT, SYN_RECV, LAST_ACK, NEW_SYN_RECV.
+            (Some(2), CONN),
+            (Some(3), CONN),
+            (Some(9), CONN),
+            (Some(12), CONN),
+        ];
+        for (state, retiring) in states {
+            for flags in 0..=0x3f {
+                let mut told = [false; 2];
+                for active in [NONE, LISTEN, COOKIE, CONN, TW] {
+                    // A listener's opinion on a cookie is a second question.
+                    for retiring in [retiring, if retiring == LISTEN { COOKIE } else { retiring }] {
+                        let mut kernel =
+                            Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+                        let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
+                        told[usize::from(got.slot == Slot::A)] = true;
+                        let at_once = at_once(state, flags);
+                        assert!(
+                            at_once.is_none_or(|kept| kept == (got.slot == Slot::A)),
+                            "{state:?} {flags:#x}"
+                        );
+                    }
+                }
+                // It is silent only where the answer depends on more.
+                let is_silent = at_once(state, flags).is_none();
+                assert!(!is_silent || told == [true; 2] || flags & SYN != 0, "{state:?} {flags:#x}");
+            }
+        }
+    }
+
+    fn sharing(share: u8) -> Word {
+        Word::steady(Slot::A, 1).shared(share)
+    }
+
+    #[test]
+    fn the_rules_for_tcp_while_both_serve() {
+        use Slot::{A, B};
+        // (rule, flags, active, other, owner if anybody has it)
+        let table = [
+            ("connection of the active one", ACK, CONN, LISTEN, Some(A)),
+            ("its SYN again", SYN, CONN, LISTEN, Some(A)),
+            ("connection of the other one", ACK, LISTEN, CONN, Some(B)),
+            ("its SYN again", SYN, LISTEN, CONN, Some(B)),
+            ("connection here, remains there", ACK, TW, CONN, Some(B)),
+            ("new", SYN, LISTEN, LISTEN, None),
+            ("new, remains in the active one", SYN, TW, LISTEN, None),
+            ("new, remains in the other one", SYN, LISTEN, TW, None),
+            ("cookie of the active one", ACK, COOKIE, LISTEN, Some(A)),
+            ("cookie of the other one", ACK, LISTEN, COOKIE, Some(B)),
+            ("cookie of the other one, remains here", ACK, TW, COOKIE, Some(B)),
+            ("cookie of both", ACK, COOKIE, COOKIE, None),
+            ("FIN again", ACK | 1, TW, LISTEN, Some(A)),
+            ("FIN again, of the other one", ACK | 1, NONE, TW, Some(B)),
+            ("nobody knows it", ACK, LISTEN, NONE, None),
+        ];
+        for (rule, flags, active, other, expected) in table {
+            for share in [1, 99] {
+                let mut kernel = Given { retiring: Some(active), active: Some(other), ..Given::default() };
+                let packet = packet(Kind::Direct, Transport::Tcp, flags);
+                let got = owner(sharing(share), &packet, &mut kernel);
+                let expected = expected.unwrap_or_else(|| by_share(sharing(share), &packet.flow));
+                assert_eq!(got, alone(expected), "{rule}, share {share}");
+            }
+        }
+        let error = packet(Kind::Error, Transport::Tcp, 0);
+        for (active, other, expected) in [(CONN, NONE, A), (NONE, CONN, B), (TW, LISTEN, A), (LISTEN, TW, B)]
+        {
+            let mut kernel = Given { retiring: Some(active), active: Some(other), ..Given::default() };
+            assert_eq!(owner(sharing(50), &error, &mut kernel), alone(expected), "{active:?} {other:?}");
+        }
+    }
+
+    #[test]
+    fn datagrams_stay_where_they_were_answered_while_both_serve() {
+        let udp = packet(Kind::Direct, Transport::Udp, 0);
+        for share in [1, 99] {
+            let case = |udp_socket, learned| {
+                owner(sharing(share), &udp, &mut Given { udp: udp_socket, learned, ..Given::default() })
+            };
+            assert_eq!(case(true, None), alone(Slot::A));
+            assert_eq!(case(false, Some(Slot::A)), alone(Slot::A));
+            assert_eq!(case(false, Some(Slot::B)), alone(Slot::B));
+            assert_eq!(case(false, None), alone(by_share(sharing(share), &udp.flow)));
+        }
+    }
+
+    #[test]
+    fn a_share_is_a_share_of_the_flows_and_a_larger_one_only_adds() {
+        let flow = |number: u32| {
+            let [a, b, c, d] = number.to_be_bytes();
+            let flow = packet(Kind::Direct, Transport::Tcp, SYN).flow;
+            Flow { remote: mapped([10, a, b, 1]), remote_port: u16::from_ne_bytes([c, d]), ..flow }
+        };
+        let went =
+            |share| (0..100_000).map(flow).filter(move |f| by_share(sharing(share), f) == Slot::B).count();
+        assert_eq!(went(0), 0);
+        for share in [1, 10, 50, 99] {
+            let (count, expected) = (went(share), usize::from(share) * 1000);
+            // Five standard deviations of 100,000 throws.
+            assert!(count.abs_diff(expected) < 5 * 158, "{count} of 100000 by a share of {share}");
+        }
+        for number in 0..10_000 {
+            let mut before = Slot::A;
+            for share in 0..=99 {
+                let now = by_share(sharing(share), &flow(number));
+                assert!(before == Slot::A || now == Slot::B, "flow {number} came back at {share}");
+                before = now;
+            }
         }
     }
 

@@ -14,6 +14,7 @@
 //! * [`maps`]: every key and value of the BPF maps, with size and padding proved.
 //! * [`parse`](mod@parse): from bytes to [`parse::Packet`].
 //! * [`refuse`](mod@refuse): what is dropped, or left to the host, by its headers alone.
+//! * [`quic`](mod@quic): flows that are known by a connection id, and ports without flows.
 //! * [`decide`](mod@decide): the five rules.
 //! * [`verdict`]: the exits of the programs and their counters.
 
@@ -25,6 +26,7 @@ extern crate std;
 pub mod decide;
 pub mod maps;
 pub mod parse;
+pub mod quic;
 pub mod refuse;
 pub mod verdict;
 pub mod word;

@@ -43,8 +43,88 @@ pub struct Settings {
     pub probe_mark: u32,
     /// The link address of both partitions.
     pub inner_mac: [u8; 6],
+    /// UDP port whose datagrams are QUIC with connection ids of a known form, network byte order; 0: none.
+    pub quic_port: u16,
+    /// Where in a connection id the part begins that tells who made it.
+    pub cid_offset: u8,
+    /// How many bytes that part has, at most [`CID`].
+    pub cid_len: u8,
     /// Padding, 0.
-    pub pad: [u8; 6],
+    pub pad: [u8; 2],
+    /// Which bits of that part count; behind it, none.
+    pub cid_mask: [u8; CID],
+    /// UDP ports of which each datagram stands for itself, network byte order; 0: none.
+    pub stateless: [u16; STATELESS],
+}
+
+/// The longest part of a connection id that is looked at, in bytes.
+pub const CID: usize = 16;
+/// How many ports may be stateless.
+pub const STATELESS: usize = 8;
+
+/// The protocol number of a learned flow that is not one but a part of a connection id; IANA keeps it for itself.
+pub const OF_CID: u8 = 255;
+
+/// How many service addresses of each family are compared with a packet's before the table of all is asked.
+pub const QUICK: usize = 4;
+
+/// Value of the quick table: the first service addresses, with which a packet is compared at once. To ask the table of
+/// all of them takes twice as long as everything else that nearly all packets need.
+///
+/// Addresses as numbers that are read from memory as they lie there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quick {
+    /// IPv6, in halves; where there are fewer, the first one again.
+    pub v6: [[u64; 2]; QUICK],
+    /// IPv4; where there are fewer, the first one again.
+    pub v4: [u32; QUICK],
+    /// 0 if the service has no IPv6 address.
+    pub has_v6: u32,
+    /// 0 if the service has no IPv4 address.
+    pub has_v4: u32,
+    /// 0 if there are more addresses than these.
+    pub all: u32,
+    /// Padding, 0.
+    pub pad: u32,
+}
+
+impl Quick {
+    /// The table of these addresses; IPv4 ones in mapped form.
+    pub fn of(addresses: &[Address]) -> Self {
+        let mut quick = Self { all: 1, ..Self::default() };
+        let (mut v4, mut v6) = (0, 0);
+        for address in addresses {
+            if is_mapped(address) {
+                quick.all &= enter(&mut quick.v4, v4, u32::from_ne_bytes(unmapped(address)));
+                v4 += 1;
+            } else {
+                let halves = u128::from_be_bytes(*address);
+                let [high, low] = [(halves >> 64) as u64, halves as u64];
+                quick.all &= enter(&mut quick.v6, v6, [high.to_be(), low.to_be()]);
+                v6 += 1;
+            }
+        }
+        quick.has_v4 = u32::from(v4 > 0);
+        quick.has_v6 = u32::from(v6 > 0);
+        quick
+    }
+}
+
+/// Puts an entry at its place, the first one everywhere; 0 if there is no place.
+fn enter<T: Copy>(table: &mut [T; QUICK], at: usize, value: T) -> u32 {
+    if at == 0 {
+        *table = [value; QUICK];
+    }
+    let Some(place) = table.get_mut(at) else { return 0 };
+    *place = value;
+    1
+}
+
+/// Whether an address is an IPv4 address in its mapped form.
+#[inline(always)]
+pub const fn is_mapped(address: &Address) -> bool {
+    matches!(address, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, ..])
 }
 
 /// Key of the learned flows: one that has no socket of its own, seen from the service.
@@ -122,7 +202,8 @@ pub struct FragmentRecord {
 
 const _: () = {
     assert!(size_of::<SlotEntry>() == 40);
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 56);
+    assert!(size_of::<Quick>() == 96);
     assert!(size_of::<FlowKey>() == 24);
     assert!(size_of::<FlowRecord>() == 32);
     assert!(size_of::<FragmentKey>() == 40);
@@ -139,6 +220,8 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for Settings {}
     // SAFETY: as above.
+    unsafe impl aya::Pod for Quick {}
+    // SAFETY: as above.
     unsafe impl aya::Pod for FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for FlowRecord {}
@@ -146,4 +229,33 @@ mod pod {
     unsafe impl aya::Pod for FragmentKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for FragmentRecord {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V6: Address = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+    fn v4(last: u8) -> Address {
+        mapped([192, 0, 2, last])
+    }
+
+    #[test]
+    fn the_quick_table_has_the_first_addresses_and_says_whether_there_are_others() {
+        let none = Quick::of(&[]);
+        assert_eq!((none.has_v4, none.has_v6, none.all), (0, 0, 1));
+        let lasts = |quick: &Quick| quick.v4.map(|address| address.to_ne_bytes()[3]);
+        let one = Quick::of(&[v4(1)]);
+        assert_eq!((one.v4[0].to_ne_bytes(), lasts(&one)), ([192, 0, 2, 1], [1; QUICK]));
+        assert_eq!((one.has_v4, one.has_v6, one.all), (1, 0, 1));
+        let three = Quick::of(&[v4(1), V6, v4(2)]);
+        assert_eq!((lasts(&three), three.all), ([1, 2, 1, 1], 1));
+        let halves = three.v6.map(|[high, low]| (high.to_ne_bytes(), low.to_ne_bytes()));
+        assert_eq!(halves, [([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]); QUICK]);
+        let many: std::vec::Vec<_> = (1..=5).map(v4).collect();
+        let five = Quick::of(&many);
+        assert_eq!((lasts(&five), five.all), ([1, 2, 3, 4], 0));
+        assert_eq!(Quick::of(&many[..4]).all, 1);
+    }
 }

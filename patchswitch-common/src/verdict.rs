@@ -3,6 +3,8 @@
 //! The sum of the exits of a hook is the number of packets it saw. What happens to a packet on its way to an exit
 //! (learned, rewritten) is counted apart, as an [`Event`].
 
+use crate::Slot;
+
 /// Where a packet met a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -213,10 +215,24 @@ pub enum Event {
     /// The retiring partition had not even a listener for a TCP packet: it has closed the port, or its network namespace
     /// is gone.
     NothingInRetiring = 8,
+    /// A client of QUIC went on from another address, and its connection id told whose it is.
+    Moved = 9,
+    /// A SYN went to slot A. This and what follows is counted only while there are two sides to compare.
+    AskedA = 10,
+    /// A SYN went to slot B.
+    AskedB = 11,
+    /// Slot A accepted a connection: it sent a SYN with ACK.
+    AnsweredA = 12,
+    /// Slot B accepted a connection.
+    AnsweredB = 13,
+    /// Slot A reset a connection or refused one.
+    ResetA = 14,
+    /// Slot B reset a connection or refused one.
+    ResetB = 15,
 }
 
 /// All events, in the order of their counters.
-pub const EVENTS: [Event; 9] = [
+pub const EVENTS: [Event; 16] = [
     Event::Learned,
     Event::LearnFull,
     Event::RewrittenV4,
@@ -226,6 +242,13 @@ pub const EVENTS: [Event; 9] = [
     Event::KeptByRetiring,
     Event::FragmentIdShared,
     Event::NothingInRetiring,
+    Event::Moved,
+    Event::AskedA,
+    Event::AskedB,
+    Event::AnsweredA,
+    Event::AnsweredB,
+    Event::ResetA,
+    Event::ResetB,
 ];
 
 impl Event {
@@ -241,6 +264,45 @@ impl Event {
             Self::KeptByRetiring => "kept_by_retiring",
             Self::FragmentIdShared => "fragment_id_shared",
             Self::NothingInRetiring => "nothing_in_retiring",
+            Self::Moved => "moved",
+            Self::AskedA => "asked_a",
+            Self::AskedB => "asked_b",
+            Self::AnsweredA => "answered_a",
+            Self::AnsweredB => "answered_b",
+            Self::ResetA => "reset_a",
+            Self::ResetB => "reset_b",
+        }
+    }
+
+    /// Whether it tells how one of the two sides does.
+    pub const fn compares(self) -> bool {
+        self as u32 >= Self::AskedA as u32
+    }
+
+    /// A SYN went to a slot.
+    #[inline(always)]
+    pub const fn asked(slot: Slot) -> Self {
+        match slot {
+            Slot::A => Self::AskedA,
+            Slot::B => Self::AskedB,
+        }
+    }
+
+    /// A slot accepted a connection.
+    #[inline(always)]
+    pub const fn answered(slot: Slot) -> Self {
+        match slot {
+            Slot::A => Self::AnsweredA,
+            Slot::B => Self::AnsweredB,
+        }
+    }
+
+    /// A slot reset a connection.
+    #[inline(always)]
+    pub const fn reset(slot: Slot) -> Self {
+        match slot {
+            Slot::A => Self::ResetA,
+            Slot::B => Self::ResetB,
         }
     }
 

@@ -6,11 +6,11 @@
 //! ```text
 //!  63            32 31      24 23      16 15       8 7        0
 //! ┌────────────────┬──────────┬──────────┬──────────┬──────────┐
-//! │   generation   │ reserved │  flags   │  active  │  phase   │
+//! │   generation   │  share   │  flags   │  active  │  phase   │
 //! └────────────────┴──────────┴──────────┴──────────┴──────────┘
 //! ```
 //!
-//! The reserved byte is the share of a canary; it is 0, and every new flow goes to the active side.
+//! The share is that of a canary, in hundredths; in any phase but [`Phase::Sharing`] it is 0 and has no meaning.
 
 use crate::Slot;
 
@@ -22,12 +22,17 @@ pub enum Phase {
     Steady = 0,
     /// The other partition is retiring and keeps the flows it has.
     Draining = 1,
+    /// A canary: the other partition gets a share of the new flows, and each keeps the flows it has.
+    Sharing = 2,
 }
 
 /// The notice of the patent (step 2204): replies of the retiring partition get the service address as their source.
 const NOTICE: u8 = 1 << 0;
 /// Flows that the active partition answers and that have no socket of their own are remembered.
 const LEARN: u8 = 1 << 1;
+
+/// The bits of the share.
+const SHARE: u64 = 0xff << 24;
 
 /// The phase word, in host byte order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -44,7 +49,19 @@ impl Word {
     /// The phase. A value that this version does not know counts as [`Phase::Steady`]: deliver to the active side.
     #[inline(always)]
     pub const fn phase(self) -> Phase {
-        if self.0 as u8 == Phase::Draining as u8 { Phase::Draining } else { Phase::Steady }
+        const DRAINING: u8 = Phase::Draining as u8;
+        const SHARING: u8 = Phase::Sharing as u8;
+        match self.0 as u8 {
+            DRAINING => Phase::Draining,
+            SHARING => Phase::Sharing,
+            _ => Phase::Steady,
+        }
+    }
+
+    /// How many of a hundred new flows the side that is not active gets: 0 unless it shares.
+    #[inline(always)]
+    pub const fn share(self) -> u8 {
+        (self.0 >> 24) as u8
     }
 
     /// The partition that gets new flows.
@@ -104,14 +121,23 @@ impl Word {
     /// belongs to the side that retires.
     #[must_use]
     pub const fn taken_over_by(self, slot: Slot) -> Self {
-        let kept = self.with_flag(LEARN, false).0 & !0xffff;
+        let kept = self.with_flag(LEARN, false).0 & !(SHARE | 0xffff);
         Self(kept | (slot as u64) << 8 | Phase::Draining as u64)
     }
 
     /// The next word, in which nobody retires any more.
     #[must_use]
     pub const fn settled(self) -> Self {
-        Self(self.with_flag(NOTICE | LEARN, false).0 & !0xff)
+        Self(self.with_flag(NOTICE | LEARN, false).0 & !(SHARE | 0xff))
+    }
+
+    /// The next word, in which the side that is not active gets `share` of a hundred new flows, at most 99. Flows without a
+    /// socket are remembered from then on, on both sides: when the share changes, they must not.
+    #[must_use]
+    pub const fn shared(self, share: u8) -> Self {
+        let share = if share > 99 { 99 } else { share };
+        let kept = self.with_flag(NOTICE, false).with_flag(LEARN, true).0 & !(SHARE | 0xff);
+        Self(kept | (share as u64) << 24 | Phase::Sharing as u64)
     }
 }
 
@@ -140,6 +166,23 @@ mod tests {
         assert_eq!(settled, Word::steady(Slot::A, settled.generation()));
         assert!(start.generation() < there.generation() && there.generation() < back.generation());
         assert!(back.generation() < settled.generation());
+    }
+
+    #[test]
+    fn a_canary_grows_and_ends_in_a_switch_either_way() {
+        let small = Word::steady(Slot::A, 7).with_notice(true).shared(10);
+        assert_eq!((small.phase(), small.active(), small.share()), (Phase::Sharing, Slot::A, 10));
+        assert!(small.learns() && !small.notice());
+        let large = small.shared(50);
+        assert_eq!((large.share(), large.active()), (50, Slot::A));
+        assert!(large.generation() > small.generation());
+        assert_eq!(large.shared(255).share(), 99);
+        for slot in [Slot::A, Slot::B] {
+            let over = large.taken_over_by(slot);
+            assert_eq!((over.phase(), over.active(), over.share()), (Phase::Draining, slot, 0));
+            assert!(!over.learns());
+        }
+        assert_eq!(large.settled(), Word::steady(Slot::A, large.settled().generation()));
     }
 
     #[test]

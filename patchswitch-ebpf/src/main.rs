@@ -12,6 +12,7 @@
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(
     missing_docs,
     reason = "the attribute of an entry point makes a second function, without its comment"
@@ -20,6 +21,7 @@
 mod maps;
 mod owner;
 mod packet;
+mod quick;
 mod reply;
 mod report;
 mod rewrite;

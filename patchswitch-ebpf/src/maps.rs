@@ -6,7 +6,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+    Address, CID, FRAGMENT_NS, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, STATELESS, Settings,
+    SlotEntry,
 };
 use patchswitch_common::verdict::COUNTERS as COUNTER_COUNT;
 use patchswitch_common::word::Word;
@@ -28,6 +29,10 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 /// The service addresses of both families; the value has no meaning. Written by user space once.
 #[map]
 static ADDRESSES: HashMap<Address, u32> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+
+/// The first of them. Written by user space once.
+#[map]
+static QUICK: Array<Quick> = Array::with_max_entries(1, 0);
 
 /// Links on which clients are; the value has no meaning. Written by user space.
 #[map]
@@ -77,14 +82,33 @@ pub fn slot_of(ifindex: u32) -> Option<Slot> {
     }
 }
 
+/// Settings that are not written yet: nothing is declared.
+static NOTHING: Settings = Settings {
+    learned_idle_ns: 0,
+    probe_mark: 0,
+    inner_mac: [0; 6],
+    quic_port: 0,
+    cid_offset: 0,
+    cid_len: 0,
+    pad: [0; 2],
+    cid_mask: [0; CID],
+    stateless: [0; STATELESS],
+};
+
 #[inline(always)]
-pub fn settings() -> Settings {
-    SETTINGS.get(0).copied().unwrap_or_default()
+pub fn settings() -> &'static Settings {
+    SETTINGS.get(0).unwrap_or(&NOTHING)
 }
 
 #[inline(always)]
 pub fn is_service(address: &Address) -> bool {
     ADDRESSES.get_ptr(address).is_some()
+}
+
+/// The addresses that a packet is compared with first.
+#[inline(always)]
+pub fn quick() -> Option<&'static Quick> {
+    QUICK.get(0)
 }
 
 #[inline(always)]

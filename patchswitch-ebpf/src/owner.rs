@@ -9,8 +9,9 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{Kernel, Socket, tcp_state};
-use patchswitch_common::maps::{Address, FlowKey, FragmentKey, unmapped};
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, FragmentKey, unmapped};
 use patchswitch_common::parse::{ETH_IPV6, Flow, LINK_HEADER};
+use patchswitch_common::quic::{self, is_quic};
 use patchswitch_common::verdict::Event;
 
 use crate::maps;
@@ -38,17 +39,20 @@ struct Tuple6 {
 /// The kernel as one packet may ask it.
 pub struct Sockets<'a> {
     pub ctx: &'a TcContext,
-    pub active: Slot,
+    /// The side that retires, if one does.
+    pub retiring: Option<Slot>,
     pub v6: bool,
     /// Whether network and transport header lie next to each other, as the SYN cookie check wants them.
     pub plain: bool,
+    /// Offset of the transport header; 0 if the packet has none of its own.
+    pub payload: u32,
 }
 
 impl Kernel for Sockets<'_> {
     #[inline(always)]
     fn tcp(&mut self, slot: Slot, flow: &Flow, cookie: bool) -> Socket {
         let socket = tcp(self.ctx, slot, flow, Ask { v6: self.v6, cookie: cookie && self.plain });
-        if socket == Socket::None && slot != self.active {
+        if socket == Socket::None && self.retiring == Some(slot) {
             // The kernel does not tell a namespace that is gone from one that has nothing.
             event(Event::NothingInRetiring);
         }
@@ -62,7 +66,14 @@ impl Kernel for Sockets<'_> {
 
     #[inline(always)]
     fn learned(&mut self, flow: &Flow) -> Option<Slot> {
-        learned(flow)
+        if let Some(slot) = learned(flow) {
+            return Some(slot);
+        }
+        if self.payload != 0 && is_quic(maps::settings(), flow) {
+            by_id(self.ctx, self.payload, flow)
+        } else {
+            None
+        }
     }
 
     #[inline(always)]
@@ -77,6 +88,26 @@ fn learned(flow: &Flow) -> Option<Slot> {
     let age = maps::now().wrapping_sub(record.seen_ns);
     let fresh = age <= maps::settings().learned_idle_ns && record.local == flow.local;
     fresh.then(|| Slot::from_bit(record.slot as u8))
+}
+
+/// The side whose connection id a datagram of QUIC has, if its flow was not known: its client has moved. Both are fresh
+/// from then on; the answers of the side are to be known by the flow.
+#[inline(never)]
+fn by_id(ctx: &TcContext, payload: u32, flow: &Flow) -> Option<Slot> {
+    let settings = maps::settings();
+    let key = quic::of_client(&Frame(ctx), payload, settings)?;
+    let record = maps::learned(&key)?;
+    let now = maps::now();
+    if now.wrapping_sub(record.seen_ns) > settings.learned_idle_ns {
+        return None;
+    }
+    let record = FlowRecord { seen_ns: now, local: flow.local, ..record };
+    maps::learn(&key, &record);
+    if !maps::learn(&flow_key(flow), &record) {
+        event(Event::LearnFull);
+    }
+    event(Event::Moved);
+    Some(Slot::from_bit(record.slot as u8))
 }
 
 #[inline(never)]
@@ -98,6 +129,29 @@ pub fn flow_key(flow: &Flow) -> FlowKey {
         pad: [0; 3],
     }
 }
+
+/// The state of the socket that a partition has for a segment whose addresses and ports lie at `tuple` in the packet, next
+/// to each other as the lookup wants them; nothing if it has none.
+#[inline(always)]
+pub fn state_at<const LENGTH: usize>(ctx: &TcContext, slot: Slot, tuple: usize) -> Option<u32> {
+    let netns = namespace(slot)?;
+    let skb = ctx.skb.skb.cast::<c_void>();
+    // SAFETY: the caller has checked that the packet has LENGTH bytes there, and the helper only reads them.
+    let sk = unsafe { bpf_skc_lookup_tcp(skb, tuple as *mut bpf_sock_tuple, LENGTH as u32, netns, 0) };
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: not null, and referenced until released in the next line; `state` may be read of any socket.
+    let state = unsafe { (*sk).state };
+    // SAFETY: the reference taken by the lookup, released once.
+    unsafe { bpf_sk_release(sk.cast()) };
+    Some(state)
+}
+
+/// Length of the tuple of IPv4.
+pub const TUPLE4: usize = size_of::<Tuple4>();
+/// The same of IPv6.
+pub const TUPLE6: usize = size_of::<Tuple6>();
 
 #[derive(Clone, Copy)]
 pub struct Ask {

@@ -1,5 +1,6 @@
 //! The only place that touches a packet's bytes.
 
+use core::arch::asm;
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
 
@@ -40,6 +41,61 @@ impl Octets for Frame<'_> {
     }
 }
 
+/// The first `N` bytes of a frame, in the packet itself.
+#[derive(Clone, Copy)]
+pub struct Head<const N: usize>(usize);
+
+/// Reads a number as it lies in a packet, at any address. The compiler would take it for aligned, or read it byte by byte;
+/// the kernel allows the former only where the processor does not care, or where packets lie as it wants them
+/// (`NET_IP_ALIGN`).
+macro_rules! load {
+    ($width:literal, $base:expr, $at:ident) => {{
+        let value: u64;
+        // SAFETY: reads memory of the packet, which `Frame::head` has checked, and nothing else.
+        unsafe {
+            asm!(
+                concat!("{value} = *(", $width, " *)({base} + {at})"),
+                value = out(reg) value, base = in(reg) $base, at = const $at,
+                options(pure, readonly, nostack),
+            );
+        }
+        value
+    }};
+}
+
+impl<const N: usize> Head<N> {
+    /// Where `LENGTH` bytes from `AT` on are.
+    #[inline(always)]
+    pub fn address<const AT: usize, const LENGTH: usize>(self) -> usize {
+        const { assert!(AT + LENGTH <= N) };
+        self.0 + AT
+    }
+
+    #[inline(always)]
+    pub fn byte<const AT: usize>(self) -> u8 {
+        const { assert!(AT < N) };
+        load!("u8", self.0, AT) as u8
+    }
+
+    #[inline(always)]
+    pub fn short<const AT: usize>(self) -> u16 {
+        const { assert!(AT + 2 <= N) };
+        load!("u16", self.0, AT) as u16
+    }
+
+    #[inline(always)]
+    pub fn word<const AT: usize>(self) -> u32 {
+        const { assert!(AT + 4 <= N) };
+        load!("u32", self.0, AT) as u32
+    }
+
+    #[inline(always)]
+    pub fn long<const AT: usize>(self) -> u64 {
+        const { assert!(AT + 8 <= N) };
+        load!("u64", self.0, AT)
+    }
+}
+
 /// What the kernel keeps beside a packet.
 impl Frame<'_> {
     /// EtherType in host byte order; 0 if there is the tag of a VLAN, which no service of ours has. One with number 0
@@ -49,6 +105,14 @@ impl Frame<'_> {
         // SAFETY: fields of the context, which is valid while the program runs.
         let (protocol, tag) = unsafe { ((*self.0.skb.skb).protocol, (*self.0.skb.skb).vlan_tci) };
         if tag & VLAN_NUMBER == 0 { u16::from_be(protocol as u16) } else { 0 }
+    }
+
+    /// The first `N` bytes where they lie, if they lie in one piece: without a call, which costs as much as all that is
+    /// done with them.
+    #[inline(always)]
+    pub fn head<const N: usize>(&self) -> Option<Head<N>> {
+        let (data, end) = (self.0.data(), self.0.data_end());
+        if data + N > end { None } else { Some(Head(data)) }
     }
 
     /// The link address that the frame comes from, as the last bytes of an address.

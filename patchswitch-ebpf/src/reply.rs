@@ -3,20 +3,22 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_redir_neigh};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, bpf_redir_neigh};
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{ACK, SYN, Socket};
+use patchswitch_common::decide::{ACK, RST, SYN, Socket};
 use patchswitch_common::maps::{Address, FlowRecord, unmapped};
 use patchswitch_common::parse::{Fragment, Kind, Network, Octets as _, Packet, Transport, protocol};
+use patchswitch_common::quic::{self, is_quic, is_stateless};
 use patchswitch_common::refuse;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
-use patchswitch_common::word::Phase;
+use patchswitch_common::word::{Phase, Word};
 
 use crate::maps;
 use crate::owner::{Ask, flow_key, is_bound_here, tcp};
 use crate::packet::{self, Frame, is_ip};
+use crate::quick;
 use crate::report::{DROP, NEXT, event, exit, exit_told, trouble, turned_away};
 use crate::rewrite;
 
@@ -44,6 +46,11 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if frame.mark() == AGAIN_MARK {
         ctx.set_mark(0);
         return exit(Hook::FromPartition, Verdict::Again, NEXT);
+    }
+    if is_ip(ethertype)
+        && let Some(action) = quick::answer(ctx, slot, ethertype)
+    {
+        return action;
     }
     match link_refused(&frame, slot, ethertype) {
         None => {}
@@ -83,9 +90,12 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     let mut source = network.source;
     let mut from_service = origin == Origin::Service;
     let mut packet = Packet::EMPTY;
-    if (word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
-        if word.learns() && slot == word.active() {
-            learn(slot, &packet);
+    if (word.phase() != Phase::Steady || word.learns() || word.notice())
+        && packet::outbound(ctx, &network, &mut packet)
+    {
+        count_side(slot, word, &packet);
+        if word.learns() && (slot == word.active() || word.phase() == Phase::Sharing) {
+            learn(ctx, slot, &packet, network.payload);
         } else if word.notice() && retires {
             from_service |= rewrite::reply(ctx, slot, &network, &packet, &mut source);
         }
@@ -96,10 +106,11 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if word.phase() == Phase::Draining && network.fragment == Fragment::First {
         rewrite::note_identification(slot, &network, &source);
     }
-    match next_hop(ctx, &network, &source) {
+    network.source = source;
+    match next_hop(ctx, &network) {
         Some(action) => exit(Hook::FromPartition, Verdict::Out, action),
         None => {
-            let link = link_of_route(ctx, &network, &source);
+            let link = link_of_route(ctx, &network);
             // A probe's socket is bound to this link and would not know its answer on another one.
             let action =
                 if link == 0 || answers_probe(ctx, slot, &network) { NEXT } else { again(ctx, link) };
@@ -229,16 +240,43 @@ fn answers_probe(ctx: &TcContext, slot: Slot, network: &Network) -> bool {
     answers
 }
 
+/// Counts what tells how a side does, while there are two to compare.
+#[inline(always)]
+pub fn count_side(slot: Slot, word: Word, packet: &Packet) {
+    if word.phase() == Phase::Steady || packet.kind != Kind::Direct || packet.transport != Transport::Tcp {
+        return;
+    }
+    if packet.flags & RST != 0 {
+        event(Event::reset(slot));
+    } else if packet.flags & (SYN | ACK) == SYN | ACK {
+        event(Event::answered(slot));
+    }
+}
+
 /// Remembers a flow that the serving partition answered and that no socket will tell of.
 #[inline(never)]
-fn learn(slot: Slot, packet: &Packet) {
+fn learn(ctx: &TcContext, slot: Slot, packet: &Packet, payload: u32) {
     if packet.kind != Kind::Direct
         || packet.transport == Transport::Tcp
+        || is_stateless(maps::settings(), &packet.flow)
         || !maps::is_service(&packet.flow.local)
     {
         return;
     }
     remember(slot, packet, &packet.flow.local);
+    if is_quic(maps::settings(), &packet.flow) {
+        learn_id(ctx, slot, &packet.flow.local, payload);
+    }
+}
+
+/// Remembers the connection id that the serving partition has given a client.
+#[inline(never)]
+fn learn_id(ctx: &TcContext, slot: Slot, local: &Address, payload: u32) {
+    let Some(key) = quic::of_server(&Frame(ctx), payload, maps::settings()) else { return };
+    let record = FlowRecord { seen_ns: maps::now(), local: *local, slot: slot.index(), pad: 0 };
+    if !maps::learn(&key, &record) {
+        event(Event::LearnFull);
+    }
 }
 
 /// Writes or refreshes a learned flow.
@@ -317,18 +355,29 @@ impl Fib {
 }
 
 /// The way out, if the kernel's routes name an uplink; everything else is the kernel's own to do.
+#[inline(always)]
+pub fn next_hop(ctx: &TcContext, network: &Network) -> Option<i32> {
+    let action = ps_next_hop(ctx.skb.skb, network);
+    if action < 0 { None } else { Some(action) }
+}
+
+/// As [`next_hop`]; a negative number is none. Global, as what is called from several ways: see `packet`.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32> {
+pub extern "C" fn ps_next_hop(skb: *mut __sk_buff, network: *const Network) -> i32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(network) = (unsafe { network.as_ref() }) else { return -1 };
+    let ctx = TcContext::new(skb);
     let mut fib = Fib::EMPTY;
-    fib.fill(ctx, network, source, &network.destination);
-    let found = fib.look_up(ctx);
+    fib.fill(&ctx, network, &network.source, &network.destination);
+    let found = fib.look_up(&ctx);
     if !matches!(found, FOUND | FOUND_NO_NEIGHBOUR) || !maps::is_uplink(fib.ifindex) {
-        return None;
+        return -1;
     }
     let mut neighbour = Neighbour { family: u32::from(fib.family), address: fib.destination };
     let params = (&raw mut neighbour).cast::<bpf_redir_neigh>();
     // SAFETY: `neighbour` has the layout and size that the helper is told.
-    Some(unsafe { bpf_redirect_neigh(fib.ifindex, params, size_of::<Neighbour>() as i32, 0) } as i32)
+    unsafe { bpf_redirect_neigh(fib.ifindex, params, size_of::<Neighbour>() as i32, 0) as i32 }
 }
 
 /// The link to which the host's route for the service points, if it is the other partition's; else 0.
@@ -336,9 +385,9 @@ fn next_hop(ctx: &TcContext, network: &Network, source: &Address) -> Option<i32>
 /// Both partitions have the service address, but only one of them can have the host's route to it. On the other's link
 /// the kernel would drop what comes with that source (`rp_filter`; a firewall's check of the reverse path for IPv6).
 #[inline(never)]
-fn link_of_route(ctx: &TcContext, network: &Network, source: &Address) -> u32 {
+fn link_of_route(ctx: &TcContext, network: &Network) -> u32 {
     let mut fib = Fib::EMPTY;
-    fib.fill(ctx, network, &network.destination, source);
+    fib.fill(ctx, network, &network.destination, &network.source);
     let found = fib.look_up(ctx);
     let routed = matches!(found, FOUND | FOUND_NO_NEIGHBOUR | FRAGMENTATION_NEEDED);
     let elsewhere = fib.ifindex != Frame(ctx).ifindex() && maps::slot_of(fib.ifindex).is_some();

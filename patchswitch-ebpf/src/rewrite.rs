@@ -5,8 +5,9 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FragmentKey, FragmentRecord, unmapped};
+use patchswitch_common::maps::{Address, FragmentKey, FragmentRecord, is_mapped, mapped, unmapped};
 use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Packet, protocol};
+use patchswitch_common::quic::is_stateless;
 use patchswitch_common::verdict::Event;
 
 use crate::maps;
@@ -36,7 +37,7 @@ pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, so
     if !is_own(slot, network) || !service_of(slot, network, packet, &mut local) {
         return false;
     }
-    if packet.kind == Kind::Direct {
+    if packet.kind == Kind::Direct && !is_stateless(maps::settings(), &packet.flow) {
         remember(slot, packet, &local);
     }
     if network.fragment == Fragment::First {
@@ -79,9 +80,28 @@ fn became(network: &Network, local: &mut Address) -> bool {
 /// Whether this partition has answered the flow, and for which address.
 #[inline(never)]
 fn answered(slot: Slot, packet: &Packet, local: &mut Address) -> bool {
+    if is_stateless(maps::settings(), &packet.flow) {
+        // Nobody has noted which address was asked: where there are several of a family, it is taken for the first.
+        return first_address(&packet.flow.remote, local);
+    }
     let Some(record) = maps::learned(&flow_key(&packet.flow)) else { return false };
     *local = record.local;
     Slot::from_bit(record.slot as u8) == slot && maps::is_service(local)
+}
+
+/// The service's first address of the family that a client has.
+#[inline(never)]
+fn first_address(remote: &Address, local: &mut Address) -> bool {
+    let Some(quick) = maps::quick() else { return false };
+    if is_mapped(remote) {
+        *local = mapped(quick.v4[0].to_ne_bytes());
+        quick.has_v4 != 0
+    } else {
+        let [high, low] = quick.v6[0];
+        local[..8].copy_from_slice(&high.to_ne_bytes());
+        local[8..].copy_from_slice(&low.to_ne_bytes());
+        quick.has_v6 != 0
+    }
 }
 
 #[inline(never)]

@@ -1,17 +1,20 @@
 //! Which partition gets a packet that is addressed to the service, and how it gets there.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{Owner, owner};
+use patchswitch_common::decide::{ACK, Owner, SYN, by_share, owner};
 use patchswitch_common::maps::{FragmentKey, FragmentRecord};
-use patchswitch_common::parse::{Fragment, LINK_HEADER, Network, Octets as _, Packet};
+use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Octets as _, Packet, Transport};
+use patchswitch_common::quic::is_stateless;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 
 use crate::maps;
 use crate::owner::Sockets;
 use crate::packet::{self, Frame, is_ip};
+use crate::quick;
 use crate::report::{DROP, NEXT, event, exit, turned_away};
 
 /// A client's packet: into the namespace of its owner, byte for byte as it came. The frame is addressed to the host
@@ -113,6 +116,9 @@ fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
     if !is_ip(ethertype) {
         return Err(Verdict::NotOurs);
     }
+    if let Some(chosen) = quick::choose(frame, ethertype) {
+        return chosen;
+    }
     let destination = frame.destination(ethertype).ok_or(Verdict::Malformed)?;
     if !maps::is_service(&destination) {
         return Err(Verdict::NotOurs);
@@ -132,30 +138,72 @@ fn choose(frame: &Frame<'_>) -> Result<Owner, Verdict> {
     if !packet::inbound(frame.0, &network, &mut packet) {
         return Err(Verdict::Malformed);
     }
-    let answer = ask(frame.0, word, &packet, Plain::of(&network));
-    let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
-    note(word.active(), owner, &network);
+    let owner = owner_of(frame.0, word, &packet, Plain::of(&network, &packet));
+    note(owner, &network);
     Ok(owner)
 }
 
-/// In the answer of [`ask`], beside the slot.
+/// The owner of a packet while there are two to choose from.
+#[inline(always)]
+pub fn owner_of(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> Owner {
+    let answer = ask(ctx, word, packet, plain);
+    let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
+    if word.phase() == Phase::Draining && owner.slot != word.active() {
+        event(Event::KeptByRetiring);
+    }
+    if word.phase() != Phase::Steady {
+        count_asked(owner.slot, packet);
+    }
+    owner
+}
+
+#[inline(always)]
+fn count_asked(slot: Slot, packet: &Packet) {
+    if packet.kind == Kind::Direct && packet.transport == Transport::Tcp && packet.flags & (SYN | ACK) == SYN
+    {
+        event(Event::asked(slot));
+    }
+}
+
+/// In the answer of [`ps_owner`], beside the slot.
 const BOTH: u32 = 2;
+/// In its question: see [`Plain`].
+const V6: u32 = 1;
+/// The same.
+const PLAIN: u32 = 2;
+/// The place of [`Plain::payload`] in it.
+const PAYLOAD: u32 = 8;
+
+#[inline(always)]
+fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
+    let how = if plain.v6 { V6 } else { 0 } | if plain.plain { PLAIN } else { 0 };
+    ps_owner(ctx.skb.skb, word.0, packet, how | plain.payload << PAYLOAD)
+}
 
 /// The owner as a number: a value of two fields would be returned through a pointer, for which there is no register.
+///
+/// Global, so that the verifier reads it once and not on each of the ways that lead here.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn ask(ctx: &TcContext, word: Word, packet: &Packet, plain: Plain) -> u32 {
-    let owner =
-        owner(word, packet, &mut Sockets { ctx, active: word.active(), v6: plain.v6, plain: plain.plain });
+pub extern "C" fn ps_owner(skb: *mut __sk_buff, word: u64, packet: *const Packet, how: u32) -> u32 {
+    // SAFETY: null or, as the verifier makes sure of each caller, a whole value.
+    let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+    let (ctx, word) = (TcContext::new(skb), Word(word));
+    let retiring = if word.phase() == Phase::Draining { Some(word.active().other()) } else { None };
+    if packet.transport == Transport::Udp && is_stateless(maps::settings(), &packet.flow) {
+        let shares = word.phase() == Phase::Sharing;
+        return if shares { by_share(word, &packet.flow).index() } else { word.active().index() };
+    }
+    let payload = how >> PAYLOAD;
+    let mut sockets = Sockets { ctx: &ctx, retiring, v6: how & V6 != 0, plain: how & PLAIN != 0, payload };
+    let owner = owner(word, packet, &mut sockets);
     owner.slot.index() | if owner.both { BOTH } else { 0 }
 }
 
-/// Remembers where a first fragment went, and counts what is worth knowing.
+/// Remembers where a first fragment went, and counts a later one whose first nobody saw.
 #[inline(never)]
-fn note(active: Slot, owner: Owner, network: &Network) {
+fn note(owner: Owner, network: &Network) {
     let slot = owner.slot;
-    if slot != active {
-        event(Event::KeptByRetiring);
-    }
     if network.fragment == Fragment::First {
         let Network { source, destination, fragment_id, protocol, v6, .. } = network;
         let key = FragmentKey::new(source, destination, *fragment_id, *protocol, *v6);
@@ -168,17 +216,20 @@ fn note(active: Slot, owner: Owner, network: &Network) {
 
 /// What the socket lookups want to know of the network header.
 #[derive(Clone, Copy)]
-struct Plain {
-    v6: bool,
+pub struct Plain {
+    pub v6: bool,
     /// Whether the transport header follows an option-less network header.
-    plain: bool,
+    pub plain: bool,
+    /// Where the transport header of the packet itself is; 0 if it has none, or speaks of another packet.
+    pub payload: u32,
 }
 
 impl Plain {
     #[inline(always)]
-    fn of(network: &Network) -> Self {
+    fn of(network: &Network, packet: &Packet) -> Self {
         let length = if network.v6 { 40 } else { 20 };
         let plain = network.payload == LINK_HEADER + length && network.fragment == Fragment::Whole;
-        Self { v6: network.v6, plain }
+        let payload = if packet.kind == Kind::Direct { network.payload } else { 0 };
+        Self { v6: network.v6, plain, payload }
     }
 }

@@ -49,7 +49,7 @@ pub struct Traffic {
     pub gaps_ms: BTreeMap<String, f64>,
     /// The same within one second of a flip; none if nothing was flipped.
     pub longest_gap_ms: Option<f64>,
-    /// How long the machine stood still in that gap, which does not count that time.
+    /// For how much of that gap nothing else could run either.
     pub gap_stood_still_ms: Option<f64>,
     /// The same in the quiet window.
     pub longest_gap_quiet_ms: Option<f64>,

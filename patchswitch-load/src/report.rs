@@ -52,9 +52,9 @@ pub struct Gap {
     pub class: Class,
     /// And its address family.
     pub family: Family,
-    /// How long, in milliseconds, without the time in which the machine itself stood still.
+    /// How long, in milliseconds.
     pub ms: f64,
-    /// How long the machine stood still meanwhile, in milliseconds: see [`Run::standstills`].
+    /// For how much of it nothing else could run either, in milliseconds: see [`Run::standstills`].
     pub stood_still_ms: f64,
     /// When it began.
     pub from_ns: u64,
@@ -153,9 +153,9 @@ pub struct Run {
     pub lag: Lag,
     /// What happened to its sockets.
     pub sockets: Sockets,
-    /// When nothing could run on the machine, not even a thread with real-time priority: a virtual machine has the
-    /// processor only while its host gives it. In the order of time, apart from each other; given by a harness that
-    /// watches it, else empty. What is measured as a gap does not count these times.
+    /// When nothing could run on the machine, not even a thread with real-time priority: because the host of a virtual
+    /// machine gave it no processor, or because the kernel was at something that it does not interrupt. In the order of
+    /// time, apart from each other; given by a harness that watches it, else empty.
     #[serde(default)]
     pub standstills: Vec<Window>,
 }
@@ -351,16 +351,12 @@ impl Run {
         let after = if done.get(last.wrapping_sub(1)).is_some_and(|at| *at >= to) { None } else { Some(end) };
         let moments = || before.into_iter().chain(done[first..last].iter().copied()).chain(after);
         let pairs = moments().zip(moments().skip(1));
-        let gaps = pairs.map(|(a, b)| {
-            let (whole, still) = (b.saturating_sub(a), self.stood_still_us(a, b));
-            (whole.saturating_sub(still), still, a)
-        });
-        let (length, still, from_us) = gaps.max_by_key(|(length, ..)| *length)?;
+        let (from_us, length) = pairs.map(|(a, b)| (a, b.saturating_sub(a))).max_by_key(|(_, gap)| *gap)?;
         Some(Gap {
             class: series.class,
             family: series.family,
             ms: to_ms(length),
-            stood_still_ms: to_ms(still),
+            stood_still_ms: to_ms(self.stood_still_us(from_us, from_us + length)),
             from_ns: self.started_ns + from_us * 1000,
         })
     }
@@ -372,7 +368,8 @@ impl Run {
 
     /// The same between two moments, all in microseconds since the start.
     fn stood_still_us(&self, from: u64, to: u64) -> u64 {
-        let spans = self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
+        let spans =
+            self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
         spans.map(|(from, to)| to.saturating_sub(from)).sum()
     }
 

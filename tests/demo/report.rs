@@ -84,9 +84,8 @@ pub(crate) struct JobReport {
     pub(crate) rewritten_v4: u64,
     pub(crate) rewritten_v6: u64,
     pub(crate) gaps_ms: BTreeMap<String, f64>,
-    /// Without the time in which the machine itself stood still, as all gaps.
     pub(crate) longest_gap_ms: Option<f64>,
-    /// That time, of the longest gap.
+    /// For how much of that gap the machine itself stood still.
     pub(crate) gap_stood_still_ms: Option<f64>,
     /// The same in all, while the job ran.
     pub(crate) stood_still_ms: f64,
@@ -212,7 +211,7 @@ impl JobReport {
         let quiet = self.longest_gap_quiet_ms;
         let still = self.gap_stood_still_ms.unwrap_or(0.0);
         let still = if still > 0.0 {
-            format!(", {still:.0} ms not counted in which the machine stood still")
+            format!(", {still:.0} ms of it the machine itself stood still")
         } else {
             String::new()
         };

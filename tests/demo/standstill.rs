@@ -1,9 +1,9 @@
 //! When the machine itself stood still.
 //!
-//! A virtual machine runs only while its host gives it a processor, and where the host has none to spare, all of it waits:
-//! the service, the client that measures it, and everything else. No answer comes meanwhile, and nobody inside is the
-//! cause. So there is a witness: a thread with real-time priority, which gets the processor before everything else as
-//! soon as the machine has one, looks at the clock every few milliseconds. When it is late, nothing else ran either.
+//! A time without an answer has many causes, and some of them are nobody's inside: a virtual machine runs only while its
+//! host gives it a processor. So there is a witness: a thread with real-time priority, which gets the processor before
+//! everything else, looks at the clock every few milliseconds. When it is late, nothing else could run either: the host
+//! gave no processor, or the kernel was at something that it does not interrupt. It explains, and excuses nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

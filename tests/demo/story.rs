@@ -45,7 +45,8 @@ pub(crate) fn conclusion(report: &RunReport) {
         .knee
         .map_or_else(String::new, |knee| format!(", the service begins to lag at {knee:.0} requests/s"));
     println!("\nLinux {}, processors: {}{knee}", report.kernel, report.processors);
-    let Quiet { seconds, requests, failed, resets_seen, retrans, longest_gap_ms, stood_still_ms } = report.quiet;
+    let Quiet { seconds, requests, failed, resets_seen, retrans, longest_gap_ms, stood_still_ms } =
+        report.quiet;
     println!(
         "quiet time: {requests} requests in {seconds:.0} s, {failed} failed, longest time without an answer \
          {longest_gap_ms:.0} ms, {} resets, {retrans:.1} segments/s sent again; \
@@ -84,7 +85,7 @@ fn print_job(job: &JobReport) {
     for (what, count) in &job.failures {
         println!("  failed in {what}: {count}");
     }
-    println!("  the machine itself stood still for {:.0} ms of that time", job.stood_still_ms);
+    println!("  the machine itself stood still for {:.0} ms of all that time", job.stood_still_ms);
     println!("  phase        seconds   longest time without an answer");
     for (name, seconds, gap) in rows(&job.phases, &job.gaps_ms) {
         let seconds = seconds.map_or_else(|| "      -".into(), |seconds| format!("{seconds:7.2}"));

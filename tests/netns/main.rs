@@ -7,6 +7,7 @@ mod announce;
 #[cfg(test)]
 mod ask;
 #[cfg(test)]
+mod canary;
 mod drain;
 #[cfg(test)]
 mod examples;
@@ -29,6 +30,7 @@ mod local;
 #[cfg(test)]
 mod quarantine;
 #[cfg(test)]
+mod quic;
 mod reassert;
 #[cfg(test)]
 mod reload;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec};
+use patchswitch::config::Datagrams;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
 use patchswitch_load::client::Settings;
@@ -261,6 +262,7 @@ pub(crate) fn spec(udp_idle: Duration) -> anyhow::Result<Spec> {
         addresses: service().to_vec(),
         uplinks,
         udp_idle,
+        datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
     })

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use patchswitch::attachment::{AttachError, DrainOptions, OnDeadline, SwitchOptions};
+use patchswitch::config::Datagrams;
 use patchswitch_common::Slot;
 use patchswitch_load::client::Settings;
 use patchswitch_load::echo;
@@ -166,7 +167,8 @@ fn the_idle_time_can_be_changed_while_flows_are_learned() {
         assert_eq!(ask(socket, 1).unwrap(), "a");
     }
     for changes in [true, false] {
-        let changed = rig.with(async |attachment| Ok(attachment.set_udp_idle(IDLE)?)).unwrap();
+        let changed =
+            rig.with(async |attachment| Ok(attachment.set_datagrams(IDLE, &Datagrams::default())?)).unwrap();
         assert_eq!(changed, changes);
     }
     std::thread::sleep(IDLE + PAUSE);

@@ -17,7 +17,7 @@ use patchswitch::host::linux::netlink::Netlink;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{
-    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Settings, SlotEntry,
+    Address, FlowKey, FlowRecord, FragmentKey, FragmentRecord, Quick, Settings, SlotEntry,
 };
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
@@ -51,6 +51,8 @@ pub(crate) struct Seen {
     pub(crate) mark: u32,
     /// Counters that went up, by name: the verdict first, then events.
     pub(crate) counted: Vec<&'static str>,
+    /// The same of those that compare the two sides.
+    pub(crate) compared: Vec<&'static str>,
 }
 
 /// A link of the host.
@@ -126,7 +128,7 @@ impl Bench {
             learned_idle_ns: IDLE_NS,
             probe_mark: dataplane::PROBE_MARK,
             inner_mac: crate::frame::SENDER,
-            pad: [0; 6],
+            ..Settings::default()
         };
         self.array("SETTINGS")?.set(0, settings, 0)?;
         for (slot, own) in [(Slot::A, OWN_A), (Slot::B, OWN_B)] {
@@ -138,9 +140,11 @@ impl Bench {
             };
             self.array("SLOTS")?.set(slot.index(), entry, 0)?;
         }
-        for service in SERVICE {
-            self.hash::<Address, u32>("ADDRESSES")?.insert(to_wire(address(service)), 1, 0)?;
+        let addresses = SERVICE.map(|service| to_wire(address(service)));
+        for service in addresses {
+            self.hash::<Address, u32>("ADDRESSES")?.insert(service, 1, 0)?;
         }
+        self.short_way(true)?;
         let uplink = self.uplink.index;
         Ok(self.hash::<u32, u32>("UPLINKS")?.insert(uplink, 1, 0)?)
     }
@@ -151,6 +155,20 @@ impl Bench {
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> anyhow::Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(self.ebpf.map_mut(name).context("no such map")?.try_into()?)
+    }
+
+    /// Declares what is known of datagrams.
+    pub(crate) fn declare(&mut self, change: impl Fn(Settings) -> Settings) -> anyhow::Result<()> {
+        let mut settings = self.array::<Settings>("SETTINGS")?;
+        let now = settings.get(&0, 0)?;
+        Ok(settings.set(0, change(now), 0)?)
+    }
+
+    /// Whether packets may take the short way, which knows the first addresses; without it all take the long one.
+    pub(crate) fn short_way(&mut self, is_open: bool) -> anyhow::Result<()> {
+        let addresses = SERVICE.map(|service| to_wire(address(service)));
+        let quick = if is_open { Quick::of(&addresses) } else { Quick::default() };
+        Ok(self.array("QUICK")?.set(0, quick, 0)?)
     }
 
     /// Who serves, who retires.
@@ -244,9 +262,10 @@ impl Bench {
         *self.runs.entry(hook.name()).or_default() += 1;
         let after = self.counters()?;
         let moved = after.iter().filter(|(name, count)| before.get(*name) != Some(count));
-        let counted = moved.map(|(name, _)| *name).collect();
+        let compares = |name: &&str| EVENTS.iter().any(|event| event.name() == *name && event.compares());
+        let (compared, counted) = moved.map(|(name, _)| *name).partition(compares);
         let mark = u32::from_ne_bytes(context_out[MARK..MARK + 4].try_into()?);
-        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted })
+        Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
     }
 
     /// A packet of a client. It must come out as it went in.

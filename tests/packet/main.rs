@@ -2,11 +2,13 @@
 
 mod bench;
 mod cost;
+mod datagrams;
 mod host;
 mod model;
 mod paged;
 mod refuse;
 mod reply;
+mod sharing;
 mod steer;
 mod sums;
 mod truncated;

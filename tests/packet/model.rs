@@ -9,11 +9,13 @@ use std::net::IpAddr;
 
 use patchswitch::dataplane::to_wire;
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{Kernel, Socket, owner};
+use patchswitch_common::decide::{ACK, Kernel, SYN, Socket, owner};
 use patchswitch_common::maps::{Address, unmapped};
-use patchswitch_common::parse::{Flow, Fragment, LINK_HEADER, Network, Packet, inbound, ipv4, ipv6};
+use patchswitch_common::parse::{
+    Flow, Fragment, Kind, LINK_HEADER, Network, Packet, Transport, inbound, ipv4, ipv6,
+};
 use patchswitch_common::refuse;
-use patchswitch_common::verdict::{Hook, Verdict};
+use patchswitch_common::verdict::{Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
@@ -38,7 +40,8 @@ struct Known {
     service: Address,
     /// Where first fragments went: by source, identification and protocol.
     fragments: BTreeMap<(Address, Address, u32, u8), Slot>,
-    /// Whether the retiring one was asked in vain, with the packet at hand.
+    /// Whether A retires, and was asked in vain, with the packet at hand.
+    drains: bool,
     nothing: bool,
 }
 
@@ -51,8 +54,8 @@ impl Kernel for Known {
         } else if to_listener {
             Socket::Listener { cookie: false }
         } else {
-            // Only the retiring one is asked in the packets that come here.
-            self.nothing |= slot == Slot::A;
+            // Of two that share none retires.
+            self.nothing |= self.drains && slot == Slot::A;
             Socket::None
         }
     }
@@ -81,11 +84,12 @@ fn echo(v4: bool) -> u8 {
     if v4 { frame::ICMP } else { frame::ICMPV6 }
 }
 
-/// What must be seen: the action, and the counters in their order.
-type Expected = (i32, Vec<&'static str>);
+/// What must be seen: the action, the counters in their order, and those that compare the sides.
+type Expected = (i32, Vec<&'static str>, Vec<&'static str>);
 
 fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
-    let refuse = |verdict: Verdict| (if verdict.drops() { DROP } else { NEXT }, vec![verdict.name()]);
+    let refuse =
+        |verdict: Verdict| (if verdict.drops() { DROP } else { NEXT }, vec![verdict.name()], Vec::new());
     let at = ETHERNET + if v6 { 24 } else { 16 };
     let destination = bytes.get(at..at + if v6 { 16 } else { 4 });
     let Some(destination) = destination else { return refuse(Verdict::Malformed) };
@@ -107,16 +111,20 @@ fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
     if !simple && inbound(bytes, &network, &mut packet).is_err() {
         return refuse(Verdict::Malformed);
     }
-    known.nothing = false;
+    (known.drains, known.nothing) = (word.phase() == Phase::Draining, false);
     let found = owner(word, &packet, known);
     let mut counted = vec![match (found.both, found.slot) {
         (true, _) => Verdict::ToBoth.name(),
         (false, Slot::A) => Verdict::ToA.name(),
         (false, Slot::B) => Verdict::ToB.name(),
     }];
-    if found.slot != word.active() {
+    if word.phase() == Phase::Draining && found.slot != word.active() {
         counted.push("kept_by_retiring");
     }
+    let asks = packet.kind == Kind::Direct
+        && packet.transport == Transport::Tcp
+        && packet.flags & (SYN | ACK) == SYN;
+    let asked = (word.phase() != Phase::Steady && asks).then(|| Event::asked(found.slot).name());
     if known.nothing {
         counted.push("nothing_in_retiring");
     }
@@ -131,7 +139,7 @@ fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
         _ => {}
     }
     counted.sort_unstable();
-    (REDIRECT, counted)
+    (REDIRECT, counted, asked.into_iter().collect())
 }
 
 /// A packet, before it is damaged.
@@ -280,6 +288,7 @@ fn the_programs_do_what_the_model_says() {
             client,
             service,
             fragments: BTreeMap::new(),
+            drains: false,
             nothing: false,
         });
     }
@@ -293,8 +302,13 @@ fn the_programs_do_what_the_model_says() {
             bench.renew_fragments().unwrap();
         }
         let made = strategy.new_tree(&mut runner).unwrap().current();
-        let word = if number % 4 == 0 { Word::steady(Slot::A, 1) } else { DRAINING };
+        let word = match number % 4 {
+            0 => Word::steady(Slot::A, 1),
+            1 => Word::steady(Slot::A, 1).shared(50),
+            _ => DRAINING,
+        };
         bench.word(word).unwrap();
+        bench.short_way(number % 3 != 0).unwrap();
         let family = families[usize::from(made.v6)];
         let frame = bytes(&made, family, bench.uplink.mac);
         let header = if made.v6 { 40 } else { 20 };
@@ -305,12 +319,14 @@ fn the_programs_do_what_the_model_says() {
             other => other.unwrap(),
         };
         assert_eq!(
-            (seen.action, &seen.counted),
-            (expected.0, &expected.1),
+            (seen.action, &seen.counted, &seen.compared),
+            (expected.0, &expected.1, &expected.2),
             "{number}: {made:?}\n{frame:02x?}"
         );
         assert_eq!(seen.frame, frame, "{number}: the packet was changed");
-        *seen_verdicts.entry(expected.1.first().copied().unwrap_or_default()).or_default() += 1;
+        for name in expected.1.first().into_iter().chain(&expected.2) {
+            *seen_verdicts.entry(name).or_default() += 1;
+        }
     }
     // The packets are worth something only if they come to all exits.
     for verdict in

@@ -94,6 +94,8 @@ fn flags() -> Result<Vec<String>> {
     let flags = [
         "-Clinker=bpf-linker".to_owned(),
         "-Clink-arg=--btf".to_owned(),
+        // Arithmetic and comparisons of 32 bits, which every kernel has that we run on (since 5.1).
+        "-Ctarget-cpu=v3".to_owned(),
         format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
         format!("--remap-path-prefix={}=.", root().display()),
         format!("--remap-path-prefix={home}/registry/src=registry"),

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Settings as MapSettings, SlotEntry};
+use patchswitch_common::maps::{CID, STATELESS, Settings as MapSettings, SlotEntry};
 
 use super::record::{Inside, Record, SlotRecord};
 use super::settings::Settings;
 use super::{AttachError, Partition, Spec, wiring};
+use crate::config::{Datagrams, Quic};
 use crate::dataplane::{self, Dataplane, End, Hook, HookKind, Point};
 use crate::host::linux::netlink::{Link, Netlink};
 use crate::host::linux::netns::{Netns, NetnsRef};
@@ -22,7 +23,11 @@ pub(super) async fn build(
     (links, partitions): (&[Link], &[&Partition]),
 ) -> Result<Dataplane, AttachError> {
     dataplane::ensure_bpffs()?;
-    let plane = Dataplane::create(&spec.name, &spec.addresses, &map_settings(&spec.name, spec.udp_idle))?;
+    let plane = Dataplane::create(
+        &spec.name,
+        &spec.addresses,
+        &map_settings(&spec.name, spec.udp_idle, &spec.datagrams),
+    )?;
     for uplink in &record.uplinks {
         plane.add_uplink(host.link(uplink).await?.index)?;
     }
@@ -50,13 +55,23 @@ pub(super) async fn build(
 }
 
 /// What the programs have to know of an attachment.
-pub(super) fn map_settings(name: &Name, udp_idle: Duration) -> MapSettings {
-    MapSettings {
+pub(super) fn map_settings(name: &Name, udp_idle: Duration, datagrams: &Datagrams) -> MapSettings {
+    let mut stateless = [0; STATELESS];
+    for (place, port) in stateless.iter_mut().zip(&datagrams.stateless) {
+        *place = port.to_be();
+    }
+    let settings = MapSettings {
         learned_idle_ns: u64::try_from(udp_idle.as_nanos()).unwrap_or(u64::MAX),
         probe_mark: dataplane::PROBE_MARK,
         inner_mac: wiring::inner_mac(name),
-        pad: [0; 6],
-    }
+        stateless,
+        ..MapSettings::default()
+    };
+    let Some(Quic { port, cid_offset, cid_len, mask }) = datagrams.quic else { return settings };
+    let mut cid_mask = [0; CID];
+    let part = usize::from(cid_len).min(CID);
+    cid_mask[..part].copy_from_slice(&mask[..part]);
+    MapSettings { quic_port: port.to_be(), cid_offset, cid_len, cid_mask, ..settings }
 }
 
 /// The largest packet that passes every uplink.

@@ -82,8 +82,15 @@ impl Attachment {
             settled,
         };
         let word = self.plane().word();
-        if word.phase() == Phase::Steady {
-            return Ok(report(0, 0, 0, true));
+        match word.phase() {
+            Phase::Steady => return Ok(report(0, 0, 0, true)),
+            Phase::Draining => {}
+            Phase::Sharing => {
+                return Err(AttachError::Refused(format!(
+                    "both sides of {} serve, and neither retires; `patchswitch switch` decides for one of them",
+                    self.record().name
+                )));
+            }
         }
         let retiring = word.active().other();
         let (mut at_start, mut last) = (None, usize::MAX);

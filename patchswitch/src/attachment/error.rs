@@ -39,6 +39,15 @@ pub enum AttachError {
         #[source]
         source: std::io::Error,
     },
+    /// What a network namespace counts could not be read.
+    #[error("failed to read the counters of network namespace {netns}")]
+    Counters {
+        /// The namespace.
+        netns: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The request makes no sense on this host; nothing was changed.
     #[error("{0}")]
     Refused(String),

@@ -14,6 +14,7 @@
 
 mod announce;
 mod build;
+mod canary;
 mod drain;
 mod error;
 mod flows;
@@ -29,6 +30,7 @@ mod settings;
 mod wiring;
 
 pub use announce::AGAIN as ANNOUNCE_AGAIN;
+pub use canary::{Canary, CanaryReport, Conduct};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
 pub use flows::{Flow, Flows, View};
@@ -46,6 +48,7 @@ use patchswitch_common::word::{Phase, Word};
 
 use self::record::identity;
 use self::settings::Settings;
+use crate::config::Datagrams;
 use crate::dataplane::{Dataplane, HookKind, Replacement};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::netns::{Netns, NetnsRef};
@@ -66,6 +69,8 @@ pub struct Spec {
     pub uplinks: Vec<String>,
     /// After this time without an answer a flow without a socket of its own is forgotten.
     pub udp_idle: Duration,
+    /// What is declared of its datagrams.
+    pub datagrams: Datagrams,
     /// How programs are attached; nothing: the best that this kernel has.
     pub hook: Option<HookKind>,
     /// Whether a service of that name has it, whose record has to follow every switch.
@@ -249,16 +254,18 @@ impl Attachment {
         Ok(there.any(|link| !known.contains(&link.index)))
     }
 
-    /// Changes [`Spec::udp_idle`]; whether it was another one.
+    /// Changes [`Spec::udp_idle`] and [`Spec::datagrams`]; whether they were others.
     ///
     /// # Errors
-    /// [`AttachError::Dataplane`], [`AttachError::Record`].
-    pub fn set_udp_idle(&mut self, udp_idle: Duration) -> Result<bool, AttachError> {
-        if self.record.udp_idle == udp_idle {
+    /// [`AttachError::Refused`] if they make no sense, [`AttachError::Dataplane`], [`AttachError::Record`].
+    pub fn set_datagrams(&mut self, udp_idle: Duration, datagrams: &Datagrams) -> Result<bool, AttachError> {
+        if self.record.udp_idle == udp_idle && self.record.datagrams == *datagrams {
             return Ok(false);
         }
-        self.plane.set_settings(&build::map_settings(&self.record.name, udp_idle))?;
+        datagrams.check().map_err(|error| AttachError::Refused(error.to_string()))?;
+        self.plane.set_settings(&build::map_settings(&self.record.name, udp_idle, datagrams))?;
         self.record.udp_idle = udp_idle;
+        self.record.datagrams = datagrams.clone();
         self.record.save()?;
         Ok(true)
     }
@@ -413,7 +420,8 @@ impl Attachment {
         Ok(self.plane.store(word, word.with_learning(true))?)
     }
 
-    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten.
+    /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten. Of two sides that share,
+    /// the one that is not active would lose its flows: to be ended by a switch first.
     ///
     /// # Errors
     /// [`AttachError::Dataplane`].
@@ -470,6 +478,7 @@ pub fn phase_name(word: Word) -> &'static str {
     match word.phase() {
         Phase::Steady => "steady",
         Phase::Draining => "draining",
+        Phase::Sharing => "sharing",
     }
 }
 

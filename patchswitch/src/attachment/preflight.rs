@@ -40,6 +40,9 @@ pub(super) async fn check_spec(
     if spec.addresses.is_empty() || spec.uplinks.is_empty() {
         return refuse("a service needs at least one address and one uplink".to_owned());
     }
+    if let Err(error) = spec.datagrams.check() {
+        return refuse(error.to_string());
+    }
     let mut others = Record::all()?;
     others.retain(|other| other.name != spec.name);
     if let Some(other) =

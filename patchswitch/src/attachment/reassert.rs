@@ -27,12 +27,13 @@ impl Attachment {
     pub async fn reassert(&mut self) -> Result<Vec<String>, AttachError> {
         let (mut mended, mut errors) = (Vec::new(), Vec::new());
         let word = self.plane.word();
+        let sharing = (word.phase() == Phase::Sharing).then(|| word.active().other());
         let retiring = (word.phase() == Phase::Draining).then(|| word.active().other());
         match self.reassert_route(word.active()).await {
             Ok(what) => mended.extend(what),
             Err(error) => errors.push(error),
         }
-        for (slot, serving) in [(Some(word.active()), true), (retiring, false)] {
+        for (slot, serving) in [(Some(word.active()), true), (sharing, true), (retiring, false)] {
             match self.reassert_source(slot, serving).await {
                 Ok(what) => mended.extend(what),
                 Err(error) => errors.push(error),
@@ -42,7 +43,7 @@ impl Attachment {
             // Nothing can be done about one that is gone, but somebody has to know.
             errors.extend(self.host.link(uplink).await.err().map(AttachError::from));
         }
-        if retiring.is_none() && (word.notice() || word.learns()) {
+        if word.phase() == Phase::Steady && (word.notice() || word.learns()) {
             match self.settle() {
                 Ok(()) => mended.push("a switch that did not come was called off".to_owned()),
                 Err(error) => errors.push(error),

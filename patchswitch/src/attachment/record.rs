@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{AttachError, Spec};
+use crate::config::Datagrams;
 use crate::dataplane::{Hook, HookKind};
 use crate::host::linux::netns::{Netns, NetnsError, NetnsRef};
 use crate::names::{Name, RUN_ROOT};
@@ -104,6 +105,9 @@ pub struct Record {
     pub learn_full: u64,
     /// After this time without an answer a flow without a socket of its own is forgotten.
     pub udp_idle: Duration,
+    /// What is declared of its datagrams.
+    #[serde(default)]
+    pub datagrams: Datagrams,
     /// Whether a service of that name has it: what is done to it by hand would be unknown to the service's record.
     pub of_service: bool,
     /// Whether it was made to its end. If not, its maker was killed, and the next one removes what is there first.
@@ -145,6 +149,7 @@ impl Record {
             service_ports: ServicePorts::default(),
             learn_full: 0,
             udp_idle: spec.udp_idle,
+            datagrams: spec.datagrams.clone(),
             of_service: spec.of_service,
             ready: false,
         }
@@ -196,7 +201,7 @@ impl Record {
         Err(AttachError::OfService { instead: verbs.join(" or "), name })
     }
 
-    /// Whether this is what a service asks for, but for `udp_idle`, which can be changed at any time.
+    /// Whether this is what a service asks for, but for what is declared of its datagrams, which can be changed at any time.
     pub fn is_of(&self, spec: &Spec) -> bool {
         self.addresses == spec.addresses && self.uplinks == uplinks(spec)
     }

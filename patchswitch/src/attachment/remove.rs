@@ -7,6 +7,7 @@ use patchswitch_common::Slot;
 use super::record::{Inside, Record, SlotRecord, identity};
 use super::settings::Settings;
 use super::{AttachError, Lock, Spec, wiring};
+use crate::config::Datagrams;
 use crate::dataplane::{Dataplane, Hook, Point};
 use crate::host::linux::netlink::Netlink;
 use crate::host::linux::netns::{Netns, NetnsRef};
@@ -62,6 +63,7 @@ pub(super) async fn remains(name: &Name, host: &Netlink) -> Result<Record, Attac
         addresses,
         uplinks: links.map(|link| link.name).collect(),
         udp_idle: super::UDP_IDLE,
+        datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
     };

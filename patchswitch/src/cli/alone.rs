@@ -10,14 +10,17 @@ use patchswitch::attachment::{
     ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE,
     View, phase_name,
 };
+use patchswitch::config::{Datagrams, Quic};
 use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
 use patchswitch::doctor::{self, Item};
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
 use patchswitch_common::Slot;
+use patchswitch_common::word::Phase;
 use serde_json::{Value, json};
 
+use super::canary::Steps;
 use super::{print, report};
 
 /// An attachment, by name.
@@ -54,6 +57,14 @@ pub(crate) struct Attach {
     /// After so many seconds without an answer a datagram flow that was remembered for a switch is forgotten.
     #[arg(long, value_name = "SECONDS", default_value_t = UDP_IDLE.as_secs_f64())]
     udp_idle: f64,
+    /// A UDP port of which each datagram stands for itself, as those of DNS: with a switch all go to the new partition.
+    /// May be given several times.
+    #[arg(long, value_name = "PORT")]
+    stateless: Vec<u16>,
+    /// A port of QUIC, and which bytes of its servers' connection ids tell who made them: clients that go on from
+    /// another address stay with the partition that has them.
+    #[arg(long, value_name = "PORT:OFFSET:LENGTH[:MASK]")]
+    quic: Option<Quic>,
     /// How often neighbours on the uplinks are told (ARP, NDP) where the addresses are; a second apart.
     #[arg(long, value_name = "TIMES", default_value = "2", value_parser = clap::value_parser!(u32).range(1..=60))]
     announce: u32,
@@ -77,6 +88,7 @@ impl Attach {
             addresses: self.addresses.clone(),
             uplinks: self.uplinks.clone(),
             udp_idle: Duration::try_from_secs_f64(self.udp_idle)?,
+            datagrams: Datagrams { stateless: self.stateless.clone(), quic: self.quic },
             hook: match self.hook {
                 HookChoice::Auto => None,
                 HookChoice::Tcx => Some(HookKind::Tcx),
@@ -106,7 +118,9 @@ impl Attach {
 #[command(after_help = "\
 The switch is one 8-byte store. It is reversed by the same command with the roles exchanged:
   patchswitch switch web            # to the other one, whichever serves now
-  patchswitch switch web --to old   # to this one; already so: nothing to do, exit 0")]
+  patchswitch switch web --to old   # to this one; already so: nothing to do, exit 0
+In steps, and back by itself if the new side does worse than the old one:
+  patchswitch switch web --share 1,10,50,100 --every 30s")]
 pub(crate) struct Switch {
     /// Name of the attachment.
     name: Name,
@@ -115,8 +129,10 @@ pub(crate) struct Switch {
     to: Option<NetnsRef>,
     /// Before the switch, remember for so many seconds which flows without a connection (UDP, ICMP) the old partition
     /// answers: it keeps these. Give at least the time after which your clients give up.
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "share")]
     learn: Option<f64>,
+    #[command(flatten)]
+    steps: Steps,
 }
 
 impl Switch {
@@ -128,7 +144,16 @@ impl Switch {
             None => active.other(),
             Some(netns) => slot_of(attachment.record(), netns)?,
         };
-        if to == active {
+        let shares = attachment.plane().word().phase() == Phase::Sharing;
+        if self.steps.is_given() {
+            anyhow::ensure!(
+                to != active,
+                "{} serves already; a share is given to the other one",
+                netns_name(attachment.record(), to)
+            );
+            return self.steps.run(&mut attachment, json).await;
+        }
+        if to == active && !shares {
             let mended = attachment.reassert().await?;
             print_already(json, &netns_name(attachment.record(), to), &mended)?;
             return Ok(ExitCode::Done);
@@ -193,7 +218,7 @@ fn slot_of(record: &Record, netns: &NetnsRef) -> anyhow::Result<Slot> {
     }
 }
 
-fn netns_name(record: &Record, slot: Slot) -> String {
+pub(super) fn netns_name(record: &Record, slot: Slot) -> String {
     record.slots[slot as usize].as_ref().map_or_else(|| "nobody".to_owned(), |slot| slot.netns.to_string())
 }
 
@@ -444,6 +469,7 @@ fn state(record: &Record) -> anyhow::Result<Value> {
             let role = match (slot == word.active(), phase_name(word)) {
                 (true, _) => "active",
                 (false, "draining") => "retiring",
+                (false, "sharing") => "canary",
                 (false, _) => "standby",
             };
             json!({"netns": entry.netns, "role": role, "link": entry.link})
@@ -454,6 +480,7 @@ fn state(record: &Record) -> anyhow::Result<Value> {
         "addresses": record.addresses,
         "uplinks": record.uplinks,
         "phase": phase_name(word),
+        "share": word.share(),
         "generation": word.generation(),
         "notice": word.notice(),
         "hook": record.hook_kind,
@@ -484,7 +511,11 @@ fn lines(state: &Value) -> anyhow::Result<String> {
     writeln!(text, "  uplinks    {}", list("uplinks"))?;
     for partition in state["partitions"].as_array().into_iter().flatten() {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");
-        writeln!(text, "  {:<9}  {} ({})", of("role"), of("netns"), of("link"))?;
+        let share = match (of("role"), &state["share"]) {
+            ("canary", share) => format!(", {share} of 100 new flows"),
+            _ => String::new(),
+        };
+        writeln!(text, "  {:<9}  {} ({}){share}", of("role"), of("netns"), of("link"))?;
     }
     Ok(text)
 }

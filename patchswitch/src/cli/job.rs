@@ -63,7 +63,8 @@ pub(crate) struct Decide {
 /// Set by the first Ctrl-C or TERM.
 static STOP: AtomicBool = AtomicBool::new(false);
 
-fn watch_signals(json: bool) -> std::io::Result<()> {
+/// Notes Ctrl-C and TERM from now on, for [`is_stopped`].
+pub(super) fn watch_signals(json: bool) -> std::io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::spawn(async move {
@@ -80,9 +81,14 @@ fn watch_signals(json: bool) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether the user wants it undone.
+pub(super) fn is_stopped() -> bool {
+    STOP.load(Ordering::Relaxed)
+}
+
 fn watcher(json: bool) -> Watcher<'static> {
     let say: &'static dyn Fn(&str) = if json { &|_: &str| {} } else { &|text: &str| print::progress(text) };
-    Watcher { stop: &|| STOP.load(Ordering::Relaxed), say }
+    Watcher { stop: &is_stopped, say }
 }
 
 impl Apply {

@@ -2,6 +2,7 @@
 
 mod alone;
 mod background;
+mod canary;
 mod doctor;
 mod host;
 mod job;

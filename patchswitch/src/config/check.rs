@@ -44,6 +44,9 @@ pub(super) fn globals(config: &Config, place_of: Where<'_>) -> Result<(), Config
 pub(super) fn service(service: &Service, place_of: Where<'_>) -> Result<(), ConfigError> {
     lists(service, place_of)?;
     timers(service, place_of)?;
+    if let Err(error) = service.datagrams.check() {
+        return at(place_of, &["stateless", "quic"], error.to_string());
+    }
     if service.probes.is_empty() {
         let message = "the service has no [[service.probe]]: health is never assumed".to_owned();
         return at(place_of, &["name"], message);

@@ -42,6 +42,7 @@ use crate::exit::ExitCode;
 use crate::names::Name;
 
 mod check;
+mod datagrams;
 pub mod duration;
 mod load;
 mod place;
@@ -50,6 +51,7 @@ mod raw;
 mod tests;
 mod text;
 
+pub use datagrams::{BadDatagrams, Datagrams, Quic};
 pub use load::{DEFAULT_FILE, load};
 pub use place::Place;
 
@@ -149,6 +151,9 @@ pub struct Service {
     /// How long a UDP flow may be silent before it is forgotten; also how long flows are learned before a switch.
     #[serde(with = "duration")]
     pub udp_idle: Duration,
+    /// `stateless` and `[service.quic]`: what is declared of its datagrams.
+    #[serde(default)]
+    pub datagrams: Datagrams,
     /// Patterns of absolute paths inside the partition: what may be lost without `--discard-writes`.
     pub may_lose: Vec<String>,
     /// What the automatic give-back does if it would lose writes.

@@ -11,8 +11,8 @@ use toml::Spanned;
 use super::duration::Span;
 use super::place::{Place, Source};
 use super::{
-    Config, ConfigError, Drain, Gate, LossyGiveBack, Observe, OnDeadline, Policy, Probe, Runtime, Service,
-    Uplink, check,
+    Config, ConfigError, Datagrams, Drain, Gate, LossyGiveBack, Observe, OnDeadline, Policy, Probe, Quic,
+    Runtime, Service, Uplink, check,
 };
 use crate::names::Name;
 
@@ -65,6 +65,16 @@ struct RawScan {
     on_failure: Opt<Policy>,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawQuic {
+    port: NonZeroU16,
+    #[serde(default)]
+    cid_offset: u8,
+    cid_len: u8,
+    mask: Option<String>,
+}
+
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawGate {
@@ -100,6 +110,8 @@ struct RawService {
     uplinks: Spanned<Vec<Spanned<Uplink>>>,
     partition: Spanned<Name>,
     udp_idle: Opt<Span>,
+    stateless: Opt<Vec<Spanned<NonZeroU16>>>,
+    quic: Opt<RawQuic>,
     may_lose: Opt<Vec<Spanned<String>>>,
     lossy_give_back: Opt<LossyGiveBack>,
     #[serde(default)]
@@ -254,6 +266,7 @@ fn service(
         uplinks: list("uplinks", raw.uplinks, set),
         partition: raw.partition.into_inner(),
         udp_idle: super::DEFAULT_UDP_IDLE,
+        datagrams: Datagrams::default(),
         may_lose: Vec::new(),
         lossy_give_back: LossyGiveBack::Refuse,
         gate: gate.clone(),
@@ -266,6 +279,14 @@ fn service(
     if let Some(patterns) = raw.may_lose {
         service.may_lose = list("may_lose", patterns, set);
     }
+    if let Some(ports) = raw.stateless {
+        service.datagrams.stateless =
+            list("stateless", ports, set).into_iter().map(NonZeroU16::get).collect();
+    }
+    if let Some(quic) = raw.quic {
+        set.note("quic", quic.span());
+        service.datagrams.quic = Some(quic_of(&quic, set.source)?);
+    }
     set.gate(&mut service.gate, raw.gate);
     set.observe(&mut service.observe, raw.observe);
     set.drain(&mut service.drain, raw.drain);
@@ -274,6 +295,12 @@ fn service(
         service.probes.push(probe(raw, set.source, &format!("probe[{index}]"), set.places, &set.table)?);
     }
     Ok(service)
+}
+
+fn quic_of(raw: &Spanned<RawQuic>, source: &Source) -> Result<Quic, ConfigError> {
+    let RawQuic { port, cid_offset, cid_len, mask } = raw.get_ref();
+    Quic::new(port.get(), *cid_offset, *cid_len, mask.as_deref())
+        .map_err(|error| ConfigError::Text { place: source.place(raw.span()), message: error.to_string() })
 }
 
 fn list<T>(key: &str, raw: Spanned<Vec<Spanned<T>>>, set: &mut Setter<'_>) -> Vec<T> {

@@ -80,6 +80,12 @@ partition = "web-a"
 udp_idle = "1s"
 may_lose = ["/var/log/**"]
 lossy_give_back = "allow"
+stateless = [53, 123]
+[service.quic]
+port = 443
+cid_offset = 1
+cid_len = 2
+mask = "ff80"
 [service.gate]
 need = 4
 [service.observe]
@@ -130,6 +136,8 @@ command = "d"
     assert_eq!(service.drain, drain);
     assert_eq!(service.uplinks.len(), 2);
     assert_eq!(service.udp_idle, millis(1000));
+    let quic = "443:1:2:ff80".parse().ok();
+    assert_eq!(service.datagrams, Datagrams { stateless: vec![53, 123], quic });
     assert_eq!(service.may_lose, ["/var/log/**"]);
     assert_eq!(service.lossy_give_back, LossyGiveBack::Allow);
     let (one, two) = (NonZeroU16::new(1).unwrap(), NonZeroU16::new(2).unwrap());
@@ -187,6 +195,19 @@ fn bad_values_are_errors_with_their_place() {
         (web("port = 80\n", "port = 80\nhost = \"a\\r\\nB: c\"\n"), "f.toml:11:8: ", "host name"),
         (web("port = 80\n", "port = 80\nstatus = 100\n"), "f.toml:11:10: ", "final answer"),
         (web("[[service.probe]]\nkind = \"http\"\nport = 80\n", ""), "f.toml:3:8: ", "no [[service.probe]]"),
+        (web("uplinks", "stateless = [0]\nuplinks"), "f.toml:5:14: ", "nonzero"),
+        (web("uplinks", "stateless = [1,2,3,4,5,6,7,8,9]\nuplinks"), "f.toml:5:13: ", "more than 8"),
+        (
+            web("uplinks", "stateless = [443]\nquic = { port = 443, cid_len = 8 }\nuplinks"),
+            "f.toml:5:13: ",
+            "cannot be declared",
+        ),
+        (web("uplinks", "quic = { port = 443, cid_len = 0 }\nuplinks"), "f.toml:5:8: ", "1 to 16"),
+        (
+            web("uplinks", "quic = { port = 443, cid_len = 1, mask = \"00\" }\nuplinks"),
+            "f.toml:5:8: ",
+            "no mask",
+        ),
         (web("uplinks", "may_lose = [\"/a\", \"b\"]\nuplinks"), "f.toml:5:19: ", "absolute paths"),
     ];
     for (text, place, words) in cases {

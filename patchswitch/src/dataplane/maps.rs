@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use patchswitch_common::Slot;
-use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Settings, SlotEntry};
+use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Quick, Settings, SlotEntry};
 use patchswitch_common::word::Word;
 
 use super::DataplaneError;
@@ -15,6 +15,7 @@ pub(super) const COUNTERS: &str = "COUNTERS";
 const SLOTS: &str = "SLOTS";
 const SETTINGS: &str = "SETTINGS";
 const ADDRESSES: &str = "ADDRESSES";
+const QUICK: &str = "QUICK";
 const UPLINKS: &str = "UPLINKS";
 const LEARNED: &str = "LEARNED";
 const FRAGMENTS: &str = "FRAGMENTS";
@@ -22,7 +23,8 @@ const FRAGMENTS: &str = "FRAGMENTS";
 pub(super) const LOG: &str = "AYA_LOGS";
 /// Maps with an entry for each flow.
 pub(super) const OF_FLOWS: [&str; 2] = [LEARNED, FRAGMENTS];
-pub(super) const ALL: [&str; 8] = [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, UPLINKS, LEARNED, FRAGMENTS];
+pub(super) const ALL: [&str; 9] =
+    [WORD, COUNTERS, SLOTS, SETTINGS, ADDRESSES, QUICK, UPLINKS, LEARNED, FRAGMENTS];
 
 pub(super) fn path(directory: &Path, map: &str) -> PathBuf {
     directory.join("maps").join(map)
@@ -93,8 +95,13 @@ pub(super) fn read_slot(directory: &Path, slot: Slot) -> Result<SlotEntry, Datap
     array(directory, SLOTS)?.get(&slot.index(), 0).map_err(failed("read", SLOTS))
 }
 
-pub(super) fn add_address(directory: &Path, address: &Address) -> Result<(), DataplaneError> {
-    hash::<Address, u32>(directory, ADDRESSES)?.insert(address, 1, 0).map_err(failed("write", ADDRESSES))
+/// Writes the service addresses, which do not change any more.
+pub(super) fn write_addresses(directory: &Path, addresses: &[Address]) -> Result<(), DataplaneError> {
+    let mut all = hash::<Address, u32>(directory, ADDRESSES)?;
+    for address in addresses {
+        all.insert(address, 1, 0).map_err(failed("write", ADDRESSES))?;
+    }
+    array::<Quick>(directory, QUICK)?.set(0, Quick::of(addresses), 0).map_err(failed("write", QUICK))
 }
 
 pub(super) fn addresses(directory: &Path) -> Result<Vec<Address>, DataplaneError> {

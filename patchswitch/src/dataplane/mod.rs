@@ -129,9 +129,7 @@ impl Dataplane {
         load::load_and_pin(&directory)?;
         let plane = Self::of(directory)?;
         maps::write_settings(&plane.directory, settings)?;
-        for address in addresses {
-            maps::add_address(&plane.directory, &to_wire(*address))?;
-        }
+        maps::write_addresses(&plane.directory, &on_wire(addresses))?;
         self_test::prepare(&twin_dir(&plane.directory), addresses)?;
         Ok(plane)
     }
@@ -328,6 +326,10 @@ pub fn to_wire(address: IpAddr) -> Address {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
     }
+}
+
+fn on_wire(addresses: &[IpAddr]) -> Vec<Address> {
+    addresses.iter().copied().map(to_wire).collect()
 }
 
 fn from_wire(address: &Address) -> IpAddr {

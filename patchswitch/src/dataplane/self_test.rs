@@ -100,7 +100,7 @@ impl<'a> Twin<'a> {
 /// Makes the twin of programs that are being pinned.
 pub(super) fn prepare(directory: &Path, addresses: &[IpAddr]) -> Result<(), DataplaneError> {
     load::load_and_pin_twin(directory)?;
-    addresses.iter().try_for_each(|address| maps::add_address(directory, &super::to_wire(*address)))
+    maps::write_addresses(directory, &super::on_wire(addresses))
 }
 
 pub(super) fn run(directory: &Path, slots: &[SlotEntry; 2], ends: &[End<'_>]) -> Result<(), DataplaneError> {

@@ -116,8 +116,8 @@ impl Manager {
             let Some(reason) = self.outdated(&attachment, service).await? else {
                 mended.extend(attachment.reassert().await?);
                 // Last: if it is, all else is well, and whoever goes back to other settings need not take it back.
-                if attachment.set_udp_idle(service.udp_idle)? {
-                    mended.push("udp_idle was changed".to_owned());
+                if attachment.set_datagrams(service.udp_idle, &service.datagrams)? {
+                    mended.push("how its datagrams are told apart was changed".to_owned());
                 }
                 return Ok(mended);
             };
@@ -258,6 +258,7 @@ fn spec(service: &Service) -> Spec {
         addresses: service.addresses.clone(),
         uplinks: service.uplinks.iter().map(|uplink| uplink.as_str().to_owned()).collect(),
         udp_idle: service.udp_idle,
+        datagrams: service.datagrams.clone(),
         hook: None,
         of_service: true,
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec, Switched};
+use patchswitch::config::Datagrams;
 use patchswitch::dataplane::Hook;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::host::linux::priority::Priority;
@@ -36,6 +37,7 @@ impl Product {
             addresses: SERVICE.iter().map(|text| text.parse()).collect::<Result<_, _>>()?,
             uplinks: vec![UPLINK.to_owned()],
             udp_idle: UDP_IDLE,
+            datagrams: Datagrams::default(),
             hook: None,
             of_service: false,
         };

@@ -1,4 +1,4 @@
-//! Counters of the network stack of the calling thread's namespace (`/proc/net/netstat`).
+//! Counters of the network stack of the calling thread's namespace (`/proc/net/snmp` and `/proc/net/netstat`).
 
 use std::io;
 
@@ -8,7 +8,12 @@ use std::io;
 /// If the file cannot be read.
 pub fn read(group: &str, name: &str) -> io::Result<Option<u64>> {
     // Not `self`: the process may be elsewhere.
-    Ok(parse(&std::fs::read_to_string("/proc/thread-self/net/netstat")?, group, name))
+    for file in ["/proc/thread-self/net/snmp", "/proc/thread-self/net/netstat"] {
+        if let Some(count) = parse(&std::fs::read_to_string(file)?, group, name) {
+            return Ok(Some(count));
+        }
+    }
+    Ok(None)
 }
 
 /// Finds a counter in lines of names, each followed by one of values: `TcpExt: A B` and `TcpExt: 1 2`.
@@ -36,6 +41,7 @@ mod tests {
 
     #[test]
     fn this_kernel_has_one() {
+        assert!(read("Tcp", "OutSegs").unwrap().is_some());
         assert!(read("TcpExt", "TCPTimeouts").unwrap().is_some());
         assert!(read("TcpExt", "NoSuchCounter").unwrap().is_none());
     }

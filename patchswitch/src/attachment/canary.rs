@@ -1,0 +1,268 @@
+//! A canary: the new partition gets a small share of the new flows first, then a larger one, and all of them in the end.
+//!
+//! ```text
+//!  steady on A ── share 1 ──► sharing ── share 10 ──► sharing ── … ── all ──► draining to B
+//!                                │                       │
+//!                                └──── B does worse ─────┴──► draining to A: what B has stays there until it ends
+//! ```
+//!
+//! How a side does is counted by the programs: connections that were asked for, accepted and reset. Segments that had to
+//! be sent again are counted by the kernel of each partition's network namespace, for no single packet tells that it is
+//! one of these.
+
+use std::time::{Duration, Instant};
+
+use patchswitch_common::Slot;
+use patchswitch_common::verdict::Event;
+use patchswitch_common::word::Phase;
+use serde::Serialize;
+
+use super::{AttachError, Attachment, SwitchOptions, parity, wiring};
+use crate::host::linux::counters;
+
+/// How often the two sides are compared.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// What a canary does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canary {
+    /// The shares of new flows, in hundredths, each larger than the one before; 100 is the switch.
+    pub shares: Vec<u8>,
+    /// How long each of them lasts.
+    pub every: Duration,
+}
+
+/// How a side did in a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Conduct {
+    /// Connections that clients asked for.
+    pub asked: u64,
+    /// Of these, accepted.
+    pub answered: u64,
+    /// Connections that the side reset or refused.
+    pub reset: u64,
+    /// TCP segments sent.
+    pub sent: u64,
+    /// Of these, sent again.
+    pub sent_again: u64,
+}
+
+/// How a canary ended.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CanaryReport {
+    /// The last share that was given.
+    pub share: u8,
+    /// How the new side did.
+    pub new: Conduct,
+    /// How the old side did.
+    pub old: Conduct,
+    /// Why new flows went back to the old side, if they did.
+    pub given_back: Option<String>,
+    /// Whether the caller called it off: the share is 0 then, and what the new side has stays with it until it ends.
+    pub called_off: bool,
+}
+
+/// As many failures are noise.
+const NOISE: u64 = 4;
+
+impl Conduct {
+    fn since(self, before: Self) -> Self {
+        Self {
+            asked: self.asked.saturating_sub(before.asked),
+            answered: self.answered.saturating_sub(before.answered),
+            reset: self.reset.saturating_sub(before.reset),
+            sent: self.sent.saturating_sub(before.sent),
+            sent_again: self.sent_again.saturating_sub(before.sent_again),
+        }
+    }
+
+    /// Connections that failed: not accepted, or reset.
+    const fn failed(self) -> u64 {
+        self.asked.saturating_sub(self.answered) + self.reset
+    }
+
+    /// Why this side does worse than another one; nothing if it does not, or too little is known.
+    ///
+    /// Worse is a part of failures that is more than twice the other's and more than two in a hundred above it: below
+    /// that, chance tells two equal sides apart often enough.
+    pub fn worse_than(self, other: Self) -> Option<String> {
+        let (failed, base) = (self.failed(), other.failed());
+        if failed > NOISE && is_more((failed, self.asked), (base, other.asked)) {
+            return Some(format!(
+                "of {} connections that the new side was asked for, {failed} failed ({} not accepted, {} reset); on the \
+                 old side {base} of {}",
+                self.asked,
+                self.asked.saturating_sub(self.answered),
+                self.reset,
+                other.asked
+            ));
+        }
+        let (again, base) = (self.sent_again, other.sent_again);
+        if again > NOISE && is_more((again, self.sent), (base, other.sent)) {
+            return Some(format!(
+                "of {} segments the new side sent {again} again; the old side {base} of {}",
+                self.sent, other.sent
+            ));
+        }
+        None
+    }
+}
+
+/// Whether one part of a whole is more than twice another one and more than two hundredths above it.
+fn is_more((part, whole): (u64, u64), (other_part, other_whole): (u64, u64)) -> bool {
+    let ratio = |part: u64, whole: u64| match whole {
+        // Resets of connections that were there before: nothing to compare with, and bad enough.
+        0 => u128::from(part > 0) * 1_000_000,
+        whole => u128::from(part) * 1_000_000 / u128::from(whole),
+    };
+    let (ours, others) = (ratio(part, whole), ratio(other_part, other_whole));
+    ours > 2 * others && ours > others + 20_000
+}
+
+impl Attachment {
+    /// Gives the side that is not active a share of the new flows, from 1 to 99 in a hundred; flows that exist stay where
+    /// they are. It is ended by [`Attachment::switch`], to either side.
+    ///
+    /// # Errors
+    /// [`AttachError::Refused`] while a switch is under way or with another share, [`AttachError`]; nothing is shared
+    /// then that was not before.
+    pub async fn share(&mut self, share: u8) -> Result<(), AttachError> {
+        if !(1..=99).contains(&share) {
+            return Err(AttachError::Refused(format!(
+                "a share of {share} is none: 1 to 99 of a hundred new flows"
+            )));
+        }
+        let word = self.plane.word();
+        let (active, other) = (word.active(), word.active().other());
+        if word.phase() == Phase::Draining {
+            return Err(AttachError::Refused(format!(
+                "{} still has flows of an earlier switch; wait for the end of `patchswitch drain {0}` first",
+                self.record.name
+            )));
+        }
+        let target = self.slot(other)?.clone();
+        if word.phase() == Phase::Steady {
+            self.look_at_retiring(active, SwitchOptions::default())?;
+            parity::prepare(&self.netns(active)?, &self.netns(other)?);
+            wiring::prefer_source(&self.record, &target, &self.netns(other)?, true).await?;
+        }
+        self.plane.store(word, word.shared(share))?;
+        Ok(self.plane.fence()?)
+    }
+
+    /// Runs a canary to its end: all shares in turn, or back as soon as the new side does worse than the old one.
+    ///
+    /// `progress` is told each share and how both sides did so far, the new one first; `stop` calls the canary off.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the word says who serves then, and [`Attachment::switch`] ends it either way.
+    pub async fn canary(
+        &mut self,
+        canary: &Canary,
+        stop: &(dyn Fn() -> bool + Sync),
+        mut progress: impl FnMut(u8, Conduct, Conduct),
+    ) -> Result<CanaryReport, AttachError> {
+        let old = self.plane.word().active();
+        let ended = self.steps(canary, old, stop, &mut progress).await;
+        if ended.is_err() && self.plane.word().phase() == Phase::Sharing {
+            // Nobody would watch the new side any more.
+            self.give_back(old).await?;
+        }
+        ended
+    }
+
+    async fn steps(
+        &mut self,
+        canary: &Canary,
+        old: Slot,
+        stop: &(dyn Fn() -> bool + Sync),
+        progress: &mut impl FnMut(u8, Conduct, Conduct),
+    ) -> Result<CanaryReport, AttachError> {
+        let new = old.other();
+        let start = [self.conduct(new)?, self.conduct(old)?];
+        let mut report = CanaryReport::default();
+        for share in &canary.shares {
+            match share {
+                100 => drop(self.switch(new).await?),
+                share => self.share(*share).await?,
+            }
+            report.share = *share;
+            let end = Instant::now() + canary.every;
+            loop {
+                report.new = self.conduct(new)?.since(start[0]);
+                report.old = self.conduct(old)?.since(start[1]);
+                report.given_back = report.new.worse_than(report.old);
+                report.called_off = report.given_back.is_none() && stop();
+                if report.given_back.is_some() || report.called_off {
+                    self.give_back(old).await?;
+                    return Ok(report);
+                }
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                tokio::time::sleep(left.min(LOOK)).await;
+            }
+            progress(*share, report.new, report.old);
+        }
+        Ok(report)
+    }
+
+    /// Gives new flows back to the side that had them before the canary.
+    async fn give_back(&mut self, old: Slot) -> Result<(), AttachError> {
+        let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+        self.switch_with(old, options).await.map(drop)
+    }
+
+    /// How a side has done since the programs were loaded.
+    fn conduct(&self, slot: Slot) -> Result<Conduct, AttachError> {
+        let count = |event| self.plane.count_of(event);
+        let netns = self.netns(slot)?;
+        let segments =
+            netns.run(|| Ok([counters::read("Tcp", "OutSegs")?, counters::read("Tcp", "RetransSegs")?]))?;
+        let failed = |source| AttachError::Counters { netns: netns.to_string(), source };
+        let [sent, sent_again] = segments.map_err(failed)?.map(Option::unwrap_or_default);
+        Ok(Conduct {
+            asked: count(Event::asked(slot))?,
+            answered: count(Event::answered(slot))?,
+            reset: count(Event::reset(slot))?,
+            sent,
+            sent_again,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn side(asked: u64, answered: u64, reset: u64) -> Conduct {
+        Conduct { asked, answered, reset, ..Conduct::default() }
+    }
+
+    #[test]
+    fn a_side_is_worse_only_by_more_than_noise() {
+        let good = side(10_000, 10_000, 0);
+        for (new, old, worse) in [
+            (side(100, 100, 0), good, false),
+            (side(0, 0, 0), good, false),
+            (side(4, 0, 0), good, false),
+            (side(5, 0, 0), good, true),
+            (side(100, 95, 0), good, true),
+            (side(1000, 990, 0), good, false),
+            (side(1000, 975, 0), good, true),
+            (side(100, 100, 30), good, true),
+            // Both refuse many: that is how this service is.
+            (side(100, 70, 0), side(1000, 800, 0), false),
+            (side(100, 70, 0), side(1000, 900, 0), true),
+            (side(0, 0, 9), good, true),
+        ] {
+            let found = new.worse_than(old);
+            assert_eq!(found.is_some(), worse, "{new:?} {old:?}: {found:?}");
+        }
+        let again = |sent, sent_again| Conduct { sent, sent_again, ..side(10, 10, 0) };
+        assert!(again(1000, 50).worse_than(again(1000, 10)).is_some_and(|text| text.contains("50 again")));
+        assert_eq!(again(1000, 25).worse_than(again(1000, 15)), None);
+        assert_eq!(again(10, 4).worse_than(again(1000, 0)), None);
+    }
+}

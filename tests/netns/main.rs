@@ -8,6 +8,7 @@ mod announce;
 mod ask;
 #[cfg(test)]
 mod canary;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod examples;
@@ -31,6 +32,7 @@ mod local;
 mod quarantine;
 #[cfg(test)]
 mod quic;
+#[cfg(test)]
 mod reassert;
 #[cfg(test)]
 mod reload;

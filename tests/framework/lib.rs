@@ -5,4 +5,5 @@ pub mod leftovers;
 pub mod netlab;
 pub mod observe;
 pub mod programs;
+pub mod traffic;
 pub mod vm;

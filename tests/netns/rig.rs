@@ -5,34 +5,23 @@ use std::fs::File;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::mpsc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use patchswitch::attachment::{Attachment, Inside, Partition, Spec};
 use patchswitch::config::Datagrams;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
-use patchswitch_load::client::{self, Settings};
-use patchswitch_load::control::{Order, Response, obey};
-use patchswitch_load::echo;
-use patchswitch_load::report::Run;
-use patchswitch_load::serve::{self, ServeSettings};
+use patchswitch_load::client::Settings;
 use patchswitch_tests::leftovers::{Leftover, List, Snapshot};
 use patchswitch_tests::netlab::{Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs;
+pub(crate) use patchswitch_tests::traffic::{ECHO, Load, PORT, Server, echo_in};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
 
 /// The name of the attachment.
 pub(crate) const NAME: &str = "web";
-/// The TCP port of the service.
-pub(crate) const PORT: u16 = 80;
-/// The UDP port of the service.
-pub(crate) const ECHO: u16 = 7007;
 
 /// The service's addresses.
 pub(crate) fn service() -> [IpAddr; 2] {
@@ -288,86 +277,6 @@ pub(crate) fn owned(ns: &Ns, own: [&str; 2]) -> anyhow::Result<Partition> {
         inner_link: "eth0".to_owned(),
         inside: Inside::Owned { own },
     })
-}
-
-/// An HTTP server in a namespace; ends when it is dropped.
-pub(crate) struct Server {
-    end: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<anyhow::Result<()>>>,
-}
-
-impl Server {
-    /// Serves on wildcard sockets of both families; answers name the tag.
-    pub(crate) fn start(ns: &Ns, tag: &str) -> anyhow::Result<Self> {
-        let settings = ServeSettings { port: PORT, tag: tag.to_owned(), close_after: None };
-        let (end, ended) = oneshot::channel::<()>();
-        let (ready, is_ready) = mpsc::channel();
-        let ns = ns.clone();
-        let thread = std::thread::spawn(move || {
-            ns.enter(|| {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                tokio::task::LocalSet::new().block_on(&runtime, async {
-                    let listeners = serve::listen(settings.port)?;
-                    ready.send(())?;
-                    let end = async { drop(ended.await) };
-                    // Connections that are left do not hold it up: they end with the runtime.
-                    tokio::select! {
-                        () = serve::serve_until(settings, listeners, std::future::pending()) => {}
-                        () = end => {}
-                    }
-                    Ok(())
-                })
-            })
-        });
-        is_ready.recv().context("the server did not start")?;
-        Ok(Self { end: Some(end), thread: Some(thread) })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.end.take());
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
-    }
-}
-
-/// Echoes datagrams on wildcard sockets of both families until the test's process ends.
-pub(crate) fn echo_in(ns: &Ns, tag: &'static str) -> anyhow::Result<()> {
-    let sockets = ns.enter(|| Ok(echo::bind(ECHO)?))?;
-    std::thread::spawn(move || echo::serve(sockets, tag));
-    Ok(())
-}
-
-/// The load client at work.
-pub(crate) struct Load {
-    orders: UnboundedSender<Order>,
-    thread: JoinHandle<anyhow::Result<Run>>,
-}
-
-impl Load {
-    /// Starts in a namespace.
-    pub(crate) fn start(ns: &Ns, settings: Settings) -> Self {
-        let (orders, queue) = unbounded_channel();
-        let ns = ns.clone();
-        let thread = std::thread::spawn(move || ns.enter(|| Ok(client::run(settings, queue)?)));
-        Self { orders, thread }
-    }
-
-    /// Gives an order and waits until it is done.
-    pub(crate) fn order(&self, line: &str) -> anyhow::Result<()> {
-        match obey(line, &self.orders) {
-            Response::Error(error) => bail!("{line}: {error}"),
-            _ => Ok(()),
-        }
-    }
-
-    /// Ends the run.
-    pub(crate) fn stop(self) -> anyhow::Result<Run> {
-        self.order("stop")?;
-        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
 }
 
 /// The load that the tests put on the service.

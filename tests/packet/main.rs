@@ -2,12 +2,14 @@
 
 mod bench;
 mod cost;
+#[cfg(test)]
 mod datagrams;
 mod host;
 mod model;
 mod paged;
 mod refuse;
 mod reply;
+#[cfg(test)]
 mod sharing;
 mod steer;
 mod sums;

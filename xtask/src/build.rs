@@ -39,6 +39,12 @@ pub(crate) fn demo() -> Result<()> {
     cargo()?.args(["build", "--target", TARGET, "--workspace", "--bin", "patchswitch-demo"]).show()
 }
 
+/// Builds a program as it is measured, and returns its file.
+pub(crate) fn release(name: &str) -> Result<PathBuf> {
+    cargo()?.args(["build", "--release", "--target", TARGET, "--workspace", "--bin", name]).show()?;
+    Ok(target().join(TARGET).join("release").join(name))
+}
+
 /// Builds test targets of the package `patchswitch-tests` and returns their files, named by target.
 pub(crate) fn tests(names: &[String]) -> Result<Vec<(String, PathBuf)>> {
     let mut tool = cargo()?.args(["test", "--no-run", "--target", TARGET, "--workspace"]);

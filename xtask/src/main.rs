@@ -1,6 +1,7 @@
 //! `cargo xtask`: the one door to building, checking, testing and showing patchswitch. CI uses it as well.
 #![expect(clippy::print_stdout, reason = "a program for the terminal")]
 
+mod bench;
 mod build;
 mod cache;
 mod check;
@@ -28,6 +29,7 @@ enum Task {
     Test(test::Options),
     Vm(vm::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
     /// Runs a test binary in the test machine; nextest calls it
     #[command(hide = true)]
     InVm {
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Task::Check => check::main().map(done),
         Task::Vm(options) => vm::main(options),
         Task::Demo(options) => demo::main(&options),
+        Task::Bench(options) => bench::main(&options),
         Task::Test(options) => test::main(&options),
         Task::InVm { arguments } => test::in_vm(&arguments),
         Task::Artifacts => artifacts().map(done),

@@ -18,6 +18,8 @@ pub(crate) enum Need {
     Test,
     /// To make and run the test machine.
     Machine,
+    /// To measure peers.
+    Bench,
     /// To build the BPF object.
     Ebpf,
 }
@@ -52,6 +54,9 @@ const MACHINE: [Package; 9] = [
     ("xz-utils", "xz"),
     ("zstd", "zstd"),
 ];
+/// What patchswitch is compared with. Debian starts neither of them with anything to do: keepalived has no configuration,
+/// HAProxy one without a port.
+const BENCH: [Package; 3] = [("keepalived", "keepalived"), ("haproxy", "haproxy"), ("linux-perf", "perf")];
 /// A compiler that brings `core` for BPF, and the LLVM that bpf-linker has to share with it.
 const EBPF: [Package; 6] = [
     ("rustc-web", "/usr/bin/rustc"),
@@ -97,6 +102,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
             Need::Build => BUILD.as_slice(),
             Need::Test => &TEST,
             Need::Machine => &MACHINE,
+            Need::Bench => &BENCH,
             Need::Ebpf if !crate::ebpf::nightly_is_usable() => &EBPF,
             // The nightly compiler brings the rest, but the linker is built against an LLVM all the same.
             Need::Ebpf => &EBPF[2..],
@@ -130,7 +136,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
                     &environment,
                 )?;
             }
-            Need::Build | Need::Machine => {}
+            Need::Build | Need::Machine | Need::Bench => {}
         }
     }
     Ok(())

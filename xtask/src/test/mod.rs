@@ -56,8 +56,8 @@ impl Tier {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let tier = match name.as_str() {
-                // A program, not a test.
-                "demo" => continue,
+                // Programs, not tests.
+                "demo" | "bench" => continue,
                 "packet" => Self::Packet,
                 "vm" => Self::Vm,
                 _ => Self::Netns,

@@ -1,0 +1,139 @@
+//! The measurements of the data path: `cargo xtask bench net`.
+//!
+//! ```text
+//!  peers (a laboratory each) ─► programs (12, 22) ─► packets (8, 9), rr (10), memory (18) ─► handover (1 to 7)
+//!                                     all of them ─► stats ─► report, plot
+//! ```
+//!
+//! Nothing is judged by its time alone: what is compared was measured in turn in one run (ABBA), and so was patchswitch
+//! with itself (A/A). Runs as root in network namespaces of its own.
+
+mod flip;
+mod flows;
+mod handover;
+mod head;
+mod kernel;
+mod packets;
+mod peers;
+mod plan;
+mod plot;
+mod probe;
+mod programs;
+mod rates;
+mod report;
+mod rr;
+mod stats;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use patchswitch_tests::leftovers::{List, Snapshot};
+
+use crate::head::Head;
+use crate::peers::Product;
+use crate::plan::{ROWS, Scale, Selection};
+use crate::report::{Found, say};
+
+/// Measures the data path of patchswitch and of its peers.
+#[derive(Debug, Parser)]
+struct Cli {
+    /// Fewer and shorter blocks: under five minutes
+    #[arg(long)]
+    quick: bool,
+    /// Only these rows and peers
+    #[arg(long, value_name = "ROW|PEER", num_args = 1..)]
+    only: Vec<String>,
+    /// Say which there are, and measure nothing
+    #[arg(long)]
+    list: bool,
+    /// Where the results go
+    #[arg(long, value_name = "DIRECTORY", default_value = "target/bench/net")]
+    out: PathBuf,
+    /// Hold so many connections from an address; a measurement starts itself so
+    #[arg(long, hide = true, num_args = 2, value_names = ["ADDRESS", "COUNT"])]
+    hold: Vec<String>,
+}
+
+fn main() -> Result<ExitCode> {
+    let cli = Cli::parse();
+    if cli.list {
+        list();
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let [from, count] = &cli.hold[..] {
+        flows::hold(from, count)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let keys: Vec<&str> = peers::ALL.iter().map(|(key, _)| *key).collect();
+    let selection = Selection::parse(&cli.only, &keys)?;
+    let scale = Scale { quick: cli.quick };
+    let begun = Instant::now();
+    let before = Snapshot::take()?;
+    let head = Head::read(cli.quick, scale.blocks());
+    say(&head.text());
+    let mut found = Found::default();
+    let measured = measure(scale, &selection, &mut found);
+    // What was measured until something failed is kept all the same.
+    write(&cli.out, &head, &found)?;
+    say(&found.table());
+    say(&format!("{}; the whole took {:.0} s", cli.out.display(), begun.elapsed().as_secs_f64()));
+    measured?;
+    clean(&before)
+}
+
+fn list() {
+    for (number, what) in ROWS {
+        say(&format!("{number:>2}  {what}"));
+    }
+    for (key, what) in peers::ALL {
+        say(&format!("{key:<12} {what}"));
+    }
+}
+
+fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
+    if selection.rows(&[12, 22]) {
+        say("\nthe programs by themselves (rows 12, 22)");
+        programs::measure(&mut Product::new("programs")?, scale, found)?;
+    }
+    if selection.rows(&[8, 9, 10, 11, 18]) {
+        say("\nthe data path at rest and while draining (rows 8 to 11, 18)");
+        rates::measure(scale, selection, found)?;
+    }
+    if selection.rows(&[5, 6]) {
+        say("\nthe moment of the switch (rows 5, 6)");
+        flip::measure(scale, selection, found)?;
+    }
+    if selection.rows(&[1, 2, 3, 4, 7]) {
+        say("\na switch under load (rows 1 to 4, 7)");
+        handover::measure(scale, selection, found)?;
+    }
+    Ok(())
+}
+
+fn write(directory: &Path, head: &Head, found: &Found) -> Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("failed to make {}", directory.display()))?;
+    let file = |name: &str, text: String| {
+        let path = directory.join(name);
+        std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))
+    };
+    file("net.json", serde_json::to_string_pretty(&found.rows())?)?;
+    let raw = serde_json::json!({ "head": head, "figures": found.figures, "not_run": found.not_run });
+    file("raw.json", serde_json::to_string_pretty(&raw)?)?;
+    let title = "patchswitch in relation to its peers (veth; higher is better for rates, lower for gaps and latencies)";
+    file("net.svg", plot::svg(title, &found.figures))?;
+    file("net.txt", head.text() + &found.table())
+}
+
+/// Nothing of the laboratories may be left.
+fn clean(before: &Snapshot) -> Result<ExitCode> {
+    let mut left = Snapshot::left_since(before, Duration::from_secs(10))?;
+    // Programs of others that ended meanwhile are none of ours.
+    left.retain(|one| one.list != List::NetnsId && !(one.list == List::Bpf && one.after.is_none()));
+    for one in &left {
+        say(&format!("LEFT BEHIND {one}"));
+    }
+    Ok(if left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

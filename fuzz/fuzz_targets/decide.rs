@@ -110,7 +110,9 @@ fn shared(active: Slot, packet: &Packet, kernel: &mut Given) -> Option<Slot> {
         return connected.or_else(|| kernel.learned(&packet.flow));
     }
     let sockets = sides.map(|side| (side, kernel.socket(side, true)));
-    let with = |wanted: fn(Socket) -> bool| sockets.iter().filter(move |(_, socket)| wanted(*socket)).map(|(side, _)| *side);
+    let with = |wanted: fn(Socket) -> bool| {
+        sockets.iter().filter(move |(_, socket)| wanted(*socket)).map(|(side, _)| *side)
+    };
     if let Some(side) = with(|socket| socket == Socket::Connection).next() {
         return Some(side);
     }

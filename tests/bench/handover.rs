@@ -17,7 +17,7 @@ use patchswitch_tests::traffic::{Load, PORT, Server};
 use crate::peers::{self, AGAIN, PRODUCT, Peer, Product, Side};
 use crate::plan::{Scale, Selection};
 use crate::probe::{Answers, Probes, TCP_RATE, UDP_RATE};
-use crate::report::{Figure, Found, Target, number, say};
+use crate::report::{Figure, Found, Target, say};
 use crate::stats::{Block, quantile};
 
 /// Requests a second, half of them on connections of their own.
@@ -284,7 +284,7 @@ fn failed(key: &str, course: &Course, found: &mut Found) {
     let (failed, requests) = (stats.failed as f64, stats.requests as f64);
     let switches = course.switches();
     let bound = if failed == 0.0 {
-        format!(": fewer than {} of them fail", number(3.0 / requests))
+        format!(": fewer than {:.1e} of them fail", 3.0 / requests)
     } else {
         String::new()
     };

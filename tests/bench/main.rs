@@ -130,8 +130,8 @@ fn write(directory: &Path, head: &Head, found: &Found) -> Result<()> {
 /// Nothing of the laboratories may be left.
 fn clean(before: &Snapshot) -> Result<ExitCode> {
     let mut left = Snapshot::left_since(before, Duration::from_secs(10))?;
-    // Programs of others that ended meanwhile are none of ours.
-    left.retain(|one| one.list != List::NetnsId && !(one.list == List::Bpf && one.after.is_none()));
+    // What is gone was another's: the laboratories only bring something.
+    left.retain(|one| one.list != List::NetnsId && one.after.is_some());
     for one in &left {
         say(&format!("LEFT BEHIND {one}"));
     }

@@ -65,11 +65,6 @@ impl Interval {
         medians.sort_by(f64::total_cmp);
         Self { median: median(values), low: quantile(&medians, 0.025), high: quantile(&medians, 0.975) }
     }
-
-    /// Whether a value lies inside.
-    pub(crate) fn contains(&self, value: f64) -> bool {
-        (self.low..=self.high).contains(&value)
-    }
 }
 
 /// The value in the middle; of nothing not a number.
@@ -146,7 +141,6 @@ mod tests {
         for interval in [narrow, wide] {
             assert!(interval.low <= interval.median && interval.median <= interval.high, "{interval:?}");
         }
-        assert!(narrow.contains(1.0) && !narrow.contains(1.1) && wide.contains(1.1));
         assert!(narrow.high - narrow.low < 0.05 && wide.high - wide.low > 0.3);
         let one = Interval::of(&[7.0]);
         assert_eq!((one.median, one.low, one.high), (7.0, 7.0, 7.0));

@@ -292,7 +292,10 @@ fn what_it_passes_on_tc_decides() {
     let passed = rig.counter(&["packets", "xdp", "not_ours"]).unwrap();
     assert!(passed >= 3, "{passed}");
     assert!(rig.counter(&["packets", "uplink", "not_ours"]).unwrap() >= 3);
-    let (by_xdp, by_tc) = (seen(&rig, "xdp").unwrap(), seen(&rig, "uplink").unwrap());
-    assert_eq!(by_xdp, by_tc + steered(&rig, "xdp").unwrap(), "each is counted once at each hook");
+    // A packet of the link's own may come while they are read, one after the other.
+    let counts =
+        || (seen(&rig, "xdp").unwrap(), seen(&rig, "uplink").unwrap() + steered(&rig, "xdp").unwrap());
+    let settled = (0..20).map(|_| counts()).find(|(by_xdp, by_others)| by_xdp == by_others);
+    assert!(settled.is_some(), "each is counted once at each hook: {:?}", counts());
     rig.finish().unwrap();
 }

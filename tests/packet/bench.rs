@@ -328,6 +328,22 @@ impl Bench {
         Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
     }
 
+    /// Sends a packet through a program so many times, as if it had come on a link.
+    pub(crate) fn repeat(&mut self, hook: Hook, on: Link, times: u32, frame: &[u8]) -> anyhow::Result<()> {
+        let mut context = [0; CONTEXT];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let name = program(hook);
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut(name).context("no such program")?.try_into()?;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.ctx_in = Some(&context);
+        options.repeat = times;
+        self.lab.host.enter(|| Ok(program.test_run(options).map(drop)?))?;
+        *self.runs.entry(hook.name()).or_default() += u64::from(times);
+        Ok(())
+    }
+
     /// A packet of a client. It must come out as it went in.
     pub(crate) fn client(&mut self, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
         let frame = packet.frame(self.uplink.mac);

@@ -7,6 +7,8 @@ mod datagrams;
 mod host;
 mod model;
 mod paged;
+#[cfg(test)]
+mod references;
 mod refuse;
 mod reply;
 #[cfg(test)]

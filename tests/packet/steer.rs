@@ -14,7 +14,7 @@ use crate::bench::{Bench, Family, NEXT, PORT, REDIRECT, Seen, families, key, ser
 use crate::frame::{self, Ip, Place, ethernet, icmp, sctp, tcp, udp};
 
 pub(crate) const SYN: u8 = 2;
-const FIN: u8 = 1;
+pub(crate) const FIN: u8 = 1;
 const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;
 
@@ -294,7 +294,7 @@ fn a_connection_that_the_partition_opens_is_its_own() {
 }
 
 /// Makes the remains of a connection on the server's side.
-fn time_wait(ns: &Ns, listening: &TcpListener, family: Family, port: u16) -> anyhow::Result<()> {
+pub(crate) fn time_wait(ns: &Ns, listening: &TcpListener, family: Family, port: u16) -> anyhow::Result<()> {
     let [client, server] = connection(ns, listening, family, port)?;
     drop(server);
     drop(client);

@@ -36,12 +36,16 @@ fn a_share_of_the_new_flows_goes_to_the_new_side_and_nobody_sees_it() {
     echo_in(a, "a").unwrap();
     echo_in(b, "b").unwrap();
     rig.attach_owned(Duration::from_secs(125)).unwrap();
-    // Datagram sockets are never renewed: their flows were a's before the canary, if a answered while that was noted.
+    // Datagram sockets are never renewed: all their flows are a's before the canary.
     let settings = Settings { rate: 600.0, udp_port: Some(ECHO), udp_rate: 100.0, ..load() };
     let load = Load::start(&rig.lab.client, settings);
     std::thread::sleep(Duration::from_millis(500));
     for (share, mark) in [("20", "twenty"), ("60", "sixty")] {
-        let said = rig.ok(&["switch", NAME, "--share", share]).unwrap();
+        let mut words = vec!["switch", NAME, "--share", share];
+        if share == "20" {
+            words.extend(["--learn", "1"]);
+        }
+        let said = rig.ok(&words).unwrap();
         assert_eq!(said["share"].to_string(), share);
         assert_eq!(phase(&rig), ("sharing".into(), share.parse::<u64>().unwrap().into()));
         load.order(&format!("mark {mark}")).unwrap();
@@ -72,6 +76,8 @@ fn a_share_of_the_new_flows_goes_to_the_new_side_and_nobody_sees_it() {
     assert_eq!(answered(&run, Class::New, "all", "end").0, 0);
     // Kept connections stay where they began, and so do the datagrams of one socket.
     assert_eq!(answered(&run, Class::Keepalive, "twenty", "end").1, 0);
+    let (old, new) = answered(&run, Class::Udp, "twenty", "end");
+    assert!(old > 300 && new == 0, "{old} {new}");
     let conduct = &said["canary"]["new"];
     assert!(conduct["asked"].as_u64() > Some(100) && conduct["asked"] == conduct["answered"], "{said}");
     rig.finish_owned().unwrap();

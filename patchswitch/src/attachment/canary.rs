@@ -133,9 +133,11 @@ impl Attachment {
     /// Gives the side that is not active a share of the new flows, from 1 to 99 in a hundred; flows that exist stay where
     /// they are. It is ended by [`Attachment::switch`], to either side.
     ///
+    /// Flows without a socket of their own stay only if they were remembered before: see [`Attachment::learn`].
+    ///
     /// # Errors
-    /// [`AttachError::Refused`] while a switch is under way or with another share, [`AttachError`]; nothing is shared
-    /// then that was not before.
+    /// [`AttachError::Refused`] while a switch is under way, or with a share that is none; others as of
+    /// [`Attachment::switch`]. Nothing is shared then that was not before.
     pub async fn share(&mut self, share: u8) -> Result<(), AttachError> {
         if !(1..=99).contains(&share) {
             return Err(AttachError::Refused(format!(
@@ -154,6 +156,10 @@ impl Attachment {
             self.prepare(to, options).await?;
             for other in &mut self.others {
                 other.prepare(to, options).await?;
+            }
+            if !word.learns() {
+                // It does from now on: what found no room earlier is no loss of this one.
+                self.note_what_is_full()?;
             }
         }
         self.plane.store(word, word.shared(share))?;

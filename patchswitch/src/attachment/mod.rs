@@ -174,6 +174,8 @@ impl Attachment {
         let mut record = Record::new(spec, identity(&own)?);
         record.group = group::leader(spec)?;
         let others = Self::open_others(&record)?;
+        // Once more, now that their locks are held and nobody can begin a switch.
+        group::leader(spec)?;
         record.hook_reason = xdp::reason(spec, &links);
         record.save()?;
         let mut settings = Settings::load(record.host, &shared)?;
@@ -465,17 +467,16 @@ impl Attachment {
     /// # Errors
     /// [`AttachError::Dataplane`], [`AttachError::Record`].
     pub fn learn(&mut self) -> Result<(), AttachError> {
-        self.begin_to_learn()?;
-        for other in &mut self.others {
-            other.begin_to_learn()?;
-        }
+        self.note_what_is_full()?;
         let word = self.plane.word();
         Ok(self.plane.store(word, word.with_learning(true))?)
     }
 
-    fn begin_to_learn(&mut self) -> Result<(), AttachError> {
+    /// Notes, for all of a group, how often a flow found no room before the learning that begins.
+    fn note_what_is_full(&mut self) -> Result<(), AttachError> {
         self.record.learn_full = self.plane.count_of(Event::LearnFull)?;
-        Ok(self.record.save()?)
+        self.record.save()?;
+        self.others.iter_mut().try_for_each(Self::note_what_is_full)
     }
 
     /// Ends the switch: nobody retires any more, the notice is off, learned flows are forgotten. Of two sides that share,

@@ -143,9 +143,9 @@ pub(crate) struct Switch {
     /// The namespace that is to serve, as it was named at `attach`; default: the one that does not.
     #[arg(long, value_name = "NAMESPACE")]
     to: Option<NetnsRef>,
-    /// Before the switch, remember for so many seconds which flows without a connection (UDP, ICMP) the old partition
+    /// Before the switch or the first share, remember for so many seconds which flows without a connection (UDP, ICMP) the old partition
     /// answers: it keeps these. Give at least the time after which your clients give up.
-    #[arg(long, value_name = "SECONDS", conflicts_with = "share")]
+    #[arg(long, value_name = "SECONDS")]
     learn: Option<f64>,
     #[command(flatten)]
     steps: Steps,
@@ -167,9 +167,8 @@ impl Switch {
                 "{} serves already; a share is given to the other one",
                 netns_name(attachment.record(), to)
             );
-            return self.steps.run(&mut attachment, json).await;
-        }
-        if to == active && !shares {
+            self.steps.check()?;
+        } else if to == active && !shares {
             let mended = attachment.reassert().await?;
             print_already(json, &netns_name(attachment.record(), to), &mended)?;
             return Ok(ExitCode::Done);
@@ -178,6 +177,9 @@ impl Switch {
             let time = Duration::try_from_secs_f64(seconds)?;
             attachment.learn()?;
             tokio::time::sleep(time).await;
+        }
+        if self.steps.is_given() {
+            return self.steps.run(&mut attachment, json).await;
         }
         let done = attachment.switch(to).await?;
         print_switch(json, &attachment, to, done)?;

@@ -30,20 +30,27 @@ impl Steps {
         !self.share.is_empty()
     }
 
-    /// Runs the canary on the partition that is not active.
-    pub(crate) async fn run(&self, attachment: &mut Attachment, json: bool) -> anyhow::Result<ExitCode> {
+    /// Refuses shares that are none of a canary.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.share.windows(2).all(|pair| pair[0] < pair[1]),
             "each share must be larger than the one before; nothing was changed"
         );
-        match (self.every, self.share.as_slice()) {
-            (Some(every), shares) => {
+        anyhow::ensure!(
+            self.every.is_some() || matches!(self.share[..], [1..=99]),
+            "several shares, and the whole, need a time for each, such as --every 30s; nothing was changed"
+        );
+        Ok(())
+    }
+
+    /// Runs the canary on the partition that is not active, if [`Steps::check`] has nothing to say.
+    pub(crate) async fn run(&self, attachment: &mut Attachment, json: bool) -> anyhow::Result<ExitCode> {
+        match (self.every, &self.share[..]) {
+            (None, [share]) => alone(attachment, *share, json).await,
+            (every, shares) => {
+                let every = every.unwrap_or_default();
                 watched(attachment, Canary { shares: shares.to_vec(), every }, json).await
             }
-            (None, [share @ 1..=99]) => alone(attachment, *share, json).await,
-            (None, _) => anyhow::bail!(
-                "several shares, and the whole, need a time for each, such as --every 30s; nothing was changed"
-            ),
         }
     }
 }

@@ -10,7 +10,7 @@ use patchswitch_tests::programs;
 
 use crate::flows::Flows;
 use crate::packets::{Flooded, Sender, Sink, flood};
-use crate::peers::{self, AGAIN, BRIDGE, FLOOR, NFT, PRODUCT, Peer, Product, Side};
+use crate::peers::{self, AGAIN, BRIDGE, FLOOR, IPVS, NFT, PRODUCT, Peer, Product, Side};
 use crate::plan::{Scale, Selection};
 use crate::report::{Figure, Found, Target, say};
 use crate::rr::{Answerer, Asker};
@@ -48,7 +48,7 @@ fn packets_target(key: &str) -> Option<Target> {
     match key {
         FLOOR => Some(Target::AtLeast(0.97)),
         BRIDGE => Some(Target::AtLeast(1.3)),
-        NFT => Some(Target::AtLeast(1.0)),
+        NFT | IPVS => Some(Target::AtLeast(1.0)),
         _ => None,
     }
 }
@@ -76,7 +76,7 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
     let mut ours = Lane::open(&product)?;
     let control = control(scale, selection, (&product, &mut ours), found)?;
     // The floor is wanted for the draining as well.
-    let keys = [FLOOR, BRIDGE, NFT].into_iter().filter(|key| selection.peer(key));
+    let keys = [FLOOR, BRIDGE, NFT, IPVS].into_iter().filter(|key| selection.peer(key));
     for key in keys {
         if let Some(reason) = peers::hindrance(key) {
             found.not_run("packets and requests", key, reason);
@@ -86,11 +86,8 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
         let mut theirs = Lane::open(peer.as_ref())?;
         compare(scale, selection, (key, &mut theirs, &mut ours), &control, found)?;
     }
-    for key in [peers::HAPROXY, peers::IPVS].into_iter().filter(|key| selection.peer(key)) {
-        let reason = peers::hindrance(key).unwrap_or_else(|| "it carries no datagrams".to_owned());
-        if selection.rows(&[8]) {
-            found.not_run(PACKETS, key, reason);
-        }
+    if selection.rows(&[8]) && selection.peer(peers::HAPROXY) {
+        found.not_run(PACKETS, peers::HAPROXY, "it carries no datagrams".to_owned());
     }
     if selection.rows(&[11]) {
         cycles(scale, &ours, found)?;

@@ -9,6 +9,8 @@ mod ask;
 #[cfg(test)]
 mod beside;
 #[cfg(test)]
+mod buffers;
+#[cfg(test)]
 mod canary;
 #[cfg(test)]
 mod claims;

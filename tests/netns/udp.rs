@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, ippro
 use crate::rig::{ECHO, Load, Rig, echo_in, load, service};
 use crate::shared::bound;
 
-const IDLE: Duration = Duration::from_millis(1500);
+pub(crate) const IDLE: Duration = Duration::from_millis(1500);
 const PAUSE: Duration = Duration::from_millis(400);
 
 /// Datagrams only, each flow for the whole run.
@@ -29,7 +29,7 @@ fn datagrams() -> Settings {
 }
 
 /// A laboratory with an echo service in both partitions.
-fn echoing(label: &str, idle: Duration) -> anyhow::Result<Rig> {
+pub(crate) fn echoing(label: &str, idle: Duration) -> anyhow::Result<Rig> {
     let rig = Rig::new(label)?;
     echo_in(&rig.lab.a, "a")?;
     echo_in(&rig.lab.b, "b")?;
@@ -37,15 +37,15 @@ fn echoing(label: &str, idle: Duration) -> anyhow::Result<Rig> {
     Ok(rig)
 }
 
-fn learn(rig: &Rig) -> anyhow::Result<()> {
+pub(crate) fn learn(rig: &Rig) -> anyhow::Result<()> {
     rig.with(async |attachment| Ok(attachment.learn()?))
 }
 
-fn switch(rig: &Rig, to: Slot) -> anyhow::Result<()> {
+pub(crate) fn switch(rig: &Rig, to: Slot) -> anyhow::Result<()> {
     rig.with(async |attachment| Ok(attachment.switch(to).await.map(drop)?))
 }
 
-fn event(rig: &Rig, name: &str) -> u64 {
+pub(crate) fn event(rig: &Rig, name: &str) -> u64 {
     rig.counter(&["events", name]).unwrap_or_default()
 }
 
@@ -109,7 +109,7 @@ fn without_the_notice_nobody_hears_the_answers() {
 }
 
 /// One client socket for each family, connected to a port of the service.
-fn clients(rig: &Rig, port: u16) -> anyhow::Result<[UdpSocket; 2]> {
+pub(crate) fn clients(rig: &Rig, port: u16) -> anyhow::Result<[UdpSocket; 2]> {
     let open = |to: IpAddr| {
         rig.lab.client.enter(|| {
             let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
@@ -124,7 +124,7 @@ fn clients(rig: &Rig, port: u16) -> anyhow::Result<[UdpSocket; 2]> {
 }
 
 /// Who answers a question on a connected socket, which hears nobody but the service.
-fn ask(socket: &UdpSocket, number: u64) -> anyhow::Result<String> {
+pub(crate) fn ask(socket: &UdpSocket, number: u64) -> anyhow::Result<String> {
     socket.send(&echo::question(1, number))?;
     let mut bytes = [0; echo::DATAGRAM_MAX];
     let length = socket.recv(&mut bytes)?;

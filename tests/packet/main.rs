@@ -4,9 +4,13 @@ mod bench;
 mod cost;
 #[cfg(test)]
 mod datagrams;
+#[cfg(test)]
+mod fragments;
 mod host;
 mod model;
 mod paged;
+#[cfg(test)]
+mod programs;
 #[cfg(test)]
 mod references;
 mod refuse;

@@ -18,10 +18,10 @@ pub(crate) const FIN: u8 = 1;
 const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;
 
-const STEADY: Word = Word::steady(Slot::A, 1);
+pub(crate) const STEADY: Word = Word::steady(Slot::A, 1);
 pub(crate) const DRAINING: Word = STEADY.taken_over_by(Slot::B);
 
-fn check(seen: &Seen, action: i32, counted: &[&str], what: &str) {
+pub(crate) fn check(seen: &Seen, action: i32, counted: &[&str], what: &str) {
     let mut counted = counted.to_vec();
     counted.sort_unstable();
     assert_eq!((seen.action, seen.counted.as_slice()), (action, counted.as_slice()), "{what}");
@@ -53,7 +53,7 @@ pub(crate) fn listener(ns: &Ns, family: Family) -> anyhow::Result<TcpListener> {
     ns.enter(|| Ok(TcpListener::bind(service(family))?))
 }
 
-fn segment(family: Family, port: u16, flags: u8) -> Ip {
+pub(crate) fn segment(family: Family, port: u16, flags: u8) -> Ip {
     tcp((family.client, port), (family.service, PORT), flags, b"data")
 }
 
@@ -539,40 +539,6 @@ fn errors_follow_a_packet_with_extension_headers() {
         cut.truncate(40 + 12);
         let error = icmp(family.stranger, family.service, kind, [0, 0, 5, 0], &cut);
         check(&bench.client(&error).unwrap(), NEXT, &["malformed"], "a chain that is cut off");
-    }
-    bench.finish().unwrap();
-}
-
-#[test]
-fn later_fragments_follow_the_first() {
-    let mut bench = Bench::new("fragment").unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        let of = |port, id, offset| {
-            let place = Place { offset, more: offset == 0, id };
-            Ip { place: Some(place), ..segment(family, port, ACK) }
-        };
-        bench.word(DRAINING).unwrap();
-        let unknown = &["to_both", "fragment_unknown"][..];
-        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "before the first one");
-        check(&bench.client(&of(1000, 1, 0)).unwrap(), REDIRECT, kept, "the first one");
-        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "after it");
-        // Half a minute after the first one nobody would join them any more, and another datagram may have the number.
-        bench.age_fragments(Duration::from_secs(29)).unwrap();
-        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, kept, "29 seconds after it");
-        bench.age_fragments(Duration::from_secs(2)).unwrap();
-        check(&bench.client(&of(1000, 1, 100)).unwrap(), REDIRECT, unknown, "31 seconds after it");
-        check(&bench.client(&of(1001, 1, 0)).unwrap(), REDIRECT, &["to_b"], "the number used again");
-        check(&bench.client(&of(1001, 1, 100)).unwrap(), REDIRECT, &["to_b"], "by another datagram");
-        check(&bench.client(&of(1000, 2, 100)).unwrap(), REDIRECT, unknown, "of another packet");
-        check(&bench.client(&of(1001, 3, 0)).unwrap(), REDIRECT, &["to_b"], "the first of the active one's");
-        // What began in peace ends where it began.
-        bench.word(STEADY).unwrap();
-        check(&bench.client(&of(1001, 4, 0)).unwrap(), REDIRECT, &["to_a"], "the first one, in peace");
-        bench.word(DRAINING).unwrap();
-        check(&bench.client(&of(1001, 4, 100)).unwrap(), REDIRECT, kept, "the rest of it, after the switch");
     }
     bench.finish().unwrap();
 }

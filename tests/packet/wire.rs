@@ -74,6 +74,22 @@ fn received(servers: &[UdpSocket; 2], last: &[u8]) -> anyhow::Result<Vec<(usize,
     Ok(all)
 }
 
+/// A test run takes none either, so the programs never see one.
+#[test]
+fn nothing_shorter_than_its_header_comes_in() {
+    let mut bench = Bench::new("runt").unwrap();
+    let (mut wire, _) = wire(&bench.lab.client, CLIENT_LINK).unwrap();
+    let frame = udp((families()[0].client, 1000), (families()[0].service, PORT), b"").frame(bench.uplink.mac);
+    let short = |length: usize| frame[..length].to_vec();
+    for length in [1, 13] {
+        let refused = wire.send_to(&short(length), None).unwrap().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{length} bytes: {refused}");
+        assert!(bench.run(Hook::Uplink, bench.uplink, 0, &short(length)).is_err(), "{length} bytes");
+    }
+    wire.send_to(&frame, None).unwrap().unwrap();
+    assert!(bench.run(Hook::Uplink, bench.uplink, 0, &frame).is_ok());
+}
+
 #[test]
 fn a_tag_that_names_no_vlan_is_none() {
     let mut bench = Bench::new("tagged").unwrap();

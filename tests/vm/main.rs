@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod job;
 #[cfg(test)]
+mod pacing;
+#[cfg(test)]
 mod partition;
 mod smoke;
 #[cfg(test)]

@@ -1,16 +1,27 @@
 //! `cargo xtask bench`: measurements that print ratios, each of things measured in turn in one run.
 
+use std::path::Path;
 use std::process::{ExitCode, Stdio};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
+use patchswitch_guest::{End, Request};
 
 use crate::build;
-use crate::cache::say;
+use crate::cache::{Cache, say};
 use crate::paths;
 use crate::setup::{self, Need};
+use crate::vm::agent;
+use crate::vm::boot::{Config, Vm};
+use crate::vm::kernel::Series;
+use crate::vm::payload::Payload;
 
 /// The program.
 const BENCH: &str = "patchswitch-bench";
+/// Where the results are in a test machine.
+const OUT: &str = "/run/bench";
+/// A measurement that takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(3600);
 
 /// Measures patchswitch in relation to its peers.
 #[derive(Debug, clap::Args)]
@@ -39,6 +50,10 @@ struct Net {
     /// Say which rows and peers there are, and measure nothing
     #[arg(long)]
     list: bool,
+    /// In a disposable test machine with this series of kernels, which has IPVS. Its processor is emulated: what is
+    /// compared is what the programs cost in instructions. Results are in target/bench/net-SERIES
+    #[arg(long, value_name = "SERIES", conflicts_with = "list")]
+    kernel: Option<Series>,
 }
 
 impl Net {
@@ -64,6 +79,9 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         setup::ensure(&[Need::Build, Need::Test, Need::Bench])?;
     }
     let program = build::release(BENCH)?;
+    if let Some(series) = &net.kernel {
+        return in_machine(&program, series, net);
+    }
     let out = paths::target().join("bench/net");
     let tool = crate::command::Tool::new(program).args(net.arguments()).arg("--out").arg(&out);
     let status = tool.stdout(Stdio::inherit()).spawn()?.wait()?;
@@ -73,6 +91,32 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Measures in a test machine.
+fn in_machine(program: &Path, series: &Series, net: &Net) -> Result<ExitCode> {
+    setup::ensure(&[Need::Machine])?;
+    let cache = Cache::open()?;
+    let payload = Payload::new(&cache)?;
+    payload.add(program)?;
+    let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
+    let vm = Vm::boot(&cache, &config)?;
+    let fixed = [format!("/payload/{BENCH}"), "--out".to_owned(), OUT.to_owned()];
+    let request = Request {
+        argv: fixed.into_iter().chain(net.arguments()).collect(),
+        limit_ms: u64::try_from(LIMIT.as_millis())?,
+        ..Request::default()
+    };
+    let end = vm.stream(&request, &mut agent::to_terminal)?;
+    let place = paths::target().join(format!("bench/net-{series}"));
+    let pulled = vm.pull(OUT, &place);
+    if !matches!(end, End::Code(0 | 1)) {
+        bail!("the measurement ended with {end:?}; the kernel's log:\n{}", vm.console());
+    }
+    pulled?;
+    vm.power_off()?;
+    say(&format!("{}", place.display()));
+    Ok(if end == End::Code(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,8 +124,8 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_passed_on() {
         let only = ["8", "bridge"].map(str::to_owned).to_vec();
-        let net = Net { quick: true, only, list: false };
+        let net = Net { quick: true, only, list: false, kernel: None };
         assert_eq!(net.arguments(), ["--quick", "--only", "8", "bridge"]);
-        assert!(Net { quick: false, only: Vec::new(), list: false }.arguments().is_empty());
+        assert!(Net { quick: false, only: Vec::new(), list: false, kernel: None }.arguments().is_empty());
     }
 }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::record::{Inside, Record, RecordError, identity};
 use super::{AttachError, Partition, Spec, wiring};
+use crate::config::not_a_service_address;
 use crate::host::linux::netlink::{Link, Netlink, NetlinkError};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::sysctl;
@@ -179,8 +180,8 @@ impl Taken {
     }
 
     fn claim(&mut self, address: IpAddr, kind: &str) -> Result<(), AttachError> {
-        if !is_usable(address) {
-            return refuse(format!("{address} cannot be an address of a service or of a partition"));
+        if let Some(why) = not_a_service_address(&address) {
+            return refuse(format!("{address} cannot be an address of a service or of a partition: {why}"));
         }
         if self.held.contains(&address) {
             return refuse(format!(
@@ -206,45 +207,5 @@ impl Taken {
             record.host == self.here && (own || record.addresses.contains(&address))
         };
         self.others.iter().find(has).map(|record| &record.name)
-    }
-}
-
-/// Whether routers deliver to it: no loopback, link-local, multicast or mapped address.
-fn is_usable(address: IpAddr) -> bool {
-    let special = address.is_loopback() || address.is_multicast() || address.is_unspecified();
-    let other = match address {
-        IpAddr::V4(v4) => {
-            v4.is_link_local() || v4.is_broadcast() || v4.octets()[0] == 0 || v4.octets()[0] >= 240
-        }
-        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
-    };
-    !special && !other
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_that_no_router_delivers_to_are_refused() {
-        for bad in [
-            "127.0.0.1",
-            "0.0.0.0",
-            "0.1.2.3",
-            "169.254.1.1",
-            "224.0.0.1",
-            "255.255.255.255",
-            "240.0.0.1",
-            "::",
-            "::1",
-            "fe80::1",
-            "ff02::1",
-            "::ffff:192.0.2.1",
-        ] {
-            assert!(!is_usable(bad.parse().unwrap()), "{bad}");
-        }
-        for good in ["192.0.2.80", "10.0.0.1", "2001:db8::80", "fd00::1"] {
-            assert!(is_usable(good.parse().unwrap()), "{good}");
-        }
     }
 }

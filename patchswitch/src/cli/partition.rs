@@ -33,7 +33,17 @@ pub(crate) enum Verb {
     /// Show the end of a partition's console.
     Logs(One),
     /// Remove a partition and its disks.
-    Remove(One),
+    Remove(Remove),
+}
+
+/// Arguments of `partition remove`.
+#[derive(Debug, Args)]
+pub(crate) struct Remove {
+    /// Name of the partition.
+    name: Name,
+    /// Stop it first if it runs.
+    #[arg(long)]
+    force: bool,
 }
 
 /// A partition, by name.
@@ -186,46 +196,69 @@ impl Verb {
             }
             Self::List => list(manager, json),
             Self::Show(one) => show(manager, &one.name, json),
-            Self::Start(one) => {
-                let machine = manager.machine(&one.name)?;
-                if manager.is_running(&machine)? {
-                    return done(json, "running already", &one.name);
-                }
-                if let Some(service) = &machine.row.service {
-                    anyhow::bail!(
-                        "partition {} belongs to service {service}; `patchswitch up` starts what serves, `patchswitch \
-                         rollback {service}` the old partition",
-                        one.name
-                    );
-                }
-                let limit = manager.config.job.boot;
-                let mut running = manager.start(&machine, false)?;
-                Manager::wait_started(&mut running, &machine, limit)?;
-                done(json, "started", &one.name)
-            }
-            Self::Stop(one) => {
-                let machine = manager.machine(&one.name)?;
-                if let Some(service) = &machine.row.service {
-                    anyhow::bail!(
-                        "partition {} belongs to service {service}; `patchswitch service remove {service}` stops it",
-                        one.name
-                    );
-                }
-                manager.stop(&machine)?;
-                done(json, "stopped", &one.name)
-            }
+            Self::Start(one) => start(manager, &one.name, json),
+            Self::Stop(one) => stop(manager, &one.name, json),
             Self::Exec(exec) => run_inside(manager, exec, json),
             Self::Logs(one) => {
                 manager.machine(&one.name)?;
                 print::text(&lifecycle::logs(&one.name, 64 << 10)?);
                 Ok(ExitCode::Done)
             }
-            Self::Remove(one) => {
-                let removed = manager.remove_partition(&one.name)?;
-                done(json, if removed { "removed" } else { "not there, nothing to do" }, &one.name)
-            }
+            Self::Remove(one) => remove(manager, one, json),
         }
     }
+}
+
+fn start(manager: &mut Manager, name: &Name, json: bool) -> anyhow::Result<ExitCode> {
+    let machine = manager.machine(name)?;
+    if manager.is_running(&machine)? {
+        return done(json, "running already", name);
+    }
+    if let Some(service) = &machine.row.service {
+        anyhow::bail!(
+            "partition {name} belongs to service {service}; `patchswitch up` starts what serves, `patchswitch \
+             rollback {service}` the old partition"
+        );
+    }
+    let is_empty = machine.definition.is_store && machine.disks.iter().all(|disk| disk.clone.is_none());
+    anyhow::ensure!(
+        !is_empty,
+        "partition {name} is a standby: its disks are empty until a job makes a clone on them, so there is nothing \
+         to start"
+    );
+    let limit = manager.config.job.boot;
+    let mut running = manager.start(&machine, false)?;
+    Manager::wait_started(&mut running, &machine, limit)?;
+    done(json, "started", name)
+}
+
+fn stop(manager: &mut Manager, name: &Name, json: bool) -> anyhow::Result<ExitCode> {
+    let machine = manager.machine(name)?;
+    if let Some(service) = &machine.row.service {
+        anyhow::bail!(
+            "partition {name} belongs to service {service}; `patchswitch service remove {service}` stops it"
+        );
+    }
+    let was_running = manager.is_running(&machine)?;
+    // Also what a partition leaves that ended by itself.
+    manager.stop(&machine)?;
+    done(json, if was_running { "stopped" } else { "stopped already" }, name)
+}
+
+fn remove(manager: &mut Manager, remove: &Remove, json: bool) -> anyhow::Result<ExitCode> {
+    let name = &remove.name;
+    if !remove.force && manager.store.partition(name)?.is_some() {
+        let machine = manager.machine(name)?;
+        // One of a service is refused by the library, which says what to do about that.
+        let is_running = machine.row.service.is_none() && manager.is_running(&machine)?;
+        anyhow::ensure!(
+            !is_running,
+            "partition {name} runs, nothing was removed; `patchswitch partition remove {name} --force` stops it and \
+             removes it with its disks"
+        );
+    }
+    let was_there = manager.remove_partition(name)?;
+    done(json, if was_there { "removed" } else { "not there, nothing to do" }, name)
 }
 
 fn done(json: bool, what: &str, name: &Name) -> anyhow::Result<ExitCode> {
@@ -309,6 +342,7 @@ fn run_inside(manager: &Manager, exec: &Exec, json: bool) -> anyhow::Result<Exit
         }))?;
     } else {
         print::raw(&done.stdout, &done.stderr);
+        anyhow::ensure!(done.code == 0, "the command ended with exit code {}", done.code);
     }
     Ok(if done.code == 0 { ExitCode::Done } else { ExitCode::Failed })
 }

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::Manager;
 use patchswitch::names::Name;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::print;
 
@@ -76,11 +76,13 @@ fn list(manager: &Manager, json: bool) -> anyhow::Result<ExitCode> {
             let other = entry["other"]["name"].as_str().map_or_else(String::new, |name| {
                 format!(", {name} is {}", entry["other"]["role"].as_str().unwrap_or("?"))
             });
+            let addresses: Vec<&str> =
+                entry["addresses"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
             print::text(&format!(
                 "{}: served by {}{other}; {}",
                 text("name"),
                 text("active"),
-                entry["addresses"]
+                addresses.join(", ")
             ));
         }
     }

@@ -211,12 +211,15 @@ fn positive(place_of: Where<'_>, key: &str, value: Duration) -> Result<(), Confi
     if value.is_zero() { at(place_of, &[key], "the time must not be 0".to_owned()) } else { Ok(()) }
 }
 
-fn not_a_service_address(address: &IpAddr) -> Option<&'static str> {
+/// Why routers deliver nothing to an address, or not as what it says.
+pub(crate) fn not_a_service_address(address: &IpAddr) -> Option<&'static str> {
     match address {
         _ if address.is_unspecified() => Some("it is the unspecified address"),
         _ if address.is_loopback() => Some("it is a loopback address"),
         _ if address.is_multicast() => Some("it is a multicast address"),
         IpAddr::V4(v4) if v4.is_broadcast() => Some("it is the broadcast address"),
+        IpAddr::V4(v4) if v4.octets()[0] == 0 => Some("it is of this network alone (0.0.0.0/8)"),
+        IpAddr::V4(v4) if v4.octets()[0] >= 240 => Some("it is reserved (240.0.0.0/4)"),
         IpAddr::V4(v4) if v4.is_link_local() => Some("it is link-local, as the partitions' gateway is"),
         IpAddr::V6(v6) if v6.is_unicast_link_local() => {
             Some("it is link-local, as the partitions' gateway is")

@@ -285,3 +285,26 @@ proptest::proptest! {
         let _ = parse(&mixed, "f.toml");
     }
 }
+
+#[test]
+fn addresses_that_no_router_delivers_to_are_refused() {
+    for bad in [
+        "127.0.0.1",
+        "0.0.0.0",
+        "0.1.2.3",
+        "169.254.1.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "240.0.0.1",
+        "::",
+        "::1",
+        "fe80::1",
+        "ff02::1",
+        "::ffff:192.0.2.1",
+    ] {
+        assert!(super::not_a_service_address(&bad.parse().unwrap()).is_some(), "{bad}");
+    }
+    for good in ["192.0.2.80", "10.0.0.1", "2001:db8::80", "fd00::1"] {
+        assert!(super::not_a_service_address(&good.parse().unwrap()).is_none(), "{good}");
+    }
+}

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, Manager, ManagerError};
+use crate::config::not_a_service_address;
+use crate::exit::ExitCode;
 use crate::host::linux::block::SECTOR;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::Name;
@@ -99,6 +101,8 @@ impl Manager {
                 spec.name
             )));
         }
+        self.check_own(definition)?;
+        self.check_room(spec)?;
         let definition = &Definition { is_store: *origin == Origin::Store, ..definition.clone() };
         let disks = self.plan_disks(definition, origin);
         let result = self.make(definition, origin, &disks);
@@ -111,6 +115,53 @@ impl Manager {
             let _ = self.store.remove_partition(&spec.name);
         }
         result
+    }
+
+    /// Own addresses are those by which clients' packets find one partition and no other.
+    fn check_own(&self, definition: &Definition) -> Result<(), ManagerError> {
+        let refuse = |own: &IpAddr, why: String| {
+            let message = format!("partition {}: own address {own}: {why}", definition.spec.name);
+            Err(ManagerError::Refused { message, code: ExitCode::Config })
+        };
+        for (index, own) in definition.own.iter().enumerate() {
+            if let Some(why) = not_a_service_address(own) {
+                return refuse(own, why.to_owned());
+            }
+            if definition.own[..index].iter().any(|other| other.is_ipv4() == own.is_ipv4()) {
+                return refuse(own, "it is the second one of its family; give at most one".to_owned());
+            }
+            if let Some(service) = self.config.services.iter().find(|one| one.addresses.contains(own)) {
+                return refuse(own, format!("it is an address of service {}", service.name));
+            }
+            for row in self.store.partitions()? {
+                if self.machine(&row.name)?.definition.own.contains(own) {
+                    return refuse(own, format!("partition {} has it", row.name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks grow as they are written, so that there may be less room than they could need (`host` shows how much);
+    /// but not less than there will ever be.
+    fn check_room(&self, spec: &PartitionSpec) -> Result<(), ManagerError> {
+        let state = self.state();
+        std::fs::create_dir_all(state).map_err(ManagerError::io("make", state))?;
+        let found = rustix::fs::statvfs(state)
+            .map_err(|errno| ManagerError::io("ask for the room of", state)(errno.into()))?;
+        let all = found.f_blocks.saturating_mul(found.f_frsize);
+        let wanted = spec.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size));
+        if wanted <= all {
+            return Ok(());
+        }
+        let (name, mib) = (&spec.name, |bytes: u64| bytes >> 20);
+        let message = format!(
+            "partition {name}: its disks have {} MiB, and {} is on a file system of {} MiB; nothing was changed",
+            mib(wanted),
+            state.display(),
+            mib(all)
+        );
+        Err(ManagerError::Refused { message, code: ExitCode::Config })
     }
 
     fn plan_disks(&self, definition: &Definition, origin: &Origin) -> Vec<store::Disk> {

@@ -40,6 +40,15 @@ pub enum DefineError {
     /// The files of a root do not fit.
     #[error("the root does not fit on its disk; define it with a larger --size")]
     Full(#[source] ProgramError),
+    /// The archive of a root is none, or not whole.
+    #[error("failed to unpack {}: it is not the whole archive of a root; no partition was defined", archive.display())]
+    Archive {
+        /// The archive.
+        archive: PathBuf,
+        /// What tar said.
+        #[source]
+        source: ProgramError,
+    },
     /// The image does not fit.
     #[error("image {image} has {needed} bytes, the disk {present}; define a larger disk")]
     TooLarge {
@@ -69,6 +78,7 @@ impl DefineError {
         match self {
             Self::Program(ProgramError::Missing { .. }) | Self::Init(_) => ExitCode::Unavailable,
             Self::TooLarge { .. } | Self::Full(_) => ExitCode::Config,
+            Self::Archive { .. } => ExitCode::BadData,
             Self::Io { source, .. } => ExitCode::of_io(source),
             _ => ExitCode::Failed,
         }
@@ -131,7 +141,12 @@ pub fn unpack(mounts: &MountNamespace, archive: &Path, root: &Path) -> Result<()
     let mut magic = Vec::new();
     Read::by_ref(&mut file).take(8).read_to_end(&mut magic).map_err(error("read", archive))?;
     file.rewind().map_err(error("read", archive))?;
-    mounts.run(|inside| extract(inside, file, compression(&magic), root))?
+    mounts.run(|inside| extract(inside, file, compression(&magic), root))?.map_err(|error| match error {
+        DefineError::Program(source @ ProgramError::Failed { .. }) => {
+            DefineError::Archive { archive: archive.to_owned(), source }
+        }
+        other => other,
+    })
 }
 
 /// Copies a directory into a mounted root. What is mounted below the directory is left out.

@@ -7,6 +7,7 @@
 
 mod bridge;
 mod haproxy;
+mod ipvs;
 mod keepalived;
 mod nft;
 pub(crate) mod product;
@@ -112,6 +113,7 @@ pub(crate) fn make(key: &str) -> Result<Box<dyn Peer>> {
         BRIDGE => Box::new(bridge::Bridge::new()?),
         KEEPALIVED => Box::new(keepalived::Keepalived::new()?),
         NFT => Box::new(nft::Nft::new()?),
+        IPVS => Box::new(ipvs::Ipvs::new()?),
         HAPROXY => Box::new(haproxy::Haproxy::new()?),
         PRODUCT => Box::new(Product::new("product")?),
         AGAIN => Box::new(Product::new("again")?),
@@ -126,7 +128,7 @@ pub(crate) fn hindrance(key: &str) -> Option<String> {
         missing.then(|| format!("{name} is not installed"))
     };
     match key {
-        IPVS => Some("this kernel has no IPVS, and the test machine is emulated".to_owned()),
+        IPVS => ipvs::hindrance().or_else(|| program("nft")),
         KEEPALIVED => program("keepalived"),
         HAPROXY => program("haproxy"),
         NFT => program("nft"),

@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
-use patchswitch_tests::netlab::HOST;
+use patchswitch_tests::netlab::{HOST, OWN_A, SERVICE as ADDRESSES};
 use rustix::process::Signal;
 
 use super::client::Client;
@@ -32,6 +32,7 @@ fn what_makes_no_sense_is_refused_with_its_place() {
     assert!(said.contains("10.77.0.1 belongs to this host itself") && stopped(), "{said}");
 
     stage.configure(&Settings::default());
+    partitions(&stage);
     stage.ok(&["service", "add", SERVICE]);
     let said = stage.ends_with(1, &["apply", SERVICE, "--patch", "../../../etc/passwd"]);
     assert!(said.contains("../../../etc/passwd"), "{said}");
@@ -46,6 +47,36 @@ fn unknown_key(stage: &Stage) {
     let line = line.lines().position(|line| line.contains("udp_idel")).unwrap() + 1;
     assert!(said.contains(&format!("patchswitch.toml:{line}:1")) && said.contains("udp_idel"), "{said}");
     stage.nothing_left();
+}
+
+/// Partitions that cannot be, and those that are but not for this.
+fn partitions(stage: &Stage) {
+    let before = Snapshot::take().unwrap();
+    let rows = || stage.json(&["partition", "list"]);
+    let known = rows();
+    let [own, service] = [OWN_A[0], ADDRESSES[0]];
+    for (arguments, why) in [
+        (&["--own", "127.0.0.1"][..], "loopback"),
+        (&["--own", own], "partition web-a has it"),
+        (&["--own", service], "it is an address of service"),
+        (&["--own", "192.0.2.1", "--own", "192.0.2.2"], "the second one of its family"),
+        (&["--size", "900G"], "nothing was changed"),
+    ] {
+        let size = if arguments[0] == "--size" { &[][..] } else { &["--size", "40M"] };
+        let define = [&["partition", "define", "odd", "--standby"][..], size, arguments].concat();
+        let said = stage.ends_with(78, &define);
+        assert!(said.contains(why), "{define:?}: {said}");
+    }
+    let said = stage.ends_with(1, &["partition", "start", "web-b"]);
+    assert!(said.contains("web-b is a standby"), "{said}");
+    assert_eq!(rows(), known);
+    stage.ok(&["partition", "start", "web-a"]);
+    let said = stage.ends_with(1, &["partition", "remove", "web-a"]);
+    assert!(said.contains("runs, nothing was removed") && said.contains("--force"), "{said}");
+    for result in ["stopped", "stopped already"] {
+        assert_eq!(stage.json(&["partition", "stop", "web-a"])["result"], result);
+    }
+    stage.nothing_of_a_job_left(&before);
 }
 
 /// Names of patches that lead elsewhere.

@@ -207,8 +207,10 @@ fn what_is_no_archive_is_an_error_with_tar_s_words() {
     let target = Target::new().empty();
     let noise = std::env::temp_dir().join("noise.tar");
     fs::write(&noise, "this is no archive at all, but long enough to be looked at".repeat(20)).unwrap();
-    let error = define::unpack(&target.mounts, &noise, &target.root).unwrap_err().to_string();
-    assert!(error.contains("tar") && error.contains("archive"), "{error}");
+    let error = define::unpack(&target.mounts, &noise, &target.root).unwrap_err();
+    assert!(error.to_string().contains("noise.tar: it is not the whole archive"), "{error}");
+    let said = std::error::Error::source(&error).unwrap().to_string();
+    assert!(said.contains("does not look like a tar archive"), "{said}");
     let missing =
         define::unpack(&target.mounts, Path::new("/no/such.tar"), &target.root).unwrap_err().to_string();
     assert!(missing.contains("failed to open /no/such.tar"), "{missing}");

@@ -12,8 +12,8 @@ use crate::debian::{Archive, SUITE, main_archive, security_archive};
 
 /// Added to the essential packages of the test machine: what patchswitch needs on a host, and the tools by which
 /// tests look at the kernel without it.
-const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,jq,kmod,mount,\
-                             netbase,nftables,procps,runc,socat,tcpdump";
+const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,ipvsadm,jq,kmod,\
+                             mount,netbase,nftables,procps,runc,socat,tcpdump";
 /// The partition of the demo.
 const PARTITION_PACKAGES: &str = "nginx-light,iproute2";
 /// A partition whose own init is PID 1, and a singleton.

@@ -71,6 +71,7 @@ fn main() -> Result<ExitCode> {
     let selection = Selection::parse(&cli.only, &keys)?;
     let scale = Scale { quick: cli.quick };
     let begun = Instant::now();
+    std::fs::create_dir_all(&cli.out).with_context(|| format!("failed to make {}", cli.out.display()))?;
     let before = Snapshot::take()?;
     let head = Head::read(cli.quick, scale.blocks());
     say(&head.text());
@@ -114,7 +115,6 @@ fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()>
 }
 
 fn write(directory: &Path, head: &Head, found: &Found) -> Result<()> {
-    std::fs::create_dir_all(directory).with_context(|| format!("failed to make {}", directory.display()))?;
     let file = |name: &str, text: String| {
         let path = directory.join(name);
         std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))
@@ -131,7 +131,8 @@ fn write(directory: &Path, head: &Head, found: &Found) -> Result<()> {
 fn clean(before: &Snapshot) -> Result<ExitCode> {
     let mut left = Snapshot::left_since(before, Duration::from_secs(10))?;
     // What is gone was another's: the laboratories only bring something.
-    left.retain(|one| one.list != List::NetnsId && one.after.is_some());
+    // The first namespace with a name brings the directory of all names.
+    left.retain(|one| one.list != List::NetnsId && one.after.is_some() && one.name != "/run/netns");
     for one in &left {
         say(&format!("LEFT BEHIND {one}"));
     }

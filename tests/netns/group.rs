@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::rig::{Load, NAME, PORT, Rig, Server, load};
 
-const OTHER: &str = "other";
-const ADDRESSES: [&str; 2] = ["10.77.0.20", "fd77::20"];
+pub(crate) const OTHER: &str = "other";
+pub(crate) const ADDRESSES: [&str; 2] = ["10.77.0.20", "fd77::20"];
 
-fn join(first: &Ns, second: &Ns) -> Vec<String> {
+pub(crate) fn join(first: &Ns, second: &Ns) -> Vec<String> {
     let [v4, v6] = ADDRESSES;
     let words = ["attach", OTHER, "--with", NAME, "--address", v4, "--address", v6, "--uplink", UPLINK];
     let words = words.into_iter().chain(["--announce", "1", first.name(), second.name()]);
@@ -24,7 +24,7 @@ fn status(rig: &Rig, name: &str) -> Value {
     rig.ok(&["status", name]).unwrap()["attachments"][0].clone()
 }
 
-fn words(list: &[String]) -> Vec<&str> {
+pub(crate) fn words(list: &[String]) -> Vec<&str> {
     list.iter().map(String::as_str).collect()
 }
 

@@ -17,6 +17,7 @@ use patchswitch_tests::netlab::{CLIENT_LINK, SERVICE, UPLINK};
 use serde_json::Value;
 
 use crate::ask::{Asking, who};
+use crate::group;
 use crate::rig::{ECHO, Load, NAME, PORT, Rig, Server, echo_in, ends, load, spec};
 
 /// How long the old partition's flows without a connection are remembered here.
@@ -87,6 +88,38 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     // The host itself and the link go on as ever.
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "10.77.0.1"]).unwrap();
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "fd77::1"]).unwrap();
+    rig.finish().unwrap();
+}
+
+/// A link takes one program of XDP: the other one of the group stays on TC, and what is its own passes the first.
+#[test]
+fn one_by_xdp_and_one_by_tc_switch_by_one_store() {
+    let rig = rig("xdpgroup").unwrap();
+    let (a, b) = (&rig.lab.a, &rig.lab.b);
+    let _servers = [Server::start(a, "a").unwrap(), Server::start(b, "b").unwrap()];
+    attach(&rig).unwrap();
+    let second = group::join(a, b);
+    let by_xdp = [second.clone(), vec!["--hook".to_owned(), "xdp".to_owned()]].concat();
+    let said = rig.refused(&group::words(&by_xdp), 1).unwrap();
+    assert!(said.contains(UPLINK) && said.contains("XDP"), "{said}");
+    let joined = rig.ok(&group::words(&second)).unwrap();
+    assert_eq!(joined["attachments"][0]["xdp"], false, "{joined}");
+    let others = group::ADDRESSES.map(|address| SocketAddr::new(address.parse().unwrap(), PORT));
+    let all = || ends().into_iter().chain(others);
+    let mut old: Vec<Asking> = all().map(|end| Asking::from(&rig.lab.client, end).unwrap()).collect();
+    for (next, serves) in [(b, "b"), (a, "a"), (b, "b")] {
+        rig.ok(&["switch", group::OTHER, "--to", next.name()]).unwrap();
+        for end in all() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), serves, "{end}");
+        }
+        for asking in &mut old {
+            assert_eq!(asking.who().unwrap(), "a");
+        }
+    }
+    assert!(steered(&rig, "xdp").unwrap() > 0 && steered(&rig, "uplink").unwrap() == 0);
+    assert!(rig.counter(&["packets", "xdp", "not_ours"]).unwrap() > 0);
+    drop(old);
+    rig.ok(&["detach", group::OTHER, "--force"]).unwrap();
     rig.finish().unwrap();
 }
 

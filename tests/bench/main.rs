@@ -31,11 +31,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use patchswitch_tests::leftovers::{List, Snapshot};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::head::Head;
 use crate::peers::Product;
 use crate::plan::{ROWS, Scale, Selection};
 use crate::report::{Found, say};
+
+/// As many files as a measurement has open, and more.
+const FILES: u64 = 1 << 19;
 
 /// Measures the data path of patchswitch and of its peers.
 #[derive(Debug, Parser)]
@@ -70,6 +74,7 @@ fn main() -> Result<ExitCode> {
     let keys: Vec<&str> = peers::ALL.iter().map(|(key, _)| *key).collect();
     let selection = Selection::parse(&cli.only, &keys)?;
     let scale = Scale { quick: cli.quick };
+    raise_limit()?;
     let begun = Instant::now();
     std::fs::create_dir_all(&cli.out).with_context(|| format!("failed to make {}", cli.out.display()))?;
     let before = Snapshot::take()?;
@@ -83,6 +88,12 @@ fn main() -> Result<ExitCode> {
     say(&format!("{}; the whole took {:.0} s", cli.out.display(), begun.elapsed().as_secs_f64()));
     measured?;
     clean(&before)
+}
+
+/// Both ends of all connections are here.
+fn raise_limit() -> Result<()> {
+    let files = Rlimit { current: Some(FILES), maximum: Some(FILES) };
+    setrlimit(Resource::Nofile, files).context("failed to allow many open files")
 }
 
 fn list() {

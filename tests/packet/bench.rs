@@ -303,7 +303,14 @@ impl Bench {
         Ok(moved.map(|(name, _)| *name).partition(compares))
     }
 
-    fn run_filter(&mut self, hook: Hook, on: Link, mark: u32, frame: &[u8]) -> anyhow::Result<Seen> {
+    /// Sends a packet through a program for TC.
+    pub(crate) fn run_filter(
+        &mut self,
+        hook: Hook,
+        on: Link,
+        mark: u32,
+        frame: &[u8],
+    ) -> anyhow::Result<Seen> {
         let name = program(hook);
         keep_as_seed(frame)?;
         let before = self.counters()?;

@@ -1,6 +1,8 @@
 //! The programs by themselves: packets in, verdicts, counters and packets out (`BPF_PROG_TEST_RUN`). Needs root.
 
 mod bench;
+#[cfg(test)]
+mod closing;
 mod cost;
 #[cfg(test)]
 mod datagrams;

@@ -15,7 +15,7 @@ use crate::frame::{self, Ip, Place, ethernet, icmp, sctp, tcp, udp};
 
 pub(crate) const SYN: u8 = 2;
 pub(crate) const FIN: u8 = 1;
-const RST: u8 = 4;
+pub(crate) const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;
 
 pub(crate) const STEADY: Word = Word::steady(Slot::A, 1);
@@ -57,6 +57,14 @@ pub(crate) fn segment(family: Family, port: u16, flags: u8) -> Ip {
     tcp((family.client, port), (family.service, PORT), flags, b"data")
 }
 
+/// Destinations that are no one machine's.
+fn all_and_nobody(family: Family) -> impl Iterator<Item = IpAddr> {
+    let v4 = ["224.0.0.1", "239.1.2.3", "255.255.255.255", "10.77.0.255", "127.0.0.1"];
+    let v6 = ["ff02::1", "ff02::fb", "ff0e::1", "::1", "::"];
+    let all = if family.client.is_ipv4() { v4 } else { v6 };
+    all.into_iter().filter_map(|text| text.parse().ok())
+}
+
 #[test]
 fn what_is_not_ours_is_left_to_others() {
     let mut bench = Bench::new("notours").unwrap();
@@ -79,7 +87,12 @@ fn what_is_not_ours_is_left_to_others() {
             ("half a VLAN tag", ethernet(mac, 0x8100, &[0, 7])),
             ("a VLAN tag without anything", ethernet(mac, 0x8100, &[0, 7, 8])),
             ("a length instead of a type", ethernet(mac, 46, &[0x42; 46])),
-        ] {
+        ]
+        .into_iter()
+        .chain(
+            all_and_nobody(family)
+                .map(|to| ("a group, everybody or the loopback", Ip { to, ..ours.clone() }.frame(mac))),
+        ) {
             let seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
             check(&seen, NEXT, &["not_ours"], what);
             assert_eq!(seen.frame, frame);

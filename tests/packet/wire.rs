@@ -84,7 +84,8 @@ fn nothing_shorter_than_its_header_comes_in() {
     for length in [1, 13] {
         let refused = wire.send_to(&short(length), None).unwrap().unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{length} bytes: {refused}");
-        assert!(bench.run(Hook::Uplink, bench.uplink, 0, &short(length)).is_err(), "{length} bytes");
+        assert!(bench.run_xdp(bench.uplink, &short(length)).is_err(), "{length} bytes");
+        assert!(bench.run_filter(Hook::Uplink, bench.uplink, 0, &short(length)).is_err(), "{length} bytes");
     }
     wire.send_to(&frame, None).unwrap().unwrap();
     assert!(bench.run(Hook::Uplink, bench.uplink, 0, &frame).is_ok());

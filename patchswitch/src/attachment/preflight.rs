@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::record::{Inside, Record, RecordError, identity};
 use super::{AttachError, Partition, Spec, wiring};
-use crate::config::not_a_service_address;
+use crate::config::undeliverable;
 use crate::host::linux::netlink::{Link, Netlink, NetlinkError};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::sysctl;
@@ -180,7 +180,7 @@ impl Taken {
     }
 
     fn claim(&mut self, address: IpAddr, kind: &str) -> Result<(), AttachError> {
-        if let Some(why) = not_a_service_address(&address) {
+        if let Some(why) = undeliverable(&address) {
             return refuse(format!("{address} cannot be an address of a service or of a partition: {why}"));
         }
         if self.held.contains(&address) {

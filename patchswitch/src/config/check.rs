@@ -95,7 +95,7 @@ fn lists(service: &Service, place_of: Where<'_>) -> Result<(), ConfigError> {
     }
     for (index, address) in service.addresses.iter().enumerate() {
         let key = format!("addresses[{index}]");
-        if let Some(reason) = not_a_service_address(address) {
+        if let Some(reason) = undeliverable(address) {
             return at(place_of, &[&key], format!("{address} cannot be a service address: {reason}"));
         }
         if service.addresses[..index].contains(address) {
@@ -211,8 +211,8 @@ fn positive(place_of: Where<'_>, key: &str, value: Duration) -> Result<(), Confi
     if value.is_zero() { at(place_of, &[key], "the time must not be 0".to_owned()) } else { Ok(()) }
 }
 
-/// Why routers deliver nothing to an address, or not as what it says.
-pub(crate) fn not_a_service_address(address: &IpAddr) -> Option<&'static str> {
+/// Why routers do not deliver to an address; nothing if they do.
+pub(crate) fn undeliverable(address: &IpAddr) -> Option<&'static str> {
     match address {
         _ if address.is_unspecified() => Some("it is the unspecified address"),
         _ if address.is_loopback() => Some("it is a loopback address"),

@@ -51,7 +51,7 @@ mod raw;
 mod tests;
 mod text;
 
-pub(crate) use check::not_a_service_address;
+pub(crate) use check::undeliverable;
 pub use datagrams::{BadDatagrams, Datagrams, Quic};
 pub use load::{DEFAULT_FILE, load};
 pub use place::Place;

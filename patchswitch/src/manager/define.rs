@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, Manager, ManagerError};
-use crate::config::not_a_service_address;
+use crate::config::undeliverable;
 use crate::exit::ExitCode;
 use crate::host::linux::block::SECTOR;
 use crate::host::linux::mountns::MountNamespace;
@@ -102,9 +102,9 @@ impl Manager {
             )));
         }
         self.check_own(definition)?;
-        self.check_room(spec)?;
         let definition = &Definition { is_store: *origin == Origin::Store, ..definition.clone() };
         let disks = self.plan_disks(definition, origin);
+        self.check_room(&spec.name, &disks)?;
         let result = self.make(definition, origin, &disks);
         if result.is_err() {
             for disk in &disks {
@@ -124,7 +124,7 @@ impl Manager {
             Err(ManagerError::Refused { message, code: ExitCode::Config })
         };
         for (index, own) in definition.own.iter().enumerate() {
-            if let Some(why) = not_a_service_address(own) {
+            if let Some(why) = undeliverable(own) {
                 return refuse(own, why.to_owned());
             }
             if definition.own[..index].iter().any(|other| other.is_ipv4() == own.is_ipv4()) {
@@ -142,19 +142,20 @@ impl Manager {
         Ok(())
     }
 
-    /// Disks grow as they are written, so that there may be less room than they could need (`host` shows how much);
-    /// but not less than there will ever be.
-    fn check_room(&self, spec: &PartitionSpec) -> Result<(), ManagerError> {
+    /// Disks with a root grow as they are written, so that there may be less room than they could need (`host` shows how
+    /// much); but no disk can have more than there will ever be.
+    fn check_room(&self, name: &Name, disks: &[store::Disk]) -> Result<(), ManagerError> {
         let state = self.state();
         std::fs::create_dir_all(state).map_err(ManagerError::io("make", state))?;
         let found = rustix::fs::statvfs(state)
             .map_err(|errno| ManagerError::io("ask for the room of", state)(errno.into()))?;
         let all = found.f_blocks.saturating_mul(found.f_frsize);
-        let wanted = spec.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.size));
+        let bytes = disks.iter().map(|disk| disk.sectors.saturating_mul(SECTOR));
+        let wanted = bytes.fold(0, u64::saturating_add);
         if wanted <= all {
             return Ok(());
         }
-        let (name, mib) = (&spec.name, |bytes: u64| bytes >> 20);
+        let mib = |bytes: u64| bytes >> 20;
         let message = format!(
             "partition {name}: its disks have {} MiB, and {} is on a file system of {} MiB; nothing was changed",
             mib(wanted),

@@ -41,7 +41,7 @@ pub enum DefineError {
     #[error("the root does not fit on its disk; define it with a larger --size")]
     Full(#[source] ProgramError),
     /// The archive of a root is none, or not whole.
-    #[error("failed to unpack {}: it is not the whole archive of a root; no partition was defined", archive.display())]
+    #[error("failed to unpack {}: it is not the whole archive of a root", archive.display())]
     Archive {
         /// The archive.
         archive: PathBuf,
@@ -142,11 +142,24 @@ pub fn unpack(mounts: &MountNamespace, archive: &Path, root: &Path) -> Result<()
     Read::by_ref(&mut file).take(8).read_to_end(&mut magic).map_err(error("read", archive))?;
     file.rewind().map_err(error("read", archive))?;
     mounts.run(|inside| extract(inside, file, compression(&magic), root))?.map_err(|error| match error {
-        DefineError::Program(source @ ProgramError::Failed { .. }) => {
+        DefineError::Program(source) if is_bad_archive(&source) => {
             DefineError::Archive { archive: archive.to_owned(), source }
         }
         other => other,
     })
+}
+
+/// Whether tar or its decompressor says that a file is no archive or was cut off, and not that something else failed.
+fn is_bad_archive(error: &ProgramError) -> bool {
+    const SAID: [&str; 5] = [
+        "does not look like a tar archive",
+        "Unexpected EOF",
+        "unexpected end of",
+        "not in gzip format",
+        "premature end",
+    ];
+    let ProgramError::Failed { stderr, .. } = error else { return false };
+    !stderr.contains("Cannot exec") && SAID.iter().any(|said| stderr.contains(said))
 }
 
 /// Copies a directory into a mounted root. What is mounted below the directory is left out.

@@ -61,6 +61,7 @@ fn partitions(stage: &Stage) {
         (&["--own", service], "it is an address of service"),
         (&["--own", "192.0.2.1", "--own", "192.0.2.2"], "the second one of its family"),
         (&["--size", "900G"], "nothing was changed"),
+        (&["--store", "900G"], "nothing was changed"),
     ] {
         let size = if arguments[0] == "--size" { &[][..] } else { &["--size", "40M"] };
         let define = [&["partition", "define", "odd", "--standby"][..], size, arguments].concat();
@@ -70,6 +71,9 @@ fn partitions(stage: &Stage) {
     let said = stage.ends_with(1, &["partition", "start", "web-b"]);
     assert!(said.contains("web-b is a standby"), "{said}");
     assert_eq!(rows(), known);
+    // What a clone writes has to fit, not what it is a clone of.
+    stage.ok(&["partition", "define", "large", "--standby", "--size", "900G", "--store", "40M"]);
+    stage.ok(&["partition", "remove", "large"]);
     stage.ok(&["partition", "start", "web-a"]);
     let said = stage.ends_with(1, &["partition", "remove", "web-a"]);
     assert!(said.contains("runs, nothing was removed") && said.contains("--force"), "{said}");
@@ -105,10 +109,23 @@ fn before_the_clone(stage: &Stage) {
     stage.ok(&["partition", "remove", "web-b"]);
     // One with a root of its own is somebody's, although no service has it: a clone would overwrite it.
     let root = job_root();
-    stage.ok(&["partition", "define", "archive", "--from", root.to_str().unwrap(), "--size", "40M"]);
+    stage.ok(&[
+        "partition",
+        "define",
+        "archive",
+        "--from",
+        root.to_str().unwrap(),
+        "--size",
+        "40M",
+        "--command",
+        "/usr/bin/serve",
+    ]);
     let said = stage.ends_with(69, &["plan", SERVICE]);
     assert!(!said.contains("archive"), "{said}");
-    stage.ok(&["partition", "remove", "archive"]);
+    stage.ok(&["partition", "start", "archive"]);
+    let said = stage.ends_with(1, &["partition", "remove", "archive"]);
+    assert!(said.contains("archive runs"), "{said}");
+    stage.ok(&["partition", "remove", "archive", "--force"]);
     stage.ok(&["partition", "define", "web-b", "--standby", "--size", "40M"]);
 
     let row = stage.patch_row(&id);

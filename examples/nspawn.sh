@@ -21,12 +21,18 @@ for name in example-old example-new; do
     systemd-nspawn --quiet --register=no --keep-unit --private-network --read-only --timezone=off --resolv-conf=off \
         --machine="$name" --directory="$root" "${@//\{\}/$name}" < /dev/null &
     spawned+=($!)
-    # The first process of the container is nspawn's child.
+    # The container's first process is a child of nspawn's: the one with a network of its own. (For a moment there is
+    # another, which prepares the root directory and still has ours.)
     pid=
     for _ in $(seq 100); do
-        pid=$(pgrep --parent "${spawned[-1]}" | tail -n 1) && break
+        for child in $(pgrep --parent "${spawned[-1]}"); do
+            network=$(readlink "/proc/$child/ns/net") || continue
+            [ "$network" = "$(readlink /proc/self/ns/net)" ] || pid=$child
+        done
+        [ -z "$pid" ] || break
         sleep 0.1
     done
+    : "${pid:?systemd-nspawn did not start $name}"
     declare "${name#example-}=$pid"
     wait_for_listener "/proc/$pid/ns/net"
 done

@@ -254,7 +254,7 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
         sum(|t| t.again),
         sum(|t| t.needless)
     );
-    found.add(value(2, "segments sent again", each(sum(|t| t.again))).note(note));
+    found.add(must(value(2, "segments sent again", each(sum(|t| t.again))), quiet(|t| t.again)).note(note));
     for (probe, metric) in GAP.into_iter().enumerate() {
         if course.heard[probe].0.is_empty() {
             found.not_run(metric, key, "nothing was heard: it does not carry this");

@@ -5,12 +5,12 @@ use serde::Serialize;
 /// How often the blocks are drawn anew for an interval.
 const DRAWS: usize = 2000;
 
-/// One block in the order A, B, B, A: what drifts steadily meanwhile touches both alike.
+/// One block in the order A, B, B, A or B, A, A, B: what drifts steadily meanwhile touches both alike.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Block {
-    /// What was compared with, measured first and last.
+    /// What was compared with.
     pub(crate) a: [f64; 2],
-    /// What was compared, measured twice in between.
+    /// What was compared.
     pub(crate) b: [f64; 2],
 }
 
@@ -27,15 +27,22 @@ impl Block {
     }
 }
 
-/// Measures blocks.
+/// Measures blocks, in turn A, B, B, A and B, A, A, B: whatever comes of being first or last touches both as often. What
+/// is measured before the first block does not count: whoever has rested until then begins slowly.
 pub(crate) fn abba<const N: usize>(
     blocks: usize,
     a: &mut dyn FnMut() -> anyhow::Result<[f64; N]>,
     b: &mut dyn FnMut() -> anyhow::Result<[f64; N]>,
 ) -> anyhow::Result<[Vec<Block>; N]> {
     let mut found = [const { Vec::new() }; N];
-    for _ in 0..blocks {
-        let (a1, b1, b2, a2) = (a()?, b()?, b()?, a()?);
+    (a()?, b()?);
+    for number in 0..blocks {
+        let (a1, b1, b2, a2) = if number % 2 == 0 {
+            (a()?, b()?, b()?, a()?)
+        } else {
+            let (b1, a1, a2, b2) = (b()?, a()?, a()?, b()?);
+            (a1, b1, b2, a2)
+        };
         for (index, blocks) in found.iter_mut().enumerate() {
             blocks.push(Block { a: [a1[index], a2[index]], b: [b1[index], b2[index]] });
         }
@@ -118,8 +125,30 @@ mod tests {
         let mut b = || Ok([(slot.borrow_mut())(3.0), 4.0]);
         let [drifting, steady] = abba(4, &mut a, &mut b).unwrap();
         assert_eq!(drifting.iter().map(Block::ratio).collect::<Vec<_>>(), [3.0; 4]);
-        assert_eq!(drifting[0], Block { a: [11.0, 14.0], b: [36.0, 39.0] });
+        // The clock has struck twice before the first block; the second begins with the other.
+        assert_eq!(drifting[0], Block { a: [13.0, 16.0], b: [42.0, 45.0] });
+        assert_eq!(drifting[1], Block { a: [18.0, 19.0], b: [51.0, 60.0] });
         assert_eq!(steady.iter().map(Block::difference).collect::<Vec<_>>(), [-1.0; 4]);
+    }
+
+    #[test]
+    fn being_first_or_after_a_rest_is_nobodys_advantage() {
+        // Whoever has the first slot of a block is a tenth slower, whoever has the very first slots twice as slow.
+        let slots = std::cell::Cell::new(0);
+        let slot = || {
+            let number = slots.replace(slots.get() + 1);
+            Ok([if number < 2 {
+                0.5
+            } else if (number - 2) % 4 == 0 {
+                0.9
+            } else {
+                1.0
+            }])
+        };
+        let [blocks] = abba(20, &mut || slot(), &mut || slot()).unwrap();
+        let Interval { median, low, high } =
+            Interval::of(&blocks.iter().map(Block::ratio).collect::<Vec<_>>());
+        assert!((median - 1.0).abs() < 0.01 && low < 1.0 && high > 1.0, "{low} {median} {high}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What a switch would cut although it should not is refused or told before it.
 
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use patchswitch::attachment::{Attachment, SwitchOptions};
 use patchswitch_common::Slot;
@@ -53,17 +54,21 @@ fn multipath() -> std::io::Result<Socket> {
     Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP))
 }
 
-#[test]
-fn clients_of_multipath_tcp_are_told_of() {
-    let rig = Rig::new("paths").unwrap();
-    rig.attach().unwrap();
-    let listener = rig.lab.a.enter(|| {
+/// A listener of Multipath TCP on the service's port.
+fn multipath_listener(ns: &Ns) -> anyhow::Result<TcpListener> {
+    ns.enter(|| {
         let socket = multipath()?;
         socket.bind(&SocketAddr::from(([0, 0, 0, 0], PORT)).into())?;
         socket.listen(4)?;
         Ok(TcpListener::from(socket))
-    });
-    let listener = listener.unwrap();
+    })
+}
+
+#[test]
+fn clients_of_multipath_tcp_are_told_of() {
+    let rig = Rig::new("paths").unwrap();
+    rig.attach().unwrap();
+    let listener = multipath_listener(&rig.lab.a).unwrap();
     let warned = |ended: &crate::rig::Ended| ended.stderr.contains("Multipath TCP");
     let connect = |make: &(dyn Fn() -> std::io::Result<Socket> + Sync)| {
         let client = rig.lab.client.enter(|| {
@@ -81,5 +86,49 @@ fn clients_of_multipath_tcp_are_told_of() {
     assert_eq!(Counters::of(&rig.lab.a).unwrap().get("MPTcpExt.MPCapableACKRX").unwrap(), 1);
     let told = rig.run(&["switch", NAME]).unwrap();
     assert!(told.code == Some(0) && warned(&told), "{told:?}");
+    rig.finish().unwrap();
+}
+
+#[test]
+fn paths_that_are_refused_after_a_switch_are_counted_and_the_connection_goes_on() {
+    let mut rig = Rig::new("joins").unwrap();
+    rig.lab.client.ip("address add 10.77.0.3/24 dev eth0").unwrap();
+    rig.furnished().unwrap();
+    rig.attach().unwrap();
+    let (old, _new) = (multipath_listener(&rig.lab.a).unwrap(), multipath_listener(&rig.lab.b).unwrap());
+    let client = rig.lab.client.enter(|| {
+        let socket = multipath()?;
+        socket.connect(&ends()[0].into())?;
+        Ok(TcpStream::from(socket))
+    });
+    let (mut client, (mut server, _)) = (client.unwrap(), old.accept().unwrap());
+    let mut exchange = || {
+        client.write_all(b"?").unwrap();
+        let mut byte = [0];
+        server.read_exact(&mut byte).unwrap();
+        server.write_all(b"!").unwrap();
+        client.read_exact(&mut byte).unwrap();
+    };
+    // The first answer completes the handshake: no path is added before it.
+    exchange();
+    rig.run(&["switch", NAME]).unwrap();
+    let refused = || {
+        let status = rig.ok(&["status", NAME]).unwrap();
+        let of = |index: usize| status["attachments"][0]["partitions"][index]["paths_refused"].clone();
+        (of(0), of(1))
+    };
+    assert_eq!(refused(), (0.into(), 0.into()));
+    rig.lab.client.ip("mptcp limits set subflow 2").unwrap();
+    rig.lab.client.ip("mptcp endpoint add 10.77.0.3 dev eth0 subflow").unwrap();
+    let end = Instant::now() + Duration::from_secs(10);
+    while refused().1 == 0 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (of_old, of_new) = refused();
+    assert!(of_old == 0 && of_new.as_u64() >= Some(1), "{of_old} {of_new}");
+    exchange();
+    let text = rig.run(&["status", NAME]).unwrap().stdout;
+    assert!(text.contains("further paths of Multipath TCP"), "{text}");
+    drop((client, server));
     rig.finish().unwrap();
 }

@@ -4,11 +4,13 @@
 //!   (`SO_BINDTODEVICE`) is found by packets of that device only, and the question is asked on another one.
 //! * A client of Multipath TCP (RFC 8684) may add a path to a connection at any time, by a SYN with a token that only the
 //!   partition with the connection knows. After a switch it goes to the other one, which refuses it
-//!   (`MPTcpExt.MPJoinNoTokenFound`); the connection goes on with the paths that it has.
+//!   (`MPTcpExt.MPJoinNoTokenFound`, which `status` shows); the connection goes on with the paths that it has.
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::record::SlotRecord;
+use patchswitch_common::Slot;
+
+use super::record::{Record, SlotRecord};
 use super::{AttachError, SwitchOptions};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::sockets::{Protocol, Socket};
@@ -65,6 +67,16 @@ pub(super) fn tell_of_multipath(slot: &SlotRecord, netns: &Netns) {
              refused, and they go on with those that they have",
             slot.netns
         );
+    }
+}
+
+impl Record {
+    /// How many paths that clients of Multipath TCP wanted to add the partition in a slot has refused since its network
+    /// namespace is there, because it has no such connection: the other one had it. `None`: nobody is there, it cannot be
+    /// asked, or its kernel does not count them.
+    pub fn paths_refused(&self, slot: Slot) -> Option<u64> {
+        let netns = super::flows::netns(self, slot).ok()?;
+        netns.run(|| counters::read("MPTcpExt", "MPJoinNoTokenFound")).ok()?.ok()?
     }
 }
 

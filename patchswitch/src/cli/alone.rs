@@ -1,17 +1,16 @@
-//! The switch alone: `attach`, `switch`, `drain`, `flows`, `detach`, `status`.
+//! The switch alone: `attach`, `switch`, `drain`, `flows`, `detach`; `status` is next door.
 
 use std::fmt::Write;
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
     ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE,
-    View, phase_name,
+    View,
 };
 use patchswitch::config::{Datagrams, Quic};
-use patchswitch::dataplane::{Dataplane, DataplaneError, HookKind};
+use patchswitch::dataplane::HookKind;
 use patchswitch::doctor::{self, Item};
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::netns::NetnsRef;
@@ -21,7 +20,7 @@ use patchswitch_common::word::Phase;
 use serde_json::{Value, json};
 
 use super::canary::Steps;
-use super::{beside, print, report};
+use super::{beside, print, status};
 
 /// An attachment, by name.
 #[derive(Debug, Args)]
@@ -120,7 +119,7 @@ impl Attach {
             cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
             advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
         }
-        show(&attachment, json).await?;
+        status::show(&attachment, json).await?;
         for _ in 1..self.announce {
             tokio::time::sleep(ANNOUNCE_AGAIN).await;
             attachment.announce().await;
@@ -420,146 +419,4 @@ impl Detach {
         }
         Ok(ExitCode::Done)
     }
-}
-
-/// Arguments of `status`.
-#[derive(Debug, Args)]
-pub(crate) struct Status {
-    /// Name of an attachment; default: all.
-    name: Option<Name>,
-}
-
-impl Status {
-    pub(crate) async fn run(&self, config: &Path, json: bool) -> anyhow::Result<ExitCode> {
-        let records = match &self.name {
-            Some(name) => vec![Record::load(name)?],
-            None => Record::all()?,
-        };
-        let mut states = Vec::new();
-        for record in &records {
-            states.push(state(record).await?);
-        }
-        // Who serves is to be seen whatever is wrong with the store or the configuration.
-        let (jobs, rooms, trouble) = match report::open_jobs(config, self.name.as_ref()) {
-            Ok((jobs, rooms)) => (jobs, rooms, None),
-            Err(error) => (Vec::new(), Vec::new(), Some(format!("jobs are not known: {error:#}"))),
-        };
-        if json {
-            print::json(&json!({
-                "schema": "patchswitch.status/1", "attachments": states, "jobs": jobs, "clones": rooms,
-                "jobs_error": trouble,
-            }))?;
-            return Ok(ExitCode::Done);
-        }
-        if states.is_empty() {
-            print::text("nothing is attached");
-        }
-        for state in &states {
-            print::text(&lines(state)?);
-        }
-        for job in &jobs {
-            print::text(&report::open_job_lines(job));
-        }
-        for room in &rooms {
-            print::text(&report::room_lines(room));
-        }
-        if let Some(trouble) = trouble {
-            print::progress(&trouble);
-        }
-        Ok(ExitCode::Done)
-    }
-}
-
-async fn show(attachment: &Attachment, json: bool) -> anyhow::Result<()> {
-    let state = state(attachment.record()).await?;
-    if json {
-        return print::json(&json!({"schema": "patchswitch.status/1", "attachments": [state]}));
-    }
-    print::text(&lines(&state)?);
-    Ok(())
-}
-
-fn broken(record: &Record) -> Value {
-    let next = if record.of_service { "up".to_owned() } else { format!("detach {}", record.name) };
-    json!({"name": record.name, "phase": "broken", "next": format!("patchswitch {next}")})
-}
-
-async fn state(record: &Record) -> anyhow::Result<Value> {
-    let plane = match Dataplane::open(&record.name) {
-        // Somebody removed the pins, or it was not made to its end.
-        Err(DataplaneError::NotAttached(_)) => return Ok(broken(record)),
-        other => other?,
-    };
-    let word = plane.word();
-    let partitions: Vec<_> = [Slot::A, Slot::B]
-        .into_iter()
-        .filter_map(|slot| record.slots[slot as usize].as_ref().map(|entry| (slot, entry)))
-        .map(|(slot, entry)| {
-            let role = match (slot == word.active(), phase_name(word)) {
-                (true, _) => "active",
-                (false, "draining") => "retiring",
-                (false, "sharing") => "canary",
-                (false, _) => "standby",
-            };
-            let gone = record.gone(slot);
-            json!({"netns": entry.netns, "role": role, "link": entry.link, "gone": gone})
-        })
-        .collect();
-    Ok(json!({
-        "name": record.name,
-        "addresses": record.addresses,
-        "uplinks": record.uplinks,
-        "phase": phase_name(word),
-        "share": word.share(),
-        "generation": word.generation(),
-        "notice": word.notice(),
-        "hook": record.hook_kind,
-        "group": record.group(),
-        "switches_with": record.others()?.into_iter().map(|other| other.name).collect::<Vec<_>>(),
-        "xdp": record.xdp,
-        "hook_reason": record.hook_reason,
-        "partitions": partitions,
-        "programs": beside::programs(record).await,
-        "counters": plane.counters()?,
-    }))
-}
-
-fn lines(state: &Value) -> anyhow::Result<String> {
-    let list = |key: &str| {
-        let items = state[key].as_array().into_iter().flatten().filter_map(Value::as_str);
-        items.collect::<Vec<_>>().join(", ")
-    };
-    let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
-    if state["phase"] == "broken" {
-        return Ok(format!("{}: broken, its programs are gone\n  next: {}", word("name"), word("next")));
-    }
-    let mut text = String::new();
-    writeln!(
-        text,
-        "{}: {} (generation {}, hook {}{})",
-        word("name"),
-        word("phase"),
-        state["generation"],
-        word("hook"),
-        if state["xdp"] == true { " and xdp" } else { "" },
-    )?;
-    if let Some(reason) = state["hook_reason"].as_str().filter(|reason| !reason.is_empty()) {
-        writeln!(text, "  hook       {reason}")?;
-    }
-    writeln!(text, "  addresses  {}", list("addresses"))?;
-    if state["switches_with"].as_array().is_some_and(|others| !others.is_empty()) {
-        writeln!(text, "  with       {}", list("switches_with"))?;
-    }
-    writeln!(text, "  uplinks    {}", list("uplinks"))?;
-    for partition in state["partitions"].as_array().into_iter().flatten() {
-        let of = |key: &str| partition[key].as_str().unwrap_or("?");
-        let gone = partition["gone"].as_str().map(|what| format!(": its {what} is gone")).unwrap_or_default();
-        let share = match (of("role"), &state["share"]) {
-            ("canary", share) => format!(", {share} of 100 new flows"),
-            _ => String::new(),
-        };
-        writeln!(text, "  {:<9}  {} ({}){share}{gone}", of("role"), of("netns"), of("link"))?;
-    }
-    text.push_str(&beside::lines(&state["programs"])?);
-    Ok(text)
 }

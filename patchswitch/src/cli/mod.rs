@@ -14,6 +14,7 @@ mod reload;
 mod report;
 mod service;
 mod size;
+mod status;
 mod watch;
 
 use clap::{Parser, Subcommand};
@@ -58,7 +59,7 @@ enum Verb {
     /// Take a service address away again, and everything that came with it.
     Detach(alone::Detach),
     /// Show who serves, and what was counted.
-    Status(alone::Status),
+    Status(status::Status),
     /// Tell of foreign claims of the service addresses, answer them, and say what the programs log.
     Watch(watch::Watch),
     /// The host's resources: who has what, and what is free.

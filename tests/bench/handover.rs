@@ -46,6 +46,9 @@ struct Repaired {
     again: i64,
     /// Of these, those that had arrived: the receiver said so (DSACK).
     needless: i64,
+    /// Of these, probes for the last segment of a flight whose acknowledgement is late (TLP, RFC 8985 7): the timer is two
+    /// round trips, which here is less than a processor is away with something else.
+    probes: i64,
     /// Resets that the service's namespaces sent.
     resets: i64,
 }
@@ -59,6 +62,7 @@ impl Repaired {
             sum.broken += trouble.time_outs;
             sum.again += trouble.retransmitted;
             sum.needless += counters.get("TcpExt.TCPDSACKRecv")?;
+            sum.probes += counters.get("TcpExt.TCPLossProbes")?;
             if ns.name() == peer.lab().client.name() {
                 sum.broken += trouble.established_reset;
             } else {
@@ -73,6 +77,7 @@ impl Repaired {
             broken: self.broken - earlier.broken,
             again: self.again - earlier.again,
             needless: self.needless - earlier.needless,
+            probes: self.probes - earlier.probes,
             resets: self.resets - earlier.resets,
         }
     }
@@ -250,9 +255,11 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
     found.add(must(value(2, "connections reset or timed out", each(sum(|t| t.broken))), quiet(|t| t.broken)));
     let in_blocks: i64 = course.blocks.iter().flat_map(|block| &block[1..3]).map(|w| w.trouble.again).sum();
     let note = format!(
-        "{} in all, {} of them had arrived; {in_blocks} at switches with time between them",
+        "{} in all, {} of them had arrived, {} were probes for a late acknowledgement; {in_blocks} at switches with time \
+         between them",
         sum(|t| t.again),
-        sum(|t| t.needless)
+        sum(|t| t.needless),
+        sum(|t| t.probes)
     );
     found.add(must(value(2, "segments sent again", each(sum(|t| t.again))), quiet(|t| t.again)).note(note));
     for (probe, metric) in GAP.into_iter().enumerate() {

@@ -55,6 +55,8 @@ mod rig;
 #[cfg(test)]
 mod shared;
 #[cfg(test)]
+mod syns;
+#[cfg(test)]
 mod udp;
 #[cfg(test)]
 mod xdp;

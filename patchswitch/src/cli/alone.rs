@@ -519,6 +519,7 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         "xdp": record.xdp,
         "hook_reason": record.hook_reason,
         "partitions": partitions,
+        "next": record.way_back(word.active()),
         "programs": beside::programs(record).await,
         "counters": plane.counters()?,
     }))
@@ -559,6 +560,9 @@ fn lines(state: &Value) -> anyhow::Result<String> {
             _ => String::new(),
         };
         writeln!(text, "  {:<9}  {} ({}){share}{gone}", of("role"), of("netns"), of("link"))?;
+    }
+    if let Some(next) = state["next"].as_str() {
+        writeln!(text, "  next       {next}: new flows reach nobody")?;
     }
     text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)

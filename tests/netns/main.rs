@@ -17,6 +17,8 @@ mod claims;
 #[cfg(test)]
 mod drain;
 #[cfg(test)]
+mod errors;
+#[cfg(test)]
 mod examples;
 #[cfg(test)]
 mod flows;

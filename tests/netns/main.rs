@@ -59,4 +59,6 @@ mod shared;
 #[cfg(test)]
 mod udp;
 #[cfg(test)]
+mod uplinks;
+#[cfg(test)]
 mod xdp;

@@ -136,7 +136,7 @@ fn a_vlan_is_an_uplink_like_another() {
     let mut rig = Rig::new("vlan").unwrap();
     let tried = tagged(&rig.lab.client, CLIENT_LINK, CLIENT);
     if tried.as_ref().is_err_and(|error| format!("{error:#}").contains("Unknown device type")) {
-        // The kernel has no VLANs. Those of the test machine have.
+        // The kernel has no VLANs. Those of the test machine have: see tests/KERNELS.
         return;
     }
     tried.unwrap();

@@ -88,11 +88,14 @@ impl Context for TcContext {
     }
 
     /// A tag with number 0 names no VLAN, only a priority (IEEE 802.1Q 9.6), and the kernel takes it off behind this hook.
+    /// Before Linux 6.2 the number of a tag that was taken off stays in the packet: on the device of a VLAN it means nothing.
     #[inline(always)]
     fn ethertype(&self) -> u16 {
         // SAFETY: fields of the context, which is valid while the program runs.
         let (protocol, tag) = unsafe { ((*self.skb.skb).protocol, (*self.skb.skb).vlan_tci) };
-        if tag & VLAN_NUMBER == 0 { u16::from_be(protocol as u16) } else { 0 }
+        // SAFETY: as above.
+        let is_tagged = tag & VLAN_NUMBER != 0 && unsafe { (*self.skb.skb).vlan_present } != 0;
+        if !is_tagged { u16::from_be(protocol as u16) } else { 0 }
     }
 
     #[inline(always)]

@@ -83,7 +83,7 @@ fn who_captures_in_a_partition_sees_what_it_sent() {
 }
 
 /// Sets an option of a socket that is a number.
-fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) -> anyhow::Result<()> {
+pub(crate) fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) -> anyhow::Result<()> {
     let size = size_of::<i32>() as u32;
     // SAFETY: the pointer is to an i32 that lives for the call, and the size is its own.
     let done =

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use patchswitch_tests::frame::{ethernet, icmp};
-use patchswitch_tests::netlab::{CLIENT_LINK, HOST, SERVICE, UPLINK};
+use patchswitch_tests::netlab::{CLIENT_LINK, HOST, Ns, SERVICE, UPLINK};
 use patchswitch_tests::programs::{self, Running};
 use pnet::datalink::{self, Channel, Config, DataLinkReceiver, DataLinkSender};
 use serde_json::{Value, json};
@@ -57,7 +57,7 @@ fn from(mac: [u8; 6], mut frame: Vec<u8>) -> Vec<u8> {
 }
 
 /// The client's link, frame by frame.
-struct Wire {
+pub(crate) struct Wire {
     sender: Box<dyn DataLinkSender>,
     receiver: Box<dyn DataLinkReceiver>,
     uplink: [u8; 6],
@@ -65,11 +65,16 @@ struct Wire {
 
 impl Wire {
     fn of(rig: &Rig) -> anyhow::Result<Self> {
-        let shown: Value = serde_json::from_str(&rig.lab.host.ip(&format!("-j link show dev {UPLINK}"))?)?;
+        Self::between((&rig.lab.client, CLIENT_LINK), (&rig.lab.host, UPLINK))
+    }
+
+    /// As a client's link hears it from an uplink of the host.
+    pub(crate) fn between((client, link): (&Ns, &str), (host, uplink): (&Ns, &str)) -> anyhow::Result<Self> {
+        let shown: Value = serde_json::from_str(&host.ip(&format!("-j link show dev {uplink}"))?)?;
         let uplink: pnet::util::MacAddr = shown[0]["address"].as_str().unwrap_or_default().parse()?;
-        let channel = rig.lab.client.enter(|| {
+        let channel = client.enter(|| {
             let links = datalink::interfaces();
-            let link = links.iter().find(|link| link.name == CLIENT_LINK).context("no link")?;
+            let link = links.iter().find(|one| one.name == link).context("no link")?;
             // What is for others is not to be heard: the link stays as it is.
             let read_timeout = Some(Duration::from_millis(20));
             let config = Config { read_timeout, promiscuous: false, ..Config::default() };
@@ -84,7 +89,7 @@ impl Wire {
     }
 
     /// How often the host announces each service address in a time.
-    fn announcements(&mut self, time: Duration) -> [usize; 2] {
+    pub(crate) fn announcements(&mut self, time: Duration) -> [usize; 2] {
         let end = Instant::now() + time;
         let mut count = [0; 2];
         while Instant::now() < end {

@@ -1,6 +1,9 @@
 //! Partitions whose namespace or link is taken away while they are attached: every verb says what is true, and the one
 //! that is left serves.
 
+use std::net::TcpStream;
+use std::time::Duration;
+
 use patchswitch_tests::leftovers::Leftover;
 use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::programs;
@@ -106,4 +109,53 @@ fn a_drain_does_not_wait_for_one_whose_namespace_is_gone() {
     rig.ok(&["detach", NAME, "--force"]).unwrap();
     let left = rig.left().unwrap();
     assert!(only_gone(&left), "{left:?}");
+}
+
+/// Tries a new connection of each family, and returns how many packets were sent towards the second partition for it.
+fn nobody_answers(rig: &Rig) -> u64 {
+    let counted = || rig.counter(&["packets", "uplink", "to_b"]).unwrap();
+    let before = counted();
+    for end in ends() {
+        let tried = rig.lab.client.enter(|| Ok(TcpStream::connect_timeout(&end, Duration::from_millis(300))));
+        tried.unwrap().unwrap_err();
+    }
+    counted() - before
+}
+
+#[test]
+fn flows_of_the_old_side_go_on_when_the_serving_one_is_lost_and_there_is_a_way_back() {
+    for (what, remove) in [
+        ("link", &(|rig: &Rig| remove_link(&rig.lab.b)) as &dyn Fn(&Rig)),
+        ("namespace", &|rig| remove_namespace(rig, "b")),
+    ] {
+        let (rig, _servers) = attached("gone-serving");
+        let mut old = ends().map(|end| Asking::from(&rig.lab.client, end).unwrap());
+        assert!(old.iter_mut().all(|asking| asking.who().unwrap() == "a"));
+        rig.switch_to(&rig.lab.b).unwrap();
+        remove(&rig);
+        assert!(old.iter_mut().all(|asking| asking.who().unwrap() == "a"), "{what}");
+        assert!(nobody_answers(&rig) >= 2, "{what}: each is counted where it was sent to");
+        // Both say what is the matter and what to do.
+        let way = format!("patchswitch switch {NAME} --to {}", rig.lab.a.name());
+        assert_eq!(partitions(&rig), [("retiring".into(), Value::Null), ("active".into(), json!(what))]);
+        assert_eq!(rig.ok(&["status", NAME]).unwrap()["attachments"][0]["next"], json!(way));
+        let text = rig.run(&["status", NAME]).unwrap().stdout;
+        assert!(text.contains(&way), "{text}");
+        let drain = rig.run(&["drain", NAME, "--deadline", "0.5"]).unwrap();
+        assert_eq!(drain.code, Some(1), "the old flows are still there: {drain:?}");
+        assert!(drain.stderr.contains("is gone") && drain.stderr.contains(&way), "{drain:?}");
+        assert!(old.iter_mut().all(|asking| asking.who().unwrap() == "a"), "{what}");
+
+        rig.switch_to(&rig.lab.a).unwrap();
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), "a", "{what}");
+        }
+        assert!(old.iter_mut().all(|asking| asking.who().unwrap() == "a"), "{what}");
+        assert_eq!(rig.ok(&["drain", NAME, "--deadline", "10"]).unwrap()["drain"]["settled"], true, "{what}");
+        assert_eq!(rig.ok(&["status", NAME]).unwrap()["attachments"][0]["next"], Value::Null);
+        drop(old);
+        rig.ok(&["detach", NAME, "--force"]).unwrap();
+        let left = rig.left().unwrap();
+        assert!(only_gone(&left), "{left:?}");
+    }
 }

@@ -46,7 +46,7 @@ fn a_ping_under_way_stays_and_a_new_one_moves() {
 }
 
 /// A client behind a router whose link to it is narrower than both ends know.
-fn far(rig: &mut Rig) -> anyhow::Result<Ns> {
+pub(crate) fn far(rig: &mut Rig) -> anyhow::Result<Ns> {
     let far = rig.lab.lab.namespace("far")?;
     rig.lab.lab.veth((&far, "eth0"), (&rig.lab.client, "far0"))?;
     far.ip_batch(

@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use patchswitch_load::client::Settings;
+use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::programs;
 use rustix::process::Signal;
 
 use crate::ask::who;
-use crate::rig::{NAME, Rig, Server, ends};
+use crate::reload::programs as pinned;
+use crate::rig::{ECHO, Load, NAME, Rig, Server, echo_in, ends, load};
 use crate::xdp;
 
 /// So many moments between the beginning and the end of a command.
@@ -124,4 +127,110 @@ fn a_switch_that_is_killed_has_switched_or_not() {
     }
     rig.ok(&["switch", NAME]).unwrap();
     rig.finish().unwrap();
+}
+
+/// A laboratory under load. Kept connections are renewed all the time, so that each side has flows at every moment.
+fn loaded(label: &str, udp_rate: f64) -> anyhow::Result<(Rig, [Server; 2], Load)> {
+    let rig = Rig::new(label)?;
+    let (a, b) = (&rig.lab.a, &rig.lab.b);
+    let servers = [Server::start(a, "a")?, Server::start(b, "b")?];
+    echo_in(a, "a")?;
+    echo_in(b, "b")?;
+    rig.attach_owned(Duration::from_secs(125))?;
+    let kept = Settings { rate: 300.0, connections: 8, renew: Duration::from_millis(300), ..load() };
+    let udp_port = (udp_rate > 0.0).then_some(ECHO);
+    let load = Load::start(&rig.lab.client, Settings { udp_port, udp_rate, ..kept });
+    load.order("mark begun")?;
+    Ok((rig, servers, load))
+}
+
+/// Who used the service saw none of it, and nothing is left.
+fn nobody_saw(rig: Rig, load: Load) {
+    let run = load.stop().unwrap();
+    assert_eq!(run.failures, []);
+    let requests = run.stats(run.whole()).requests;
+    eprintln!("0 of {requests} requests failed");
+    assert!(requests > 200, "{requests}");
+    rig.finish_owned().unwrap();
+}
+
+/// A namespace as the product knows it when the library has attached it.
+fn path(ns: &Ns) -> String {
+    ns.path().to_string_lossy().into_owned()
+}
+
+#[test]
+fn clients_see_nothing_of_switches_that_are_killed() {
+    const SWITCHES: u32 = 3 * MOMENTS;
+    let (rig, _servers, load) = loaded("killswitch", 50.0).unwrap();
+    let sides = [(path(&rig.lab.a), "a"), (path(&rig.lab.b), "b")];
+    let begin = Instant::now();
+    rig.ok(&["switch", NAME]).unwrap();
+    let whole = begin.elapsed();
+    let mut killed = 0;
+    for (moment, (to, serving)) in (0..SWITCHES).zip(sides.iter().cycle()) {
+        let switch = ["switch", NAME, "--to", to];
+        killed += u32::from(kill_after(&rig, &switch, whole * moment / SWITCHES).unwrap());
+        // Again: whatever the first one did, the service is where it is wanted.
+        rig.ok(&switch).unwrap();
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), *serving, "killed at {moment}/{SWITCHES}");
+        }
+    }
+    assert!(killed >= SWITCHES / 4, "{killed} of {SWITCHES} were killed");
+    nobody_saw(rig, load);
+}
+
+#[test]
+fn clients_see_nothing_of_drains_that_are_killed() {
+    const DRAINS: u32 = 8;
+    // Datagrams would keep the old side from ending for as long as a flow of them is remembered.
+    let (rig, _servers, load) = loaded("killdrain", 0.0).unwrap();
+    let drain = ["drain", NAME, "--deadline", "10"];
+    rig.ok(&["switch", NAME]).unwrap();
+    let begin = Instant::now();
+    rig.ok(&drain).unwrap();
+    let whole = begin.elapsed();
+    let mut killed = 0;
+    for moment in 0..DRAINS {
+        rig.ok(&["switch", NAME]).unwrap();
+        killed += u32::from(kill_after(&rig, &drain, whole * moment / DRAINS).unwrap());
+        let report = rig.ok(&drain).unwrap();
+        assert_eq!(report["drain"]["settled"], true, "killed at {moment}/{DRAINS}: {report}");
+        let status = rig.ok(&["status", NAME]).unwrap()["attachments"][0].clone();
+        assert_eq!((&status["phase"], &status["notice"]), (&"steady".into(), &false.into()), "{status}");
+    }
+    assert!(killed >= DRAINS / 4, "{killed} of {DRAINS} were killed");
+    nobody_saw(rig, load);
+}
+
+#[test]
+fn clients_see_nothing_of_reloads_that_are_killed() {
+    const RELOADS: u32 = 10;
+    let (rig, _servers, load) = loaded("killreload", 50.0).unwrap();
+    let reload = ["reload", NAME, "--force"];
+    let pins = std::path::Path::new("/sys/fs/bpf/patchswitch/v1").join(NAME);
+    let begin = Instant::now();
+    rig.ok(&reload).unwrap();
+    let whole = begin.elapsed();
+    let mut killed = 0;
+    for moment in 0..RELOADS {
+        // The end of it is what matters: where the programs are exchanged one after the other.
+        let delay = whole / 3 + whole * 2 * moment / (RELOADS * 3);
+        killed += u32::from(kill_after(&rig, &reload, delay).unwrap());
+        // Here and there it is not repeated before the next switch, which has to work with what is there.
+        if moment % 2 == 0 {
+            let before = pinned();
+            rig.ok(&reload).unwrap();
+            assert!(pinned().iter().all(|id| !before.contains(id)), "killed at {moment}/{RELOADS}");
+            assert!(pins.join("twin").exists() && !pins.join("next").exists() && !pins.join("past").exists());
+        }
+        rig.ok(&["switch", NAME]).unwrap();
+        let serving = if moment % 2 == 0 { "b" } else { "a" };
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), serving, "killed at {moment}/{RELOADS}");
+        }
+    }
+    assert!(killed >= RELOADS / 4, "{killed} of {RELOADS} were killed");
+    nobody_saw(rig, load);
 }

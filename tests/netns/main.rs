@@ -17,6 +17,8 @@ mod claims;
 #[cfg(test)]
 mod drain;
 #[cfg(test)]
+mod errors;
+#[cfg(test)]
 mod examples;
 #[cfg(test)]
 mod flows;
@@ -58,5 +60,7 @@ mod shared;
 mod syns;
 #[cfg(test)]
 mod udp;
+#[cfg(test)]
+mod uplinks;
 #[cfg(test)]
 mod xdp;

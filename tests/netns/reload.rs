@@ -19,7 +19,7 @@ const REPLACEMENTS: u32 = 8;
 const PORT: u16 = 7011;
 
 /// The numbers of the programs that are pinned.
-fn programs() -> Vec<u32> {
+pub(crate) fn programs() -> Vec<u32> {
     let directory = format!("/sys/fs/bpf/patchswitch/v1/{NAME}/programs");
     let mut ids: Vec<u32> = std::fs::read_dir(directory)
         .unwrap()

@@ -39,6 +39,14 @@ impl Record {
         let is_here = here(self).is_ok();
         (is_here && link_index(&entry.link).is_none()).then_some(Gone::Link)
     }
+
+    /// What to type when the partition that serves is gone and the other one is there. Of a service its job decides.
+    pub fn way_back(&self, active: Slot) -> Option<String> {
+        let other = self.slots[active.other() as usize].as_ref()?;
+        let is_needed = self.gone(active).is_some() && self.gone(active.other()).is_none();
+        (is_needed && !self.of_service)
+            .then(|| format!("patchswitch switch {} --to {}", self.name, other.netns))
+    }
 }
 
 fn is_gone(entry: &SlotRecord) -> bool {
@@ -66,6 +74,21 @@ impl Attachment {
             entry.netns,
             self.record.name
         )))
+    }
+
+    /// Warns if the partition that serves is gone: flows of the retiring one go on, new ones reach nobody. Whether it did.
+    pub(super) fn warn_of_lost(&self, active: Slot) -> bool {
+        let Some((gone, entry)) = self.record.gone(active).zip(self.record.slots[active as usize].as_ref())
+        else {
+            return false;
+        };
+        let next = self.record.way_back(active).map(|way| format!("; next: {way}")).unwrap_or_default();
+        tracing::warn!(
+            "the {} of {}, which serves, is gone: new flows reach nobody{next}",
+            gone.name(),
+            entry.netns
+        );
+        true
     }
 
     /// The namespace of the partition that is to retire; nothing if it is gone, and all its flows with it.

@@ -113,6 +113,7 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         "xdp": record.xdp,
         "hook_reason": record.hook_reason,
         "partitions": partitions,
+        "next": record.way_back(word.active()),
         "programs": beside::programs(record).await,
         "counters": plane.counters()?,
     }))
@@ -159,6 +160,9 @@ fn lines(state: &Value) -> anyhow::Result<String> {
                 "             refused {count} further paths of Multipath TCP connections that it does not have"
             )?;
         }
+    }
+    if let Some(next) = state["next"].as_str() {
+        writeln!(text, "  next       {next}: new flows reach nobody")?;
     }
     text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)

@@ -89,8 +89,10 @@ pub struct Hook {
 }
 
 impl Hook {
+    /// The BPF file system keeps names with a dot for itself, and VLANs have one (`eth0.7`). No link has a colon in its
+    /// name, so no two share a pin.
     pub(super) fn pin(&self, directory: &Path) -> std::path::PathBuf {
-        directory.join("links").join(format!("{}@{}", self.point.program(), self.link))
+        directory.join("links").join(format!("{}@{}", self.point.program(), self.link.replace('.', ":")))
     }
 }
 

@@ -1,0 +1,150 @@
+//! Uplinks other than one plain link: a second one, and a VLAN.
+
+use std::time::{Duration, Instant};
+
+use patchswitch_load::client::Settings;
+use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, HOST, Ns, SERVICE, UPLINK};
+
+use crate::ask::{Asking, who};
+use crate::claims::Wire;
+use crate::rig::{Load, NAME, Rig, Server, ends, load};
+
+const SECOND: &str = "uplink1";
+const VLAN: &str = "uplink0.7";
+
+/// Attaches both namespaces at some uplinks.
+fn attach(rig: &Rig, uplinks: &[&str], announce: &str) -> anyhow::Result<()> {
+    let start = ["attach", NAME, "--address", SERVICE[0], "--address", SERVICE[1], "--announce", announce];
+    let at = uplinks.iter().flat_map(|uplink| ["--uplink", uplink]);
+    let words = start.into_iter().chain(at).chain([rig.lab.a.name(), rig.lab.b.name()]);
+    rig.ok(&words.collect::<Vec<_>>()).map(drop)
+}
+
+/// Whether it is the programs at the uplinks that serve a client. The host's routes would do it as well, only slower.
+fn by_the_uplink(rig: &Rig, ns: &Ns) -> bool {
+    let counted = || rig.counter(&["packets", "uplink", "to_a"]).unwrap();
+    ends().into_iter().all(|end| {
+        let before = counted();
+        assert_eq!(who(ns, end).unwrap(), "a", "{end} from {}", ns.name());
+        counted() > before
+    })
+}
+
+/// A client on a network of its own, at a second uplink, which looks for the service on its link.
+fn second(rig: &mut Rig) -> anyhow::Result<Ns> {
+    let other = rig.lab.lab.namespace("other")?;
+    rig.lab.lab.veth((&other, "eth0"), (&rig.lab.host, SECOND))?;
+    rig.lab
+        .host
+        .ip_batch(&format!("addr add 10.78.0.1/24 dev {SECOND}\naddr add fd78::1/64 dev {SECOND} nodad\n"))?;
+    let [v4, v6] = SERVICE;
+    other.ip_batch(&format!(
+        "addr add 10.78.0.2/24 dev eth0\naddr add fd78::2/64 dev eth0 nodad\n\
+         route add {v4}/32 dev eth0\nroute add {v6}/128 dev eth0\n"
+    ))?;
+    rig.furnished()?;
+    Ok(other)
+}
+
+/// Clients of every namespace see a switch there and back under load as those of one do: not at all.
+fn nobody_sees_the_switch(rig: &Rig, spaces: &[&Ns]) {
+    const LENGTH: usize = 2 << 20;
+    let mut old: Vec<Asking> =
+        spaces.iter().flat_map(|ns| ends().map(|end| Asking::from(ns, end).unwrap())).collect();
+    let loads: Vec<Load> =
+        spaces.iter().map(|ns| Load::start(ns, Settings { rate: 200.0, ..load() })).collect();
+    for (to, serving) in [(&rig.lab.a, "a"), (&rig.lab.b, "b"), (&rig.lab.a, "a"), (&rig.lab.b, "b")] {
+        rig.ok(&["switch", NAME, "--to", to.name()]).unwrap();
+        for ns in spaces {
+            for end in ends() {
+                let mut asking = Asking::from(ns, end).unwrap();
+                assert_eq!(asking.who().unwrap(), serving, "{end} from {}", ns.name());
+                // Many segments, which the kernel sends as few packets.
+                assert_eq!(asking.get(&format!("/bytes?n={LENGTH}")).unwrap().len(), LENGTH, "{end}");
+            }
+        }
+        assert!(old.iter_mut().all(|asking| asking.who().unwrap() == "a"), "old flows stay");
+    }
+    for load in loads {
+        let run = load.stop().unwrap();
+        assert_eq!(run.failures, []);
+        assert!(run.stats(run.whole()).requests > 20);
+    }
+}
+
+#[test]
+fn clients_of_a_second_uplink_are_served_and_switched_as_those_of_the_first() {
+    let mut rig = Rig::new("uplinks").unwrap();
+    let other = second(&mut rig).unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    attach(&rig, &[UPLINK, SECOND], "1").unwrap();
+    for ns in [&rig.lab.client, &other] {
+        assert!(by_the_uplink(&rig, ns), "{}", ns.name());
+    }
+    nobody_sees_the_switch(&rig, &[&rig.lab.client, &other]);
+    rig.finish().unwrap();
+}
+
+/// How many announcements of each address came: so many, or what there was after a while; and whatever comes on top.
+fn heard(wire: &mut Wire, expected: usize) -> [usize; 2] {
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut count = [0; 2];
+    let mut is_last = false;
+    while !is_last {
+        is_last = count.iter().all(|one| *one >= expected) || Instant::now() >= end;
+        let more = wire.announcements(Duration::from_millis(200));
+        count = [count[0] + more[0], count[1] + more[1]];
+    }
+    count
+}
+
+#[test]
+fn each_uplink_hears_five_announcements_at_once_and_five_later_and_none_of_a_switch() {
+    let mut rig = Rig::new("volleys").unwrap();
+    let other = second(&mut rig).unwrap();
+    let (client, host) = (&rig.lab.client, &rig.lab.host);
+    let mut wires = [
+        Wire::between((client, CLIENT_LINK), (host, UPLINK)).unwrap(),
+        Wire::between((&other, "eth0"), (host, SECOND)).unwrap(),
+    ];
+    for (times, expected) in [("1", 5), ("2", 10)] {
+        attach(&rig, &[UPLINK, SECOND], times).unwrap();
+        for wire in &mut wires {
+            assert_eq!(heard(wire, expected), [expected; 2], "told {times} times");
+        }
+        // A switch moves no address: there is nothing to tell.
+        rig.switch_to(&rig.lab.b).unwrap();
+        for wire in &mut wires {
+            assert_eq!(heard(wire, 0), [0; 2]);
+        }
+        rig.ok(&["detach", NAME]).unwrap();
+    }
+    rig.nothing_left().unwrap();
+}
+
+/// Moves a namespace's addresses from its link to a VLAN on it.
+fn tagged(ns: &Ns, link: &str, [v4, v6]: [&str; 2]) -> anyhow::Result<()> {
+    ns.ip_batch(&format!(
+        "addr flush dev {link} scope global\nlink add link {link} name {link}.7 type vlan id 7\n\
+         link set {link}.7 up\naddr add {v4}/24 dev {link}.7\naddr add {v6}/64 dev {link}.7 nodad\n"
+    ))
+    .map(drop)
+}
+
+#[test]
+fn a_vlan_is_an_uplink_like_another() {
+    let mut rig = Rig::new("vlan").unwrap();
+    let tried = tagged(&rig.lab.client, CLIENT_LINK, CLIENT);
+    if tried.as_ref().is_err_and(|error| format!("{error:#}").contains("Unknown device type")) {
+        // The kernel has no VLANs. Those of the test machine have: see tests/KERNELS.
+        return;
+    }
+    tried.unwrap();
+    tagged(&rig.lab.host, UPLINK, HOST).unwrap();
+    rig.furnished().unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    attach(&rig, &[VLAN], "1").unwrap();
+    assert!(by_the_uplink(&rig, &rig.lab.client));
+    nobody_sees_the_switch(&rig, &[&rig.lab.client]);
+    rig.finish().unwrap();
+}

@@ -74,10 +74,7 @@ fn rewritten(bench: &mut Bench, packet: &Ip) -> anyhow::Result<Option<Vec<u8>>> 
     match ran.map_err(|error| (error.raw_os_error(), error)) {
         Ok(length) => out.truncate(length as usize),
         // Where the kernel can test it, it has to; an older one that takes the flag is held to the result as well.
-        Err((Some(libc::EINVAL | libc::EBADMSG), _)) if !is_tested => {
-            println!("not tested by this kernel: {packet:?}");
-            return Ok(None);
-        }
+        Err((Some(libc::EINVAL | libc::EBADMSG), _)) if !is_tested => return Ok(None),
         Err((_, error)) => return Err(error.into()),
     }
     Ok(Some(out))
@@ -143,7 +140,10 @@ fn the_cards_sum_stays_right() {
     for family in families() {
         answered(&mut bench, family).unwrap();
         for (what, packet, at) in replies(family) {
-            let Some(seen) = rewritten(&mut bench, &packet).expect(what) else { continue };
+            let Some(seen) = rewritten(&mut bench, &packet).expect(what) else {
+                println!("not tested by this kernel: {what}");
+                continue;
+            };
             assert_eq!(seen, wanted(&packet, family.service, at).frame(bench.links[0].mac), "{what}");
         }
         bench.forget().unwrap();
@@ -167,7 +167,10 @@ fn the_cards_sum_of_fragments_stays_right() {
         ]) {
             let all = halves(&wanted(&packet, family.service, at), id);
             for (half, wanted) in halves(&packet, id).iter().zip(all) {
-                let Some(seen) = rewritten(&mut bench, half).expect(what) else { continue };
+                let Some(seen) = rewritten(&mut bench, half).expect(what) else {
+                    println!("not tested by this kernel: {what}");
+                    continue;
+                };
                 assert_eq!(seen, wanted.frame(bench.links[0].mac), "{what}: {half:?}");
             }
         }

@@ -1,7 +1,7 @@
 //! The packet change program of the patent (Fig. 25, 26): a reply that the retiring partition sends with its own
 //! address leaves with the service address as its source.
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
@@ -166,8 +166,11 @@ fn rewrite4(ctx: &TcContext, network: &Network, to: &Address) -> Option<()> {
     ctx.store(header + 12, &to, 0).ok()
 }
 
+/// Where the transport's sum makes up for the address, the sum of the whole packet stays what it is. Where there is none
+/// (later fragments, SCTP, datagrams without a sum), one that a card has computed has to follow the address.
 #[inline(never)]
 fn rewrite6(ctx: &TcContext, network: &Network, to: &Address) -> Option<()> {
+    let mut flags_of_store = u64::from(BPF_F_RECOMPUTE_CSUM);
     if let Some((offset, udp)) = transport_sum(network) {
         let (mut from, mut new) = (network.source, *to);
         // SAFETY: both buffers have 16 bytes, a multiple of four.
@@ -181,7 +184,12 @@ fn rewrite6(ctx: &TcContext, network: &Network, to: &Address) -> Option<()> {
         let zero = if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
         let ipv6 = if knows_ipv6 != 0 { BPF_F_IPV6 } else { 0 };
         let flags = u64::from(BPF_F_PSEUDO_HDR) | zero | ipv6;
+        // Read before it is written: the helper leaves a datagram's sum that is none alone.
+        let sum: u16 = ctx.load(offset).ok()?;
+        if sum != 0 || !udp {
+            flags_of_store = 0;
+        }
         ctx.l4_csum_replace(offset, 0, difference as u64, flags).ok()?;
     }
-    ctx.store(LINK_HEADER as usize + 8, to, 0).ok()
+    ctx.store(LINK_HEADER as usize + 8, to, flags_of_store).ok()
 }

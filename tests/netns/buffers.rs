@@ -31,10 +31,10 @@ const PIECE: usize = 600;
 const PIECES: usize = 10;
 
 /// A flow is remembered for so long without a packet: longer than a switch and two captures take to begin.
-const IDLE: Duration = Duration::from_secs(4);
+pub(crate) const IDLE: Duration = Duration::from_secs(4);
 
 /// Switches while flows of both families are in flight: remembered for as long as a flow may be idle, and never idle.
-fn take_over(rig: &Rig, mut answered: impl FnMut()) -> anyhow::Result<()> {
+pub(crate) fn take_over(rig: &Rig, mut answered: impl FnMut()) -> anyhow::Result<()> {
     learn(rig)?;
     for _ in 0..4 {
         std::thread::sleep(IDLE / 3);
@@ -44,7 +44,7 @@ fn take_over(rig: &Rig, mut answered: impl FnMut()) -> anyhow::Result<()> {
 }
 
 /// Servers of both families in the first partition, on wildcard sockets.
-fn servers(rig: &Rig) -> anyhow::Result<[UdpSocket; 2]> {
+pub(crate) fn servers(rig: &Rig) -> anyhow::Result<[UdpSocket; 2]> {
     let servers = rig.lab.a.enter(|| Ok(echo::bind(OTHER)?))?;
     for server in &servers {
         server.set_read_timeout(Some(Duration::from_secs(5)))?;

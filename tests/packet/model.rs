@@ -27,6 +27,8 @@ use crate::steer::{DRAINING, connection, listener};
 
 /// How many packets; always the same ones.
 const PACKETS: usize = 10_000;
+/// How many replies that are rewritten.
+const REPLIES: usize = 2000;
 /// A client's port of a connection of slot A, of one of slot B, and of flows that A answered.
 const OF_A: u16 = 1000;
 const OF_B: u16 = 2000;
@@ -335,5 +337,89 @@ fn the_programs_do_what_the_model_says() {
         assert!(seen_verdicts.get(verdict).is_some_and(|n| *n >= 5), "{verdict}: {seen_verdicts:?}");
     }
     println!("{seen_verdicts:?}");
+    bench.finish().unwrap();
+}
+
+/// A reply as a partition sends it from its own address, and where in its payload a sum is that is about the addresses.
+fn reply(
+    family: Family,
+    (kind, flags): (u8, u8),
+    ports: (u16, u16),
+    payload: &[u8],
+) -> (Ip, Option<usize>, u8) {
+    let v4 = family.client.is_ipv4();
+    let (own, client) = ((family.own_a, ports.0), (family.client, ports.1));
+    let [high, low] = ports.1.to_be_bytes();
+    let icmp = |kind, rest, payload: &[u8]| icmp(family.own_a, family.client, kind, rest, payload);
+    match kind {
+        0 => (frame::udp(own, client, payload), Some(6), frame::UDP),
+        1 => (frame::tcp(own, client, flags, payload), Some(16), frame::TCP),
+        2 => (frame::sctp(own, client, payload), None, frame::SCTP),
+        3 => (icmp(if v4 { 0 } else { 129 }, [high, low, 0, 1], payload), Some(2), echo(v4)),
+        _ => {
+            let asked = frame::udp(client, (family.service, ports.0), payload).bytes();
+            (icmp(if v4 { 3 } else { 1 }, [0, 0, 0, flags], &asked), Some(2), frame::UDP)
+        }
+    }
+}
+
+/// The frame with another source, and all sums made anew from its bytes.
+fn with_source(bytes: &[u8], packet: &Ip, from: IpAddr, sum_at: Option<usize>) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let payload_at = bytes.len() - packet.payload.len();
+    let mut now = Ip { from, payload: bytes[payload_at..].to_vec(), ..packet.clone() };
+    if let Some(at) = sum_at {
+        frame::seal(&mut now, at);
+    }
+    bytes[payload_at..].copy_from_slice(&now.payload);
+    match from {
+        IpAddr::V6(from) => bytes[ETHERNET + 8..ETHERNET + 24].copy_from_slice(&from.octets()),
+        IpAddr::V4(from) => {
+            bytes[ETHERNET + 12..ETHERNET + 16].copy_from_slice(&from.octets());
+            bytes[ETHERNET + 10..ETHERNET + 12].fill(0);
+            let sum = frame::finish(frame::sum(&bytes[ETHERNET..payload_at])).to_be_bytes();
+            bytes[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&sum);
+        }
+    }
+    bytes
+}
+
+/// Whatever a reply is, nothing of it changes but its source and what sums that up.
+#[test]
+fn a_rewrite_and_its_inverse_change_nothing() {
+    let mut bench = Bench::new("inverse").unwrap();
+    bench.word(DRAINING.with_notice(true)).unwrap();
+    let mac = bench.links[0].mac;
+    let options = prop_oneof![2 => Just(0_usize), 1 => 1..10_usize];
+    let strategy = (
+        any::<bool>(),
+        (0..5_u8, any::<u8>()),
+        (1..=u16::MAX, 1..=u16::MAX),
+        options,
+        prop::collection::vec(any::<u8>(), 0..300),
+    );
+    let mut runner = TestRunner::deterministic();
+    for number in 0..REPLIES {
+        let (v6, kind, ports, options, payload) = strategy.new_tree(&mut runner).unwrap().current();
+        let family = families()[usize::from(v6)];
+        let (mut packet, sum_at, protocol) = reply(family, kind, ports, &payload);
+        if v6 {
+            packet.extensions = vec![60; options.min(3)];
+        } else {
+            packet.options = vec![1; options * 4];
+        }
+        // An echo has no port but its identifier.
+        let port = if kind.0 == 3 { 0 } else { ports.0 };
+        bench.remember(key((family.client, ports.1), port, protocol), family.service, Slot::A, 0).unwrap();
+        let frame = packet.frame(mac);
+        let seen = bench.run(Hook::FromPartition, bench.links[0], 0, &frame).unwrap();
+        let rewritten = if v6 { "rewritten_v6" } else { "rewritten_v4" };
+        assert!(seen.counted.contains(&rewritten), "{number}: {packet:?} {seen:?}");
+        let forth = with_source(&frame, &packet, family.service, sum_at);
+        assert_eq!(seen.frame, forth, "{number}: {packet:?}");
+        let back = with_source(&seen.frame, &packet, family.own_a, sum_at);
+        assert_eq!(back, frame, "{number}: {packet:?}");
+        bench.forget().unwrap();
+    }
     bench.finish().unwrap();
 }

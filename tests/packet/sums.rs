@@ -3,15 +3,16 @@
 #![expect(unsafe_code, reason = "BPF_PROG_TEST_RUN with a flag that aya does not pass on")]
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use aya::util::KernelVersion;
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::Hook;
 
-use crate::bench::{Bench, PORT, families, key};
-use crate::frame::{self, seal, udp};
-use crate::steer::DRAINING;
+use crate::bench::{Bench, Family, PORT, families, key};
+use crate::frame::{self, Ip, Place, icmp, sctp, seal, tcp, udp};
+use crate::steer::{ACK, DRAINING};
 
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE`.
@@ -61,32 +62,118 @@ fn run(program: i32, link: u32, frame: &[u8], out: &mut [u8]) -> io::Result<u32>
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attributes.length_out) }
 }
 
+/// What comes out of the program for a packet of the first partition. Nothing if this kernel cannot test it.
+fn rewritten(bench: &mut Bench, packet: &Ip) -> anyhow::Result<Option<Vec<u8>>> {
+    // The flag of the test run came with 6.15, the rewrite's for IPv6 with 6.16.
+    let is_tested =
+        KernelVersion::current()? >= KernelVersion::new(6, if packet.from.is_ipv4() { 15 } else { 16 }, 0);
+    let (link, host) = (bench.links[0], bench.lab.host.clone());
+    let program = bench.program(Hook::FromPartition)?.fd()?.as_fd().as_raw_fd();
+    let mut out = vec![0; 512];
+    let ran = host.enter(|| Ok(run(program, link.index, &packet.frame(link.mac), &mut out)))?;
+    match ran.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(length) => out.truncate(length as usize),
+        // Where the kernel can test it, it has to; an older one that takes the flag is held to the result as well.
+        Err((Some(libc::EINVAL | libc::EBADMSG), _)) if !is_tested => return Ok(None),
+        Err((_, error)) => return Err(error.into()),
+    }
+    Ok(Some(out))
+}
+
+/// A packet as its client gets it: from the service, with a sum from scratch, if one is about the source.
+fn wanted(packet: &Ip, service: IpAddr, at: Option<usize>) -> Ip {
+    let mut wanted = Ip { from: service, ..packet.clone() };
+    if let Some(at) = at {
+        seal(&mut wanted, at);
+    }
+    wanted
+}
+
+/// Both halves of a packet.
+fn halves(whole: &Ip, id: u32) -> [Ip; 2] {
+    let (first, later) = whole.payload.split_at(48);
+    let part = |payload: &[u8], offset, more| {
+        let place = Some(Place { offset, more, id });
+        Ip { place, payload: payload.to_vec(), ..whole.clone() }
+    };
+    [part(first, 0, true), part(later, 6, false)]
+}
+
+/// What the first partition sends of flows in flight, with where its sum is, if that is about the source.
+fn replies(family: Family) -> Vec<(&'static str, Ip, Option<usize>)> {
+    let v4 = family.client.is_ipv4();
+    let (own, client) = ((family.own_a, PORT), (family.client, 1000));
+    let (pong, error) = if v4 { (0, 3) } else { (129, 1) };
+    let echo = |payload: &[u8]| icmp(family.own_a, family.client, pong, [0, 7, 0, 1], payload);
+    let asked = udp(client, (family.service, PORT), b"x").bytes();
+    let asked_more = udp(client, (family.service, PORT), b"question").bytes();
+    let refused = |asked: &[u8]| icmp(family.own_a, family.client, error, [0; 4], asked);
+    let mut without = udp(own, client, b"answer");
+    without.payload[6..8].fill(0);
+    vec![
+        ("a datagram", udp(own, client, b"answer"), Some(6)),
+        ("a datagram of odd length", udp(own, client, b"odd"), Some(6)),
+        ("a datagram without a sum", without, None),
+        ("a segment", tcp(own, client, ACK, b"data"), Some(16)),
+        ("an association", sctp(own, client, b"chunk"), None),
+        ("an echo", echo(b"pong"), Some(2)),
+        ("an echo of odd length", echo(b"odd"), Some(2)),
+        ("an error", refused(&asked), Some(2)),
+        ("another error", refused(&asked_more), Some(2)),
+    ]
+}
+
+/// A bench in which the first partition has answered one flow of each kind.
+fn answered(bench: &mut Bench, family: Family) -> anyhow::Result<()> {
+    let echo = if family.client.is_ipv4() { frame::ICMP } else { frame::ICMPV6 };
+    bench.remember(key((family.client, 7), 0, echo), family.service, Slot::A, 0)?;
+    for protocol in [frame::UDP, frame::TCP, frame::SCTP] {
+        bench.remember(key((family.client, 1000), PORT, protocol), family.service, Slot::A, 0)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn the_cards_sum_stays_right() {
-    // The flag of the test run came with 6.15, the rewrite's for IPv6 with 6.16.
-    let version = KernelVersion::current().unwrap();
-    let tested = |v4| version >= KernelVersion::new(6, if v4 { 15 } else { 16 }, 0);
     let mut bench = Bench::new("complete").unwrap();
     bench.word(DRAINING.with_notice(true)).unwrap();
     for family in families() {
-        let client = (family.client, 1000);
-        bench.remember(key(client, PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
-        let packet = udp((family.own_a, PORT), client, b"answer");
-        let (link, host) = (bench.links[0], bench.lab.host.clone());
-        let program = bench.program(Hook::FromPartition).unwrap().fd().unwrap().as_fd().as_raw_fd();
-        let mut out = vec![0; 512];
-        let ran = host.enter(|| Ok(run(program, link.index, &packet.frame(link.mac), &mut out))).unwrap();
-        let length = match ran.map_err(|error| error.raw_os_error()) {
-            // Where the kernel can test it, it has to; an older one that takes the flag is held to the result as well.
-            Err(Some(libc::EINVAL | libc::EBADMSG)) if !tested(family.client.is_ipv4()) => {
-                println!("not tested by this kernel: {}", family.client);
+        answered(&mut bench, family).unwrap();
+        for (what, packet, at) in replies(family) {
+            let Some(seen) = rewritten(&mut bench, &packet).expect(what) else {
+                println!("not tested by this kernel: {what}");
                 continue;
+            };
+            assert_eq!(seen, wanted(&packet, family.service, at).frame(bench.links[0].mac), "{what}");
+        }
+        bench.forget().unwrap();
+    }
+}
+
+/// The first fragment has the sum of all of the packet; in a later one nothing makes up for another source.
+#[test]
+fn the_cards_sum_of_fragments_stays_right() {
+    let mut bench = Bench::new("completefrag").unwrap();
+    bench.word(DRAINING.with_notice(true)).unwrap();
+    for family in families() {
+        answered(&mut bench, family).unwrap();
+        let (own, client) = ((family.own_a, PORT), (family.client, 1000));
+        let pong = if family.client.is_ipv4() { 0 } else { 129 };
+        let long: Vec<u8> = (0..101).collect();
+        for (id, (what, packet, at)) in (1..).zip([
+            ("a datagram", udp(own, client, &long), Some(6)),
+            ("an echo", icmp(family.own_a, family.client, pong, [0, 7, 0, 1], &long), Some(2)),
+            ("an association", sctp(own, client, &long), None),
+        ]) {
+            let all = halves(&wanted(&packet, family.service, at), id);
+            for (half, wanted) in halves(&packet, id).iter().zip(all) {
+                let Some(seen) = rewritten(&mut bench, half).expect(what) else {
+                    println!("not tested by this kernel: {what}");
+                    continue;
+                };
+                assert_eq!(seen, wanted.frame(bench.links[0].mac), "{what}: {half:?}");
             }
-            other => other.unwrap(),
-        };
-        let mut wanted = frame::Ip { from: family.service, ..packet };
-        seal(&mut wanted, 6);
-        assert_eq!(out[..length as usize], wanted.frame(link.mac));
+        }
         bench.forget().unwrap();
     }
 }

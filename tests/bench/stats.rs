@@ -35,7 +35,8 @@ pub(crate) fn abba<const N: usize>(
     b: &mut dyn FnMut() -> anyhow::Result<[f64; N]>,
 ) -> anyhow::Result<[Vec<Block>; N]> {
     let mut found = [const { Vec::new() }; N];
-    (a()?, b()?);
+    a()?;
+    b()?;
     for number in 0..blocks {
         let (a1, b1, b2, a2) = if number % 2 == 0 {
             (a()?, b()?, b()?, a()?)

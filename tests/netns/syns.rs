@@ -132,7 +132,7 @@ fn link_address(ns: &Ns, link: &str) -> Result<[u8; 6]> {
     let word = shown.split_whitespace().find(|word| word.matches(':').count() == 5).context("no address")?;
     let bytes: Vec<u8> =
         word.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
-    bytes.try_into().map_err(|_| anyhow::anyhow!("{shown}"))
+    bytes.try_into().ok().context("no address of six bytes")
 }
 
 /// Room for so many connections that have only begun, and no cookies instead of them.

@@ -1,16 +1,15 @@
-//! Uplinks other than one plain link: a second one, and a VLAN.
+//! More than one uplink.
 
 use std::time::{Duration, Instant};
 
 use patchswitch_load::client::Settings;
-use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, HOST, Ns, SERVICE, UPLINK};
+use patchswitch_tests::netlab::{CLIENT_LINK, Ns, SERVICE, UPLINK};
 
 use crate::ask::{Asking, who};
 use crate::claims::Wire;
 use crate::rig::{Load, NAME, Rig, Server, ends, load};
 
 const SECOND: &str = "uplink1";
-const VLAN: &str = "uplink0.7";
 
 /// Attaches both namespaces at some uplinks.
 fn attach(rig: &Rig, uplinks: &[&str], announce: &str) -> anyhow::Result<()> {
@@ -120,31 +119,4 @@ fn each_uplink_hears_five_announcements_at_once_and_five_later_and_none_of_a_swi
         rig.ok(&["detach", NAME]).unwrap();
     }
     rig.nothing_left().unwrap();
-}
-
-/// Moves a namespace's addresses from its link to a VLAN on it.
-fn tagged(ns: &Ns, link: &str, [v4, v6]: [&str; 2]) -> anyhow::Result<()> {
-    ns.ip_batch(&format!(
-        "addr flush dev {link} scope global\nlink add link {link} name {link}.7 type vlan id 7\n\
-         link set {link}.7 up\naddr add {v4}/24 dev {link}.7\naddr add {v6}/64 dev {link}.7 nodad\n"
-    ))
-    .map(drop)
-}
-
-#[test]
-fn a_vlan_is_an_uplink_like_another() {
-    let mut rig = Rig::new("vlan").unwrap();
-    let tried = tagged(&rig.lab.client, CLIENT_LINK, CLIENT);
-    if tried.as_ref().is_err_and(|error| format!("{error:#}").contains("Unknown device type")) {
-        // The kernel has no VLANs. Those of the test machine have: see tests/KERNELS.
-        return;
-    }
-    tried.unwrap();
-    tagged(&rig.lab.host, UPLINK, HOST).unwrap();
-    rig.furnished().unwrap();
-    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
-    attach(&rig, &[VLAN], "1").unwrap();
-    assert!(by_the_uplink(&rig, &rig.lab.client));
-    nobody_sees_the_switch(&rig, &[&rig.lab.client]);
-    rig.finish().unwrap();
 }

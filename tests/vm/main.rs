@@ -10,3 +10,5 @@ mod partition;
 mod smoke;
 #[cfg(test)]
 mod storage;
+#[cfg(test)]
+mod vlan;

@@ -95,7 +95,7 @@ impl Context for TcContext {
         let (protocol, tag) = unsafe { ((*self.skb.skb).protocol, (*self.skb.skb).vlan_tci) };
         // SAFETY: as above.
         let is_tagged = tag & VLAN_NUMBER != 0 && unsafe { (*self.skb.skb).vlan_present } != 0;
-        if !is_tagged { u16::from_be(protocol as u16) } else { 0 }
+        if is_tagged { 0 } else { u16::from_be(protocol as u16) }
     }
 
     #[inline(always)]

@@ -89,6 +89,24 @@ pub struct Leftover {
     pub after: Option<String>,
 }
 
+impl Leftover {
+    /// Whether a test can have left it whose laboratory's namespaces have names that begin with this; other work goes on
+    /// on the machine.
+    pub fn is_of(&self, prefix: &str) -> bool {
+        // A namespace cannot lose the number by which another one knows it.
+        if self.list == List::NetnsId {
+            return false;
+        }
+        // A BPF program, map or link that is gone was another's: a test takes its list when it has none.
+        if self.list == List::Bpf && self.after.is_none() {
+            return false;
+        }
+        let product = matches!(self.list, List::File | List::Mount | List::BpfPin | List::Bpf);
+        let text = self.to_string();
+        text.contains(prefix) || product && (text.contains("patchswitch") || text.contains("ps_"))
+    }
+}
+
 impl fmt::Display for Leftover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = format!("{:?}", self.list).to_lowercase();

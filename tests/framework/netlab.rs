@@ -255,6 +255,11 @@ pub struct SwitchLab {
 }
 
 impl SwitchLab {
+    /// What the names of all its namespaces begin with, and of no other laboratory's.
+    pub fn prefix(&self) -> &str {
+        self.client.name().trim_end_matches("client")
+    }
+
     /// Makes the four namespaces. Nothing is forwarded, no address is proxied: that is for the product to do.
     ///
     /// # Errors

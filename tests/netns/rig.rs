@@ -13,7 +13,7 @@ use patchswitch::config::Datagrams;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
 use patchswitch_load::client::Settings;
-use patchswitch_tests::leftovers::{Leftover, List, Snapshot};
+use patchswitch_tests::leftovers::{Leftover, Snapshot};
 use patchswitch_tests::netlab::{Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs;
 pub(crate) use patchswitch_tests::traffic::{ECHO, Load, PORT, Server, echo_in};
@@ -185,29 +185,12 @@ impl Rig {
         let end = Instant::now() + Duration::from_secs(5);
         loop {
             let mut left = self.before.diff(&Snapshot::take()?);
-            left.retain(|one| self.is_mine(one) && !other(one));
+            left.retain(|one| one.is_of(self.lab.prefix()) && !other(one));
             if left.is_empty() || Instant::now() >= end {
                 return Ok(left);
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-    }
-
-    /// Other work goes on on the machine.
-    fn is_mine(&self, one: &Leftover) -> bool {
-        // A namespace cannot lose the number by which another one knows it.
-        if one.list == List::NetnsId {
-            return false;
-        }
-        // A BPF program, map or link that is gone was another's: this test takes its list when it has none.
-        if one.list == List::Bpf && one.after.is_none() {
-            return false;
-        }
-        let mine = [&self.lab.client, &self.lab.host, &self.lab.a, &self.lab.b].map(Ns::name);
-        let prefix = mine[0].trim_end_matches("client");
-        let product = matches!(one.list, List::File | List::Mount | List::BpfPin | List::Bpf);
-        let text = one.to_string();
-        text.contains(prefix) || product && (text.contains("patchswitch") || text.contains("ps_"))
     }
 
     /// Detaches and proves that nothing is left.

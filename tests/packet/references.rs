@@ -58,11 +58,12 @@ fn every_socket_that_was_looked_at_is_given_back() {
     });
     let spaces = [bench.lab.a.clone(), bench.lab.b.clone()];
     let count = || spaces.each_ref().map(|ns| references(ns).unwrap());
-    // A timer of a connection that has just begun holds it as well.
+    // A timer of a connection that has just begun holds it as well, for as long as its SYN would have been waited for: the
+    // kernel lets it run out (RFC 6298 2.1: a second).
     let mut before = count();
     let end = Instant::now() + SETTLED;
     while Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(500));
+        std::thread::sleep(Duration::from_millis(1500));
         let now = count();
         if now == before {
             break;

@@ -64,7 +64,6 @@ fn a_vlan_is_an_uplink_like_another() {
     assert_eq!(asked, [true; 2]);
     run("detach tagged --force");
     let mut left = Snapshot::left_since(&before, Duration::from_secs(5)).unwrap();
-    // What the test itself has: servers and neighbours.
-    left.retain(|one| ["patchswitch", "ps_"].iter().any(|name| one.to_string().contains(name)));
+    left.retain(|one| one.is_of(lab.prefix()));
     assert!(left.is_empty(), "{left:?}");
 }

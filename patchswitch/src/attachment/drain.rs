@@ -98,7 +98,7 @@ impl Attachment {
         let (mut at_start, mut last, mut warned) = (None, usize::MAX, false);
         loop {
             self.report_events();
-            warned = warned || self.warn_of_lost(word.active());
+            warned = warned || self.tell_of_lost(word.active());
             // All of a group: there is one word for them.
             let flows = self.flows_of_all(retiring)?;
             let left = flows.iter().map(Flows::count).fold(0, usize::saturating_add);

@@ -76,8 +76,14 @@ impl Attachment {
         )))
     }
 
-    /// Warns if the partition that serves is gone: flows of the retiring one go on, new ones reach nobody. Whether it did.
-    pub(super) fn warn_of_lost(&self, active: Slot) -> bool {
+    /// Warns of each member of the group whose partition that serves is gone: flows of the retiring one go on, new ones
+    /// reach nobody. Whether there was one.
+    pub(super) fn tell_of_lost(&self, active: Slot) -> bool {
+        let members = std::iter::once(self).chain(&self.others);
+        members.filter(|member| member.warn_of_lost(active)).count() > 0
+    }
+
+    fn warn_of_lost(&self, active: Slot) -> bool {
         let Some((gone, entry)) = self.record.gone(active).zip(self.record.slots[active as usize].as_ref())
         else {
             return false;

@@ -162,7 +162,12 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         }
     }
     if let Some(next) = state["next"].as_str() {
-        writeln!(text, "  next       {next}: new flows reach nobody")?;
+        let reach = if state["phase"] == "sharing" {
+            "only the canary's share of new flows is"
+        } else {
+            "no new flow is"
+        };
+        writeln!(text, "  next       {next}\n             {reach} served")?;
     }
     text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)

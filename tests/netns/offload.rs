@@ -166,13 +166,14 @@ fn talker(ns: &Ns, data: &[u8]) -> anyhow::Result<()> {
 
 #[test]
 fn segments_whose_sums_are_left_to_the_card_arrive_with_right_ones() {
-    let rig = Rig::new("partialtcp").unwrap();
+    let mut rig = Rig::new("partialtcp").unwrap();
+    // A probe for the last segment (TLP) would be seen as one more.
+    rig.lab.a.sysctl("net/ipv4/tcp_early_retrans", "0").unwrap();
+    rig.furnished().unwrap();
     let data: Vec<u8> = (0..LONG).map(|n| (n % 251) as u8).collect();
     talker(&rig.lab.a, &data).unwrap();
     rig.attach_owned(IDLE).unwrap();
     let link = link(&rig).unwrap();
-    // A probe for the last segment (TLP) would be seen as one more.
-    rig.lab.a.sysctl("net/ipv4/tcp_early_retrans", "0").unwrap();
     for [partition, uplink] in [["on", "off"], ["off", "on"]] {
         leave(&rig, [partition, uplink]).unwrap();
         for address in service() {

@@ -87,8 +87,8 @@ fn asked(streams: &mut [TcpStream]) -> anyhow::Result<Vec<u8>> {
 fn packets_with_a_time_to_leave_stand_nowhere_still() {
     let lab = SwitchLab::new("pacing").unwrap();
     let patchswitch = programs::built("patchswitch").unwrap();
-    let before = Snapshot::take().unwrap();
     lab.host.run(&["tc", "qdisc", "replace", "dev", UPLINK, "root", "fq"]).unwrap();
+    let before = Snapshot::take().unwrap();
     let run = |line: &str| {
         let path = patchswitch.to_string_lossy();
         let argv: Vec<&str> = [path.as_ref()].into_iter().chain(line.split(' ')).collect();
@@ -112,7 +112,6 @@ fn packets_with_a_time_to_leave_stand_nowhere_still() {
     let shown = lab.host.run(&["tc", "-s", "qdisc", "show", "dev", UPLINK]).unwrap();
     assert!(shown.contains("qdisc fq ") && !shown.contains("Sent 0 bytes"), "{shown}");
     run("detach paced --force");
-    lab.host.run(&["tc", "qdisc", "del", "dev", UPLINK, "root"]).unwrap();
     drop((old, new));
     let mut left = Snapshot::left_since(&before, Duration::from_secs(5)).unwrap();
     left.retain(|one| one.is_of(lab.prefix()));

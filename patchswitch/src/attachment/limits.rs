@@ -71,9 +71,10 @@ pub(super) fn tell_of_multipath(slot: &SlotRecord, netns: &Netns) {
 }
 
 impl Record {
-    /// How many paths that clients of Multipath TCP wanted to add the partition in a slot has refused since its network
-    /// namespace is there, because it has no such connection; after a switch the other one has it. `None`: nobody is there, it cannot be
-    /// asked, or its kernel does not count them.
+    /// How many paths of Multipath TCP (RFC 8684 3.2) the partition in a slot has refused since its network namespace is
+    /// there, because it has no such connection; after a switch the other one has it. Only root may look.
+    ///
+    /// `None`: nobody is there, it cannot be asked, or its kernel does not count them.
     pub fn paths_refused(&self, slot: Slot) -> Option<u64> {
         let netns = super::flows::netns(self, slot).ok()?;
         netns.run(|| counters::read("MPTcpExt", "MPJoinNoTokenFound")).ok()?.ok()?

@@ -4,6 +4,8 @@
 //! everything; what it can tell, the long way would tell as well, only later: the calls that copy bytes and the question
 //! in the table of all addresses take several times as long as the rest.
 
+use core::hint::cold_path;
+
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, Owner, SYN, at_once, tcp_state};
@@ -113,7 +115,11 @@ fn end4<C: Context>(frame: &Frame<'_, C>, head: Head<PAYLOAD4>) -> Option<u32> {
     let is_whole = head.short::<20>() & 0x3fff_u16.to_be() == 0;
     let fits = end >= PAYLOAD4 as u32 && end <= frame.length();
     let plain = head.byte::<14>() == 0x45 && is_whole && fits && matches!(head.byte::<23>(), TCP | UDP);
-    if plain { Some(end) } else { None }
+    if plain {
+        return Some(end);
+    }
+    cold_path();
+    None
 }
 
 /// The same of IPv6.
@@ -123,7 +129,11 @@ fn end6<C: Context>(frame: &Frame<'_, C>, head: Head<PAYLOAD6>) -> Option<u32> {
     let end = PAYLOAD6 as u32 + length;
     let fits = length != 0 && end <= frame.length();
     let plain = head.byte::<14>() >> 4 == 6 && fits && matches!(head.byte::<20>(), TCP | UDP);
-    if plain { Some(end) } else { None }
+    if plain {
+        return Some(end);
+    }
+    cold_path();
+    None
 }
 
 /// Makes the readers of the two transport headers behind one of the two network headers.
@@ -136,6 +146,7 @@ macro_rules! transport {
             let length = u32::from(head.byte::<{ $at + 12 }>() >> 4) * 4;
             let ports = head.short::<$at>() != 0 && head.short::<{ $at + 2 }>() != 0;
             if !ports || length < TCP_HEADER as u32 || $at as u32 + length > end {
+                cold_path();
                 return None;
             }
             let flags = head.byte::<{ $at + 13 }>();
@@ -183,6 +194,7 @@ transport!(tcp6, udp6, PAYLOAD6, kept6, 22, TUPLE6);
 fn told(active: Slot, state: Option<u32>, flags: u8, kept: bool) -> Slot {
     let slot = if kept { active.other() } else { active };
     if matches!(state, None | Some(tcp_state::CLOSE)) {
+        cold_path();
         event(Event::NothingInRetiring);
     }
     if kept {
@@ -293,13 +305,22 @@ fn is_inner(first: u32, last: u16) -> bool {
 #[inline(always)]
 fn has4(quick: &Quick, address: u32) -> bool {
     let [a, b, c, d] = quick.v4;
-    (address == a || address == b || address == c || address == d) && quick.has_v4 != 0
+    if address == a {
+        return quick.has_v4 != 0;
+    }
+    // Nearly every service has one address of a family: without this the compiler compares with all of them each time.
+    cold_path();
+    (address == b || address == c || address == d) && quick.has_v4 != 0
 }
 
 #[inline(always)]
 fn has6(quick: &Quick, address: [u64; 2]) -> bool {
     let [a, b, c, d] = quick.v6;
-    (address == a || address == b || address == c || address == d) && quick.has_v6 != 0
+    if address == a {
+        return quick.has_v6 != 0;
+    }
+    cold_path();
+    (address == b || address == c || address == d) && quick.has_v6 != 0
 }
 
 /// The mapped form of an IPv4 address, as a packet has it.

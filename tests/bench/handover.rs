@@ -244,9 +244,11 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
     let switches = course.switches();
     let each = |count: i64| count as f64 / switches;
     let sum = |of: fn(&Repaired) -> i64| course.middle().map(|window| of(&window.trouble)).sum::<i64>();
+    // What happens in quiet windows in as much time as there is for each switch in the others.
     let quiet = |of: fn(&Repaired) -> i64| {
-        let windows = course.blocks.iter().flat_map(|block| [&block[0], &block[3]]);
-        windows.map(|window| of(&window.trouble)).sum::<i64>() as f64 / (course.blocks.len() as f64 * 2.0)
+        let windows = || course.blocks.iter().flat_map(|block| [&block[0], &block[3]]);
+        let events = windows().map(|window| of(&window.trouble)).sum::<i64>() as f64;
+        events / seconds(windows()) * seconds(course.middle()) / switches
     };
     let must = |figure: Figure, limit: f64| {
         if key == PRODUCT { figure.must(Target::AtMost(limit)) } else { figure }
@@ -268,11 +270,16 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
             continue;
         }
         let blocks = course.gaps(probe, &course.blocks);
-        let longest = blocks.iter().flat_map(|block| block.b).fold(0.0, f64::max);
+        let longest = |of: fn(&Block) -> [f64; 2]| blocks.iter().flat_map(of).fold(0.0, f64::max) / 1e3;
+        let note = format!(
+            "the longest of all: {:.1} ms; in quiet times {:.1} ms",
+            longest(|b| b.b),
+            longest(|b| b.a)
+        );
         let figure = Figure::ratio(3, metric, key, "µs to quiet", &blocks);
         // Below the interval is as good as inside.
         let figure = must(figure, limits.gaps[probe].row.ratio_high).controlled_by(&limits.gaps[probe]);
-        found.add(figure.note(format!("the longest of all: {:.1} ms", longest / 1e3)));
+        found.add(figure.note(note));
     }
     let figure = Figure::ratio(4, P999, key, "ms to quiet", &course.tails(&course.blocks));
     found.add(must(figure, 1.02).controlled_by(&limits.tail));
@@ -282,6 +289,10 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
         found.add(must(value(7, "datagrams of an old flow at the wrong side", wrong), 0.0));
     }
     found.add(must(value(7, "resets that the service sent", each(sum(|t| t.resets))), quiet(|t| t.resets)));
+}
+
+fn seconds<'a>(windows: impl Iterator<Item = &'a Window>) -> f64 {
+    windows.map(|window| (window.to_ns - window.from_ns) as f64 / 1e9).sum()
 }
 
 /// Row 1. Nothing in n means, with a confidence of 95 %, fewer than 3 in n.

@@ -7,12 +7,28 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
+const MAP_CREATE: libc::c_long = 0;
 const PROG_LOAD: libc::c_long = 5;
 const PROG_TEST_RUN: libc::c_long = 10;
+const LINK_CREATE: libc::c_long = 28;
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 const SCHED_CLS: u32 = 3;
 const SKC_LOOKUP_TCP: i32 = 99;
 const SK_RELEASE: i32 = 86;
+const MAP_LOOKUP: i32 = 1;
+const KTIME_BOOT: i32 = 125;
+/// `BPF_MAP_TYPE_ARRAY`.
+const ARRAY: u32 = 2;
+/// `BPF_TCX_INGRESS`, and `BPF_F_BEFORE`: ahead of all that are there.
+const TCX_INGRESS: u32 = 46;
+const BEFORE: u32 = 1 << 3;
+/// Loads of four bytes, two and one.
+const WORD: u8 = 0x61;
+const HALF: u8 = 0x69;
+const BYTE: u8 = 0x71;
+/// Where `struct __sk_buff` has the bounds of what lies in one piece.
+const DATA: i16 = 76;
+const DATA_END: i16 = 80;
 /// `TC_ACT_UNSPEC`.
 const NEXT: i32 = -1;
 
@@ -28,6 +44,29 @@ struct LoadAttr {
     kern_version: u32,
     prog_flags: u32,
     prog_name: [u8; 16],
+}
+
+/// The part that makes a map.
+#[repr(C)]
+#[derive(Default)]
+struct MapAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+}
+
+/// The part that makes a link at a TCX hook.
+#[repr(C)]
+#[derive(Default)]
+struct LinkAttr {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative_fd: u32,
+    pad: u32,
+    expected_revision: u64,
 }
 
 /// The part that runs one.
@@ -115,6 +154,73 @@ pub(crate) fn lookup(from: SocketAddr, to: SocketAddr, nsid: i32) -> io::Result<
     load(&program)
 }
 
+/// A map with a number of eight bytes for each port.
+///
+/// # Errors
+/// What the kernel said.
+pub(crate) fn array_of_ports() -> io::Result<OwnedFd> {
+    let attr = MapAttr { map_type: ARRAY, key_size: 4, value_size: 8, max_entries: 1 << 16 };
+    // SAFETY: the structure begins as the kernel's for this command and is as long as said.
+    file(unsafe { libc::syscall(libc::SYS_bpf, MAP_CREATE, &raw const attr, size_of::<MapAttr>()) })
+}
+
+/// A program that writes down when each SYN to a port of TCP over IPv4 came, on the boot clock, by the client's port in
+/// such a map, and does nothing else.
+///
+/// # Errors
+/// What the kernel said.
+pub(crate) fn syn_times(map: BorrowedFd<'_>, port: u16) -> io::Result<OwnedFd> {
+    // Offsets of a frame without options, as the instructions load them: in the machine's byte order.
+    const LOADED: [(u8, i16); 4] = [(HALF, 12), (BYTE, 23), (BYTE, 47), (HALF, 36)];
+    let wanted = [0x0800_u16.to_be(), 6, 2, port.to_be()];
+    let mut program = vec![
+        copy(6, 1),
+        code(WORD, (2, 6), DATA, 0),
+        code(WORD, (3, 6), DATA_END, 0),
+        copy(4, 2),
+        code(0x07, (4, 0), 0, 54),
+        // From each jump to the last two instructions.
+        code(0x2d, (4, 3), 20, 0),
+    ];
+    for (at, ((size, offset), wanted)) in LOADED.into_iter().zip(wanted).enumerate() {
+        let rest = 18 - 2 * i16::try_from(at).unwrap_or(0);
+        program.extend([code(size, (5, 2), offset, 0), code(0x55, (5, 0), rest, i32::from(wanted))]);
+    }
+    program.extend([
+        code(HALF, (5, 2), 34, 0),
+        code(0xdc, (5, 0), 0, 16),
+        code(0x63, (10, 5), -4, 0),
+        code(0x18, (1, 1), 0, map.as_raw_fd()),
+        0,
+        copy(2, 10),
+        code(0x07, (2, 0), 0, -4),
+        call(MAP_LOOKUP),
+        code(0x15, (0, 0), 3, 0),
+        copy(7, 0),
+        call(KTIME_BOOT),
+        code(0x7b, (7, 0), 0, 0),
+        set(0, NEXT),
+        EXIT,
+    ]);
+    load(&program)
+}
+
+/// Has a program run at a link's ingress before all others, for as long as the result lives. In the caller's namespace.
+///
+/// # Errors
+/// What the kernel said.
+pub(crate) fn first_at_ingress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    let attr = LinkAttr {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        target_ifindex: ifindex,
+        attach_type: TCX_INGRESS,
+        flags: BEFORE,
+        ..LinkAttr::default()
+    };
+    // SAFETY: the structure begins as the kernel's for this command and is as long as said.
+    file(unsafe { libc::syscall(libc::SYS_bpf, LINK_CREATE, &raw const attr, size_of::<LinkAttr>()) })
+}
+
 /// `struct bpf_sock_tuple`: addresses and then ports, in network byte order.
 fn tuple(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -140,12 +246,16 @@ fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
     };
     // SAFETY: the structure begins as the kernel's for this command and is as long as said; the instructions and the
     // license outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
-    if fd < 0 {
+    file(unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) })
+}
+
+/// The file that a call of bpf(2) made.
+fn file(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel just gave it to us.
-    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1)) })
+    // SAFETY: every caller passes what the kernel just gave it, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(result).unwrap_or(-1)) })
 }
 
 /// What a test run said.

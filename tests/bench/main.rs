@@ -13,6 +13,7 @@ mod flows;
 mod handover;
 mod head;
 mod kernel;
+mod late;
 mod packets;
 mod peers;
 mod plan;
@@ -22,6 +23,7 @@ mod programs;
 mod rates;
 mod report;
 mod rr;
+mod seen;
 mod stats;
 
 use std::path::{Path, PathBuf};

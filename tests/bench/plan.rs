@@ -90,7 +90,12 @@ impl Scale {
 
     /// Switches under load in close succession.
     pub(crate) fn many_switches(self) -> u32 {
-        self.pick(60, 200)
+        self.pick(100, 200)
+    }
+
+    /// Stores around which connections are opened as fast as it goes, there and as many back.
+    pub(crate) fn stores(self) -> usize {
+        self.pick(100, 200)
     }
 
     /// Switches whose moment is measured, there and back together.

@@ -77,12 +77,12 @@ impl Scene {
 
 /// A link address and index.
 #[derive(Clone, Copy)]
-struct Link {
-    index: u32,
+pub(crate) struct Link {
+    pub(crate) index: u32,
     mac: [u8; 6],
 }
 
-fn link(ns: &Ns, name: &str) -> Result<Link> {
+pub(crate) fn link(ns: &Ns, name: &str) -> Result<Link> {
     let value: serde_json::Value = serde_json::from_str(&ns.ip(&format!("-j link show dev {name}"))?)?;
     let text = value[0]["address"].as_str().context("no address")?;
     let mac: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;

@@ -5,12 +5,16 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapData;
+use aya::maps::{HashMap, Map, MapData};
+use patchswitch_common::maps::{FlowKey, FlowRecord, FragmentKey, FragmentRecord};
+use patchswitch_common::parse::protocol::TCP;
 use patchswitch_tests::programs;
 
 use crate::flows::Flows;
 use crate::packets::{Flooded, Sender, Sink, flood};
-use crate::peers::{self, AGAIN, BRIDGE, FLOOR, IPVS, NFT, PRODUCT, Peer, Product, Side};
+use crate::peers::{
+    self, AGAIN, BRIDGE, FLOOR, HAPROXY, IPVS, KEEPALIVED, LETTER, NFT, PRODUCT, Peer, Product, Side,
+};
 use crate::plan::{Scale, Selection};
 use crate::report::{Figure, Found, Target, say};
 use crate::rr::{Answerer, Asker};
@@ -25,7 +29,8 @@ const UDP_MB: f64 = 100.0;
 
 /// A peer with a flow of datagrams and a connection through it.
 struct Lane {
-    sender: Sender,
+    /// Not of a peer that carries no datagrams.
+    sender: Option<Sender>,
     asker: Asker,
     sinks: [Sink; 2],
     _answerers: [Answerer; 2],
@@ -35,11 +40,16 @@ impl Lane {
     fn open(peer: &dyn Peer) -> Result<Self> {
         let sinks = [Sink::start(peer, Side::A)?, Sink::start(peer, Side::B)?];
         let answerers = [Answerer::start(peer, Side::A)?, Answerer::start(peer, Side::B)?];
-        Ok(Self { sender: Sender::open(peer)?, asker: Asker::open(peer)?, sinks, _answerers: answerers })
+        let sender = peer.has_udp().then(|| Sender::open(peer)).transpose()?;
+        Ok(Self { sender, asker: Asker::open(peer)?, sinks, _answerers: answerers })
+    }
+
+    fn sender(&self) -> Result<&Sender> {
+        self.sender.as_ref().context("it carries no datagrams")
     }
 
     fn flood(&self, scale: Scale) -> Result<Flooded> {
-        flood(&self.sender, &self.sinks[Side::A as usize], scale.slot())
+        flood(self.sender()?, &self.sinks[Side::A as usize], scale.slot())
     }
 }
 
@@ -76,8 +86,7 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
     let mut ours = Lane::open(&product)?;
     let control = control(scale, selection, (&product, &mut ours), found)?;
     // The floor is wanted for the draining as well.
-    let keys = [FLOOR, BRIDGE, NFT, IPVS].into_iter().filter(|key| selection.peer(key));
-    for key in keys {
+    for key in [FLOOR, BRIDGE, NFT, HAPROXY, IPVS].into_iter().filter(|key| selection.peer(key)) {
         if let Some(reason) = peers::hindrance(key) {
             found.not_run("packets and requests", key, reason);
             continue;
@@ -86,13 +95,18 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
         let mut theirs = Lane::open(peer.as_ref())?;
         compare(scale, selection, (key, &mut theirs, &mut ours), &control, found)?;
     }
-    if selection.rows(&[8]) && selection.peer(peers::HAPROXY) {
-        found.not_run(PACKETS, peers::HAPROXY, "it carries no datagrams".to_owned());
+    for (key, same) in
+        [(KEEPALIVED, BRIDGE), (LETTER, FLOOR)].into_iter().filter(|(key, _)| selection.peer(key))
+    {
+        if selection.rows(&[8, 10]) {
+            found.not_run("packets and requests", key, format!("at rest it is what {same} is"));
+        }
     }
     if selection.rows(&[11]) {
-        cycles(scale, &ours, found)?;
+        let floor = peers::make(FLOOR)?;
+        cycles(scale, &ours, &Lane::open(floor.as_ref())?, ("cycles for a packet, steady", 60.0), found)?;
     }
-    if selection.rows(&[9, 18]) {
+    if selection.rows(&[9, 11, 18]) {
         draining(scale, selection, (&mut product, &mut ours), &control, found)?;
     }
     if selection.rows(&[18]) {
@@ -149,7 +163,7 @@ fn control(
         control.packets = Some(figure);
         let (sender, sink) = (Sender::open(product)?, &ours.sinks[Side::A as usize]);
         let rate = |sender: &Sender| flood(sender, sink, scale.slot()).map(|flooded| [flooded.rate()]);
-        let [blocks] = abba(scale.blocks(), &mut || rate(&sender), &mut || rate(&ours.sender))?;
+        let [blocks] = abba(scale.blocks(), &mut || rate(&sender), &mut || rate(ours.sender()?))?;
         found.add(Figure::ratio(8, PACKETS, SECOND, "packets/s", &blocks));
     }
     if selection.rows(&[9, 10]) {
@@ -179,7 +193,9 @@ fn compare(
     control: &Control,
     found: &mut Found,
 ) -> Result<()> {
-    if selection.rows(&[8]) {
+    if selection.rows(&[8]) && theirs.sender.is_none() {
+        found.not_run(PACKETS, key, "it carries no datagrams");
+    } else if selection.rows(&[8]) {
         let lost = theirs.flood(scale)?;
         say(&format!(
             "    {key}: {:.0} of {:.0} thousand datagrams a second came to the reader",
@@ -211,10 +227,10 @@ fn draining(
 ) -> Result<()> {
     let floor = peers::make(FLOOR)?;
     let mut theirs = Lane::open(floor.as_ref())?;
-    let before = locked(&product.pins())?;
+    let before = Kept::of(&product.pins())?;
     let old = Flows::open(product, Side::A, scale.old_flows())?;
     product.learn()?;
-    ours.sender.ask()?;
+    ours.sender()?.ask()?;
     product.take_over(Side::B)?;
     let count = old.len();
     let note = format!("with {count} old TCP flows");
@@ -233,10 +249,14 @@ fn draining(
         let figure = Figure::ratio(9, "TCP_RR rate, draining, old flow", FLOOR, "requests/s", &blocks);
         found.add(control.rr(0, figure.must(Target::AtLeast(0.90))).note(&note));
     }
+    if selection.rows(&[11]) {
+        cycles(scale, ours, &theirs, ("cycles for a packet, draining", 250.0), found)?;
+    }
     if selection.rows(&[18]) {
-        memory(product, (before, count), found)?;
         const SAMPLE: usize = 1000;
+        // A byte there and back on each of them: whatever remembers a flow by its packets has seen these.
         let alive = old.alive(SAMPLE)? as f64 / SAMPLE as f64 * 100.0;
+        memory(product, (before, count), found)?;
         let figure =
             Figure::values(18, "old TCP flows that are alive while draining", PRODUCT, "%", &[alive]);
         found.add(figure.must(Target::AtLeast(100.0)).note(format!("a sample of {SAMPLE} of {count}")));
@@ -263,14 +283,37 @@ fn memlock(pin: &Path) -> Result<u64> {
     Ok(line.context("the kernel does not tell a map's memory")?.trim().parse()?)
 }
 
-fn memory(product: &Product, (before, flows): (u64, usize), found: &mut Found) -> Result<()> {
+/// What the programs keep of TCP flows.
+struct Kept {
+    /// Bytes that the kernel has locked for all maps.
+    locked: u64,
+    /// Entries of the tables that could have a flow in them.
+    entries: usize,
+}
+
+impl Kept {
+    fn of(pins: &Path) -> Result<Self> {
+        let map = |name: &str| MapData::from_pin(pins.join("maps").join(name));
+        let learned: HashMap<_, FlowKey, FlowRecord> = HashMap::try_from(Map::HashMap(map("LEARNED")?))?;
+        let fragments: HashMap<_, FragmentKey, FragmentRecord> =
+            HashMap::try_from(Map::LruHashMap(map("FRAGMENTS")?))?;
+        let flows = learned.keys().collect::<Result<Vec<_>, _>>()?;
+        let tcp = flows.iter().filter(|key| key.protocol == TCP).count();
+        Ok(Self { locked: locked(pins)?, entries: tcp + fragments.keys().count() })
+    }
+}
+
+fn memory(product: &Product, (before, flows): (Kept, usize), found: &mut Found) -> Result<()> {
     const ENTRIES: f64 = 65_536.0;
     let pins = product.pins();
-    let grown = locked(&pins)?.saturating_sub(before) as f64 / flows as f64;
-    let figure = Figure::values(18, "our memory for a TCP flow", PRODUCT, "bytes", &[grown]);
-    found.add(figure.must(Target::AtMost(0.0)).note(format!("with {flows} flows, while draining")));
-    let learned = memlock(&pins.join("maps/LEARNED"))? as f64 / ENTRIES;
-    let figure = Figure::values(18, "our memory for a million datagram flows", PRODUCT, "MB", &[learned]);
+    let now = Kept::of(&pins)?;
+    let entry = memlock(&pins.join("maps/LEARNED"))? as f64 / ENTRIES;
+    let entries = now.entries.saturating_sub(before.entries);
+    let grown = now.locked.saturating_sub(before.locked) as f64 + entries as f64 * entry;
+    let figure = Figure::values(18, "our memory for a TCP flow", PRODUCT, "bytes", &[grown / flows as f64]);
+    let note = format!("with {flows} flows, while draining; {entries} of them in our tables");
+    found.add(figure.must(Target::AtMost(0.0)).note(note));
+    let figure = Figure::values(18, "our memory for a million datagram flows", PRODUCT, "MB", &[entry]);
     found.add(figure.must(Target::AtMost(UDP_MB)));
     Ok(())
 }
@@ -303,28 +346,37 @@ fn slab(name: &str) -> Result<u64> {
     Ok(objects * size)
 }
 
-/// Row 11, where the processor counts.
-fn cycles(scale: Scale, ours: &Lane, found: &mut Found) -> Result<()> {
-    const WHAT: &str = "cycles for a packet";
+/// Row 11, where the processor counts: beyond the floor, at rest and while draining.
+fn cycles(scale: Scale, ours: &Lane, theirs: &Lane, what: (&str, f64), found: &mut Found) -> Result<()> {
+    let (metric, limit) = what;
     if programs::find("perf").is_none() {
-        found.not_run(WHAT, PRODUCT, "perf is not installed");
+        found.not_run(metric, PRODUCT, "perf is not installed");
         return Ok(());
     }
+    let mut blocks = Vec::new();
+    for _ in 0..scale.blocks() {
+        let (Some(theirs), Some(ours)) = (cycles_of(scale, theirs)?, cycles_of(scale, ours)?) else {
+            found.not_run(metric, PRODUCT, "this machine's processor counts no cycles for its guests");
+            return Ok(());
+        };
+        blocks.push(Block { a: [theirs; 2], b: [ours; 2] });
+    }
+    let figure = Figure::difference(11, metric, FLOOR, "cycles of the sending core", &blocks);
+    found.add(figure.must(Target::AtMost(limit)));
+    Ok(())
+}
+
+/// Cycles of the sending core for a packet; nothing if it counts none.
+fn cycles_of(scale: Scale, lane: &Lane) -> Result<Option<f64>> {
     let seconds = scale.slot().as_secs_f64();
     let argv = ["perf", "stat", "-x,", "-C", "0", "-e", "cycles", "sleep", &format!("{seconds}")];
     let (counted, flooded) = std::thread::scope(|scope| {
         let counting = scope.spawn(|| programs::output(&argv, None));
-        let flooded = ours.flood(scale);
+        let flooded = lane.flood(scale);
         (counting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), flooded)
     });
     let text = counted?.stderr;
     let count = text.lines().find(|line| line.contains("cycles")).and_then(|line| line.split(',').next());
-    match count.and_then(|word| word.parse::<f64>().ok()) {
-        Some(cycles) => {
-            let each = cycles / flooded?.sent as f64;
-            found.add(Figure::values(11, WHAT, PRODUCT, "cycles of the sending core", &[each]));
-        }
-        None => found.not_run(WHAT, PRODUCT, "this machine's processor counts no cycles for its guests"),
-    }
-    Ok(())
+    let sent = flooded?.sent as f64;
+    Ok(count.and_then(|word| word.parse::<f64>().ok()).map(|cycles| cycles / sent))
 }

@@ -17,7 +17,8 @@ use crate::peers::{Peer, Side};
 use crate::plan::pin_to;
 use crate::stats::quantile;
 
-const PORT: u16 = 83;
+/// Where it is answered.
+pub(crate) const PORT: u16 = 83;
 /// After this time without a question the service's end sleeps.
 const AWAKE: Duration = Duration::from_millis(2);
 /// A question that is not answered within this time is an error.

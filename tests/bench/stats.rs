@@ -51,6 +51,14 @@ pub(crate) fn abba<const N: usize>(
     Ok(found)
 }
 
+/// How many events are to be expected at most, with a confidence of 95 %, where so many were seen: 3.0 for none. Of the
+/// Poisson distribution, by the approximation of Wilson and Hilferty.
+pub(crate) fn at_most(seen: usize) -> f64 {
+    const Z: f64 = 1.645;
+    let next = seen as f64 + 1.0;
+    next * (1.0 - 1.0 / (9.0 * next) + Z / (3.0 * next.sqrt())).powi(3)
+}
+
 /// The median of some values, and between which limits it lies with a confidence of 95 %.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Interval {
@@ -175,5 +183,13 @@ mod tests {
         let one = Interval::of(&[7.0]);
         assert_eq!((one.median, one.low, one.high), (7.0, 7.0, 7.0));
         assert_eq!(wide, Interval::of(&[1.0, 2.0, 0.5, 1.5, 0.8, 1.2]), "the same every time");
+    }
+
+    #[test]
+    fn what_was_seen_says_what_is_to_be_expected() {
+        // From tables of the Poisson distribution: 3.00, 4.74, 6.30, 15.71 for 9.
+        for (seen, limit) in [(0, 3.0), (1, 4.74), (2, 6.30), (9, 15.71)] {
+            assert!((at_most(seen) - limit).abs() < 0.05, "{seen}: {}", at_most(seen));
+        }
     }
 }

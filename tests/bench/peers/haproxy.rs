@@ -74,8 +74,9 @@ fn configuration(socket: &str, to: Side) -> String {
     format!(
         "global\n  stats socket {socket} mode 600 level admin expose-fd listeners\n  nbthread 1\n\
          defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\
-         listen web\n  bind {service}:{PORT}\n  bind {service}:{}\n  server one {server}\n",
+         listen web\n  bind {service}:{PORT}\n  bind {service}:{}\n  bind {service}:{}\n  server one {server}\n",
         crate::probe::TCP_PROBE,
+        crate::rr::PORT,
     )
 }
 

@@ -85,6 +85,21 @@ impl Product {
         })
     }
 
+    /// The store alone, with a moment before and one after it; what follows the word is brought up afterwards.
+    pub(crate) fn store(&self, to: Side) -> Result<[u64; 2]> {
+        self.with(async |attachment| {
+            let word = attachment.plane().word();
+            let ready = word.with_notice(true);
+            attachment.plane().store(word, ready)?;
+            let before = now_ns();
+            attachment.plane().store(ready, ready.taken_over_by(slot(to)))?;
+            let after = now_ns();
+            attachment.plane().fence()?;
+            attachment.reassert().await?;
+            Ok([before, after])
+        })
+    }
+
     /// Ends a switch.
     pub(crate) fn settle(&self) -> Result<()> {
         self.with(async |attachment| Ok(attachment.settle()?))
@@ -125,18 +140,8 @@ impl Peer for Product {
         Ok(begun)
     }
 
-    /// The store alone with its moment; what follows the word is brought up afterwards.
     fn flip(&mut self, to: Side) -> Result<u64> {
-        self.with(async |attachment| {
-            let word = attachment.plane().word();
-            let ready = word.with_notice(true);
-            attachment.plane().store(word, ready)?;
-            let stored = now_ns();
-            attachment.plane().store(ready, ready.taken_over_by(slot(to)))?;
-            attachment.plane().fence()?;
-            attachment.reassert().await?;
-            Ok(stored)
-        })
+        Ok(self.store(to)?[0])
     }
 }
 

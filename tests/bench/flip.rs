@@ -1,5 +1,5 @@
 //! Rows 5 and 6: from the switch to the first connection of the new side, there and back, with connections opened at a
-//! steady rate meanwhile. What part of that is patchswitch's own is measured in [`late`](crate::late).
+//! steady rate meanwhile. What part of that is patchswitch's own is measured in [`late`].
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};

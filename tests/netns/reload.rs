@@ -19,6 +19,8 @@ const PACKETS: u32 = 10_000_000;
 const BURST: u32 = 50_000;
 /// At least so many times the programs are replaced while they flow.
 const REPLACEMENTS: usize = 8;
+/// From one replacement to the next: who replaces and who sends may have one processor between them.
+const PAUSE: Duration = Duration::from_millis(200);
 /// So long it may take, on a machine that is slow and busy.
 const LONGEST: Duration = Duration::from_secs(150);
 
@@ -62,6 +64,7 @@ fn replaced_while_they_flow(rig: &Rig, flood: &Flood) -> (usize, u32) {
             let changed = rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?)).unwrap();
             assert!(changed && programs().iter().all(|id| !last.contains(id)));
             replacements += 1;
+            std::thread::sleep(PAUSE);
         }
         (replacements, sender.join().unwrap())
     })

@@ -1,10 +1,7 @@
 //! Replies that are rewritten while somebody else holds their bytes as well: whoever captures, a program whose own
 //! pages are sent, and the kernel that has joined several packets into one.
 
-#![expect(unsafe_code, reason = "UDP_SEGMENT and SO_ZEROCOPY have no safe wrapper")]
-
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -13,6 +10,7 @@ use patchswitch_load::echo;
 use patchswitch_tests::frame;
 use patchswitch_tests::netlab::{CLIENT_LINK, Ns, OWN_A, SERVICE, UPLINK};
 use patchswitch_tests::observe::Capture;
+use patchswitch_tests::sockets::set_option;
 use pnet::datalink::{self, Channel, Config};
 use pnet::packet::Packet as _;
 use pnet::packet::ethernet::{EtherTypes, EthernetPacket};
@@ -82,16 +80,6 @@ fn who_captures_in_a_partition_sees_what_it_sent() {
     rig.finish_owned().unwrap();
 }
 
-/// Sets an option of a socket that is a number.
-pub(crate) fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) -> anyhow::Result<()> {
-    let size = size_of::<i32>() as u32;
-    // SAFETY: the pointer is to an i32 that lives for the call, and the size is its own.
-    let done =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), size) };
-    ensure!(done == 0, "option {option}: {}", std::io::Error::last_os_error());
-    Ok(())
-}
-
 /// Sends what lies in the program's own pages, without a copy, and waits until the kernel has done with them.
 fn send_own_pages(socket: &UdpSocket, to: SocketAddr, pages: &[u8]) -> anyhow::Result<()> {
     let sent = socket2::SockRef::from(socket).send_to_with_flags(pages, &to.into(), libc::MSG_ZEROCOPY)?;
@@ -128,7 +116,7 @@ fn what_a_program_sends_of_its_own_pages_stays_as_it_is() {
         }
     };
     for server in &servers {
-        set(server, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1).unwrap();
+        set_option(server, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1_i32).unwrap();
     }
     take_over(&rig, answered).unwrap();
     answered();
@@ -196,7 +184,7 @@ fn packets_that_were_joined_into_a_list_are_rewritten_each() {
     rig.lab.host.run(&["ethtool", "-K", UPLINK, "tx", "off", "tx-udp-segmentation", "off"]).unwrap();
     let sockets = clients(&rig, OTHER).unwrap();
     for server in &servers {
-        set(server, libc::SOL_UDP, libc::UDP_SEGMENT, PIECE as i32).unwrap();
+        set_option(server, libc::SOL_UDP, libc::UDP_SEGMENT, PIECE as i32).unwrap();
     }
     let whole: Vec<u8> = (0..PIECE * PIECES).map(|n| (n / PIECE) as u8).collect();
     let answer = |n: usize| {

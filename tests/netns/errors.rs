@@ -8,8 +8,8 @@ use anyhow::ensure;
 use patchswitch_common::Slot;
 use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::observe::Counters;
+use patchswitch_tests::sockets::set_option;
 
-use crate::buffers::set;
 use crate::icmp::far;
 use crate::rig::{Rig, service};
 use crate::shared::bound;
@@ -23,8 +23,8 @@ const IDLE: Duration = Duration::from_secs(60);
 fn server(ns: &Ns) -> anyhow::Result<[UdpSocket; 2]> {
     ns.enter(|| {
         let (v4, v6) = (bound(([0, 0, 0, 0], PORT).into())?, bound(([0_u16; 8], PORT).into())?);
-        set(&v4, libc::IPPROTO_IP, libc::IP_RECVERR, 1)?;
-        set(&v6, libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 1)?;
+        set_option(&v4, libc::IPPROTO_IP, libc::IP_RECVERR, 1_i32)?;
+        set_option(&v6, libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 1_i32)?;
         for socket in [&v4, &v6] {
             socket.set_read_timeout(Some(Duration::from_secs(3)))?;
         }

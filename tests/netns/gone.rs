@@ -10,6 +10,7 @@ use patchswitch_tests::programs;
 use serde_json::{Value, json};
 
 use crate::ask::{Asking, who};
+use crate::group;
 use crate::rig::{NAME, Rig, Server, ends};
 
 /// Removes the link that the product has made in a namespace.
@@ -158,4 +159,73 @@ fn flows_of_the_old_side_go_on_when_the_serving_one_is_lost_and_there_is_a_way_b
         let left = rig.left().unwrap();
         assert!(only_gone(&left), "{left:?}");
     }
+}
+
+#[test]
+fn a_canary_says_what_is_served_when_a_side_is_lost() {
+    for (what, remove) in [
+        (
+            "link",
+            &(|rig: &Rig, side: &str| remove_link(if side == "a" { &rig.lab.a } else { &rig.lab.b }))
+                as &dyn Fn(&Rig, &str),
+        ),
+        ("namespace", &remove_namespace),
+    ] {
+        for (lost, left) in [("a", "b"), ("b", "a")] {
+            let (rig, _servers) = attached("gone-canary");
+            rig.ok(&["switch", NAME, "--share", "50"]).unwrap();
+            remove(&rig, lost);
+            let of = |side: &str| if side == lost { json!(what) } else { Value::Null };
+            assert_eq!(partitions(&rig), [("active".into(), of("a")), ("canary".into(), of("b"))]);
+            let there = if left == "a" { rig.lab.a.name() } else { rig.lab.b.name() };
+            let way = format!("patchswitch switch {NAME} --to {there}");
+            assert_eq!(rig.ok(&["status", NAME]).unwrap()["attachments"][0]["next"], json!(way));
+            let text = rig.run(&["status", NAME]).unwrap().stdout;
+            let (only, not) = (
+                text.contains("only the canary's share of new flows is served"),
+                text.contains("the canary's share of new flows is not served"),
+            );
+            assert_eq!((only, not), (lost == "a", lost == "b"), "{text}");
+            assert!(text.contains(&way) && text.contains(&format!("its {what} is gone")), "{text}");
+            let canary = text.lines().find(|line| line.trim_start().starts_with("canary")).unwrap();
+            assert!(canary.contains("50 of 100 new flows"), "{text}");
+            assert_eq!(canary.contains("is gone"), lost == "b", "{text}");
+            // What is told leads to where all new flows are served.
+            rig.ok(&["switch", NAME, "--to", there]).unwrap();
+            for end in ends() {
+                assert_eq!(who(&rig.lab.client, end).unwrap(), left, "{what}");
+            }
+            rig.ok(&["detach", NAME, "--force"]).unwrap();
+            let remains = rig.left().unwrap();
+            assert!(only_gone(&remains), "{remains:?}");
+        }
+    }
+}
+
+#[test]
+fn a_drain_tells_of_another_member_of_the_group_whose_serving_side_is_lost() {
+    let (rig, _servers) = attached("gone-member");
+    rig.ok(&group::words(&group::join(&rig.lab.a, &rig.lab.b))).unwrap();
+    let mut old = Asking::from(&rig.lab.client, ends()[0]).unwrap();
+    assert_eq!(old.who().unwrap(), "a");
+    rig.switch_to(&rig.lab.b).unwrap();
+    let drain = || rig.run(&["drain", NAME, "--deadline", "0.5"]).unwrap();
+    let well = drain();
+    assert_eq!(well.code, Some(1), "the old flow is still there: {well:?}");
+    assert!(!well.stderr.contains("is gone"), "{well:?}");
+    let status = rig.ok(&["status", group::OTHER]).unwrap()["attachments"][0].clone();
+    let serving =
+        status["partitions"].as_array().unwrap().iter().find(|one| one["role"] == "active").unwrap();
+    rig.lab.host.ip(&format!("link del {}", serving["link"].as_str().unwrap())).unwrap();
+    let told = drain();
+    let way = format!("patchswitch switch {} --to {}", group::OTHER, rig.lab.a.name());
+    assert_eq!(told.code, Some(1), "{told:?}");
+    assert!(told.stderr.contains("new flows reach nobody") && told.stderr.contains(&way), "{told:?}");
+    assert!(!told.stderr.contains(&format!("patchswitch switch {NAME} ")), "its own is there: {told:?}");
+    assert_eq!(old.who().unwrap(), "a");
+    drop(old);
+    rig.ok(&["detach", group::OTHER, "--force"]).unwrap();
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
+    let left = rig.left().unwrap();
+    assert!(only_gone(&left), "{left:?}");
 }

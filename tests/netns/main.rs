@@ -21,6 +21,8 @@ mod errors;
 #[cfg(test)]
 mod examples;
 #[cfg(test)]
+mod flood;
+#[cfg(test)]
 mod flows;
 #[cfg(test)]
 mod foreign;

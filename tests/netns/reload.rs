@@ -1,22 +1,28 @@
 //! Programs of another version take the place of those that are attached, under a flood, and no packet is lost.
 
-use std::net::UdpSocket;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use aya::programs::SchedClassifier;
 use patchswitch::attachment::{Attachment, Spec};
 use patchswitch::dataplane::HookKind;
-use patchswitch_tests::netlab::Ns;
-use patchswitch_tests::observe::Counters;
 
 use crate::ask::who;
-use crate::rig::{NAME, Rig, Server, ends, service, spec};
+use crate::flood::{self, Flood};
+use crate::rig::{NAME, Rig, Server, ends, spec};
 use crate::xdp;
 
-/// So many times the programs are replaced.
-const REPLACEMENTS: u32 = 8;
-/// A port of the flood.
-const PORT: u16 = 7011;
+/// So many packets of each family.
+const PACKETS: u32 = 10_000_000;
+/// So many of each at a time: both families flow all the while.
+const BURST: u32 = 50_000;
+/// At least so many times the programs are replaced while they flow.
+const REPLACEMENTS: usize = 8;
+/// From one replacement to the next: who replaces and who sends may have one processor between them.
+const PAUSE: Duration = Duration::from_millis(200);
+/// So long it may take, on a machine that is slow and busy.
+const LONGEST: Duration = Duration::from_secs(150);
 
 /// The numbers of the programs that are pinned.
 pub(crate) fn programs() -> Vec<u32> {
@@ -29,69 +35,72 @@ pub(crate) fn programs() -> Vec<u32> {
     ids
 }
 
-/// What came to a socket of a namespace: what can be read from it, and what it had no room for.
-fn arrived(ns: &Ns, sink: &UdpSocket, room_before: i64) -> i64 {
-    sink.set_nonblocking(true).unwrap();
-    let read = std::iter::from_fn(|| sink.recv(&mut [0; 64]).ok()).count();
-    i64::try_from(read).unwrap() + no_room(ns) - room_before
+/// The verdicts at a hook, those on what is no packet of the flood left out: the link has its own.
+fn verdicts(rig: &Rig, hook: &str) -> BTreeMap<String, u64> {
+    let status = rig.ok(&["status", NAME]).unwrap();
+    let found =
+        status["attachments"][0]["counters"]["packets"][hook].as_object().cloned().unwrap_or_default();
+    let counts = found.into_iter().map(|(verdict, count)| (verdict, count.as_u64().unwrap()));
+    counts.filter(|(verdict, _)| !["not_ours", "for_host"].contains(&verdict.as_str())).collect()
 }
 
-/// Datagrams that the sockets of a namespace had no room for.
-fn no_room(ns: &Ns) -> i64 {
-    Counters::of(ns).unwrap().get("Udp.RcvbufErrors").unwrap()
-}
-
-/// Sends datagrams to the service until it is told to stop, and returns how many.
-fn flood(ns: &Ns, stop: &AtomicBool) -> i64 {
-    ns.enter(|| {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.connect((service()[0], PORT))?;
-        let mut sent = 0;
-        while !stop.load(Ordering::Relaxed) {
-            socket.send(&[0; 22])?;
-            sent += 1;
+/// Replaces the programs again and again while packets flow; how often that was, and how many packets of each family.
+fn replaced_while_they_flow(rig: &Rig, flood: &Flood) -> (usize, u32) {
+    let is_over = AtomicBool::new(false);
+    let end = Instant::now() + LONGEST;
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while sent < PACKETS && Instant::now() < end {
+                flood.send(BURST).unwrap();
+                sent += BURST;
+            }
+            is_over.store(true, Ordering::Relaxed);
+            sent
+        });
+        let mut replacements = 0;
+        while !is_over.load(Ordering::Relaxed) && !sender.is_finished() {
+            let last = programs();
+            let changed = rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?)).unwrap();
+            assert!(changed && programs().iter().all(|id| !last.contains(id)));
+            replacements += 1;
+            std::thread::sleep(PAUSE);
         }
-        Ok(sent)
+        (replacements, sender.join().unwrap())
     })
-    .unwrap()
 }
 
 /// Replaces the programs again and again under a flood.
 fn nothing_is_lost(kind: HookKind) {
     let is_xdp = kind == HookKind::Xdp;
-    let rig = if is_xdp { xdp::rig("xdpflood") } else { Rig::new("reload") }.unwrap();
-    let (a, b) = (&rig.lab.a, &rig.lab.b);
-    let _servers = [Server::start(a, "a").unwrap(), Server::start(b, "b").unwrap()];
-    rig.attach_spec(Spec { hook: Some(kind), ..spec(Duration::from_secs(125)).unwrap() }).unwrap();
-    let sink = a.enter(|| Ok(UdpSocket::bind(("0.0.0.0", PORT))?)).unwrap();
-    let (first, before) = (programs(), no_room(a));
-    let stop = AtomicBool::new(false);
-    let (sent, results) = std::thread::scope(|scope| {
-        let sender = scope.spawn(|| flood(&rig.lab.client, &stop));
-        let mut results = Vec::new();
-        for _ in 0..REPLACEMENTS {
-            let last = programs();
-            let result = rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?));
-            results.push((result, programs().iter().all(|id| !last.contains(id))));
-        }
-        stop.store(true, Ordering::Relaxed);
-        (sender.join().unwrap(), results)
-    });
-    for (result, others) in &results {
-        assert!(matches!(result, Ok(true)) && *others, "{result:?}, {others}");
+    if is_xdp {
+        flood::on_one_processor().unwrap();
     }
-    eprintln!("{sent} datagrams, {} times other programs", results.len());
-    assert_eq!(arrived(a, &sink, before), sent);
-    assert!(sent > 100_000, "{sent}");
+    let mut rig = if is_xdp { xdp::rig("xdpflood") } else { Rig::new("reload") }.unwrap();
+    flood::count_in(&rig.lab.a).unwrap();
+    rig.furnished().unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach_spec(Spec { hook: Some(kind), ..spec(Duration::from_secs(125)).unwrap() }).unwrap();
+    let flood = Flood::new(&rig.lab, is_xdp).unwrap();
+    let (first, hook) = (programs(), if is_xdp { "xdp" } else { "uplink" });
+    let mut expected = verdicts(&rig, hook);
+    let begun = Instant::now();
+    let (replacements, sent) = replaced_while_they_flow(&rig, &flood);
+    eprintln!("{sent} packets of each family, {replacements} times other programs, {:?}", begun.elapsed());
+    // What was sent has come, and each has one verdict, which is what the maps hold that every program had in turn.
+    assert_eq!(flood::counted(&rig.lab.a).unwrap(), [u64::from(sent); 2]);
+    *expected.entry("to_a".to_owned()).or_default() += 2 * u64::from(sent);
+    assert_eq!(verdicts(&rig, hook), expected);
+    assert_eq!(sent, PACKETS, "not in {LONGEST:?}");
+    assert!(replacements >= REPLACEMENTS, "{replacements}");
     assert!(programs().iter().all(|id| !first.contains(id)));
-    // What was stored goes on: the counters, and the word.
-    let hook = if is_xdp { "xdp" } else { "uplink" };
-    assert!(rig.counter(&["packets", hook, "to_a"]).unwrap() >= u64::try_from(sent).unwrap());
+    // What was stored goes on: the word as well.
     rig.with(async |attachment| Ok(attachment.switch(patchswitch_common::Slot::B).await?)).unwrap();
     rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?)).unwrap();
     for end in ends() {
         assert_eq!(who(&rig.lab.client, end).unwrap(), "b");
     }
+    drop(flood);
     rig.finish_owned().unwrap();
 }
 
@@ -136,6 +145,77 @@ fn equal_programs_stay_and_a_reload_that_was_killed_is_gone_on_with() {
     assert!(error.contains("patchswitch status"), "{error}");
     std::fs::rename(pins.join("twin"), pins.join("past")).unwrap();
     // What is left by one that is killed goes with the rest.
+    rig.finish().unwrap();
+}
+
+/// The numbers of our programs on all links, as the kernel says.
+pub(crate) fn attached(rig: &Rig) -> Vec<u32> {
+    let status = rig.ok(&["status", NAME]).unwrap();
+    let lists = status["attachments"][0]["programs"].as_array().unwrap().iter();
+    let placed = lists.flat_map(|list| list["programs"].as_array().unwrap());
+    let ours = placed.filter(|one| one["attachment"] == NAME);
+    let mut ids: Vec<u32> =
+        ours.map(|one| u32::try_from(one["program"]["id"].as_u64().unwrap()).unwrap()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// As a reload leaves it that is killed between the exchange of a program and its pin.
+fn killed_before_the_pin(rig: &Rig) {
+    let programs = std::path::Path::new("/sys/fs/bpf/patchswitch/v1").join(NAME).join("programs");
+    let (pin, new, kept) =
+        (programs.join("ps_from_part"), programs.join("ps_from_part-new"), programs.join("kept"));
+    SchedClassifier::from_pin(&pin).unwrap().pin(&kept).unwrap();
+    rig.with(async |attachment: &mut Attachment| Ok(attachment.reload(true)?)).unwrap();
+    std::fs::rename(&pin, &new).unwrap();
+    std::fs::rename(&kept, &pin).unwrap();
+}
+
+#[test]
+fn a_reload_that_was_killed_between_a_program_and_its_pin_is_gone_on_with() {
+    for kind in [HookKind::of_this_kernel(), HookKind::Clsact] {
+        let rig = Rig::new("halfpin").unwrap();
+        let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+        rig.attach_spec(Spec { hook: Some(kind), ..spec(Duration::from_secs(125)).unwrap() }).unwrap();
+        let way = format!("patchswitch reload {NAME}");
+        let told = || {
+            let json = rig.ok(&["status", NAME]).unwrap()["attachments"][0]["reload_unfinished"].clone();
+            (json, rig.run(&["status", NAME]).unwrap().stdout.contains(&way))
+        };
+        assert_eq!((attached(&rig), told()), (programs(), (false.into(), false)), "{kind:?}");
+        killed_before_the_pin(&rig);
+        let (half, pinned) = (attached(&rig), programs());
+        assert!(pinned.len() == half.len() + 1, "the old one's pin is there: {half:?}, {pinned:?}");
+        assert_eq!(told(), (true.into(), true), "{kind:?}");
+        // By equal programs, of the same version, without being forced to.
+        let said = rig.ok(&["reload", NAME]).unwrap();
+        assert_eq!(said["attachments"][0]["changed"], true, "{said}");
+        assert_eq!((attached(&rig), told()), (programs(), (false.into(), false)), "{kind:?}");
+        assert!(attached(&rig).iter().all(|id| !pinned.contains(id)), "{kind:?}");
+        let said = rig.ok(&["reload", NAME]).unwrap();
+        assert_eq!(said["attachments"][0]["changed"], false, "{said}");
+        // What is left by one that is killed goes with the rest.
+        killed_before_the_pin(&rig);
+        rig.finish_owned().unwrap();
+    }
+}
+
+#[test]
+fn a_reload_that_was_killed_before_the_twin_is_gone_on_with() {
+    let rig = Rig::new("halftwin").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    let pins = std::path::Path::new("/sys/fs/bpf/patchswitch/v1").join(NAME);
+    let twin = pins.join("twin/programs");
+    // Some other program: to the self-test, that of another version.
+    SchedClassifier::from_pin(pins.join("programs/ps_from_part")).unwrap().pin(twin.join("other")).unwrap();
+    std::fs::rename(twin.join("other"), twin.join("ps_uplink")).unwrap();
+    for changed in [true, false] {
+        let said = rig.ok(&["reload", NAME]).unwrap();
+        assert_eq!(said["attachments"][0]["changed"], changed, "{said}");
+    }
+    assert_eq!(attached(&rig), programs());
     rig.finish().unwrap();
 }
 

@@ -335,18 +335,21 @@ impl Bench {
         Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
     }
 
-    /// Sends a packet through a program so many times, as if it had come on a link.
+    /// Sends a packet through a program so many times, as if it had come on a link. What a program made of it is what it
+    /// gets the next time.
     pub(crate) fn repeat(&mut self, hook: Hook, on: Link, times: u32, frame: &[u8]) -> anyhow::Result<()> {
-        let mut context = [0; CONTEXT];
-        context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
-        let name = program(hook);
-        let program: &mut SchedClassifier =
-            self.ebpf.program_mut(name).context("no such program")?.try_into()?;
+        let mut of_filter = [0; CONTEXT];
+        of_filter[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let of_xdp = xdp::context(on.index, frame.len())?;
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
-        options.ctx_in = Some(&context);
+        options.ctx_in = Some(if hook == Hook::Xdp { &of_xdp } else { &of_filter });
         options.repeat = times;
-        self.lab.host.enter(|| Ok(program.test_run(options).map(drop)?))?;
+        let program = self.ebpf.program_mut(program(hook)).context("no such program")?;
+        self.lab.host.enter(|| match program {
+            Program::Xdp(program) => Ok(program.test_run(options).map(drop)?),
+            other => Ok(<&mut SchedClassifier>::try_from(other)?.test_run(options).map(drop)?),
+        })?;
         *self.runs.entry(hook.name()).or_default() += u64::from(times);
         Ok(())
     }

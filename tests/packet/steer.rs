@@ -27,7 +27,7 @@ pub(crate) fn check(seen: &Seen, action: i32, counted: &[&str], what: &str) {
     assert_eq!((seen.action, seen.counted.as_slice()), (action, counted.as_slice()), "{what}");
 }
 
-fn tcp_socket(family: Family, local: SocketAddr) -> anyhow::Result<std::os::fd::OwnedFd> {
+pub(crate) fn tcp_socket(family: Family, local: SocketAddr) -> anyhow::Result<std::os::fd::OwnedFd> {
     let kind = if family.client.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(kind, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
     bind(&socket, &local)?;

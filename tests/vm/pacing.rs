@@ -1,17 +1,15 @@
 //! Senders that say when each packet is to leave (`SO_MAX_PACING_RATE`), and links whose queue holds them until then
 //! (`fq`): times that a partition wrote mean nothing to the queue of the uplink, and hold nothing up there.
 
-#![expect(unsafe_code, reason = "SO_MAX_PACING_RATE has no safe wrapper")]
-
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::{Ns, SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs;
+use patchswitch_tests::sockets::set_option;
 
 const PORT: u16 = 8080;
 /// Bytes of an answer, and how many of them leave in a second.
@@ -19,22 +17,6 @@ const LENGTH: usize = 1 << 18;
 const RATE: u64 = 1 << 20;
 /// No answer stands still for so long.
 const STALL: Duration = Duration::from_secs(5);
-
-fn pace(stream: &TcpStream) -> anyhow::Result<()> {
-    let (rate, size, descriptor) = (RATE, size_of::<u64>() as u32, stream.as_raw_fd());
-    // SAFETY: the pointer is to a u64 that lives for the call, and the size is its own.
-    let done = unsafe {
-        libc::setsockopt(
-            descriptor,
-            libc::SOL_SOCKET,
-            libc::SO_MAX_PACING_RATE,
-            (&raw const rate).cast(),
-            size,
-        )
-    };
-    ensure!(done == 0, "no pacing: {}", std::io::Error::last_os_error());
-    Ok(())
-}
 
 /// Answers each byte of a client with as many of its own as are wanted, paced.
 fn serve(ns: &Ns, tag: u8) -> anyhow::Result<()> {
@@ -51,7 +33,7 @@ fn serve(ns: &Ns, tag: u8) -> anyhow::Result<()> {
 }
 
 fn answer(mut stream: TcpStream, tag: u8) -> anyhow::Result<()> {
-    pace(&stream)?;
+    set_option(&stream, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, RATE)?;
     while stream.read(&mut [0])? == 1 {
         stream.write_all(&vec![tag; LENGTH])?;
     }

@@ -9,6 +9,7 @@ use patchswitch::dataplane::{Dataplane, DataplaneError};
 use patchswitch::exit::ExitCode;
 use patchswitch::names::Name;
 use patchswitch_common::Slot;
+use patchswitch_common::word::{Phase, Word};
 use serde_json::{Value, json};
 
 use super::{beside, print, report};
@@ -112,11 +113,34 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         "switches_with": record.others()?.into_iter().map(|other| other.name).collect::<Vec<_>>(),
         "xdp": record.xdp,
         "hook_reason": record.hook_reason,
+        "reload_unfinished": plane.is_half_replaced(),
         "partitions": partitions,
-        "next": record.way_back(word.active()),
+        "next": record.way_back(word.active()).or_else(|| without_canary(record, word)),
         "programs": beside::programs(record).await,
         "counters": plane.counters()?,
     }))
+}
+
+/// What to type when the canary is gone, and its share of the new flows reaches nobody. Of a service its job decides.
+fn without_canary(record: &Record, word: Word) -> Option<String> {
+    let serving = record.slots[word.active() as usize].as_ref()?;
+    let is_needed = word.phase() == Phase::Sharing
+        && record.gone(word.active().other()).is_some()
+        && record.gone(word.active()).is_none();
+    (is_needed && !record.of_service)
+        .then(|| format!("patchswitch switch {} --to {}", record.name, serving.netns))
+}
+
+/// Which new flows reach somebody when a side is gone.
+fn reach(state: &Value) -> &'static str {
+    let mut partitions = state["partitions"].as_array().into_iter().flatten();
+    if partitions.any(|one| one["role"] == "canary" && !one["gone"].is_null()) {
+        "the canary's share of new flows is not"
+    } else if state["phase"] == "sharing" {
+        "only the canary's share of new flows is"
+    } else {
+        "no new flow is"
+    }
 }
 
 fn lines(state: &Value) -> anyhow::Result<String> {
@@ -162,12 +186,10 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         }
     }
     if let Some(next) = state["next"].as_str() {
-        let reach = if state["phase"] == "sharing" {
-            "only the canary's share of new flows is"
-        } else {
-            "no new flow is"
-        };
-        writeln!(text, "  next       {next}\n             {reach} served")?;
+        writeln!(text, "  next       {next}\n             {} served", reach(state))?;
+    }
+    if state["reload_unfinished"] == true {
+        writeln!(text, "  reload     was killed; to go on with it: patchswitch reload {}", word("name"))?;
     }
     text.push_str(&beside::lines(&state["programs"])?);
     Ok(text)

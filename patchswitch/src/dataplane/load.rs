@@ -49,9 +49,13 @@ pub(super) fn load_onto(directory: &Path) -> Result<Ebpf, DataplaneError> {
 /// It is done when nobody waits for it: the verifier reads the program for as long as it takes, and a partition that
 /// joins while clients are served is tested with what is there then.
 pub(super) fn load_and_pin_twin(directory: &Path, xdp: bool) -> Result<(), DataplaneError> {
-    let points: &[Point] = if xdp { &[Point::Uplink, Point::Xdp] } else { &[Point::Uplink] };
     // It learns nothing.
-    pin(load(Some(1), &[])?, directory, points)
+    pin(load(Some(1), &[])?, directory, points_of_twin(xdp))
+}
+
+/// Whose programs a twin has, with XDP or without.
+pub(super) fn points_of_twin(xdp: bool) -> &'static [Point] {
+    if xdp { &[Point::Uplink, Point::Xdp] } else { &[Point::Uplink] }
 }
 
 fn pin(mut ebpf: Ebpf, directory: &Path, points: &[Point]) -> Result<(), DataplaneError> {

@@ -296,6 +296,12 @@ impl Dataplane {
         replace::replace(&self.directory, what)
     }
 
+    /// Whether a [`Dataplane::replace`] was killed while it exchanged programs: some hooks may have another version than
+    /// the others. That works, and the next one goes on.
+    pub fn is_half_replaced(&self) -> bool {
+        replace::is_unfinished(&self.directory)
+    }
+
     /// What the programs counted since they were loaded.
     ///
     /// # Errors

@@ -7,7 +7,9 @@
 //!
 //! An update exchanges the program of a link at once (`BPF_LINK_UPDATE`; of a filter: a change under its handle): each
 //! packet meets the old program or the new one. Both read the same word, so the order among the hooks does not matter,
-//! and whoever is killed in between leaves what works; the next one goes on.
+//! and whoever is killed in between leaves what works. A new program has a pin of its own from before its first update
+//! until it gets its predecessor's: while there is one, hooks may have another program than the pins, and the next one
+//! goes on.
 
 use std::fs;
 use std::net::IpAddr;
@@ -35,9 +37,12 @@ pub struct Replacement<'a> {
     pub force: bool,
 }
 
+/// What is not used yet.
+const NEXT: &str = "next";
+
 /// Where the new twin is until it is used.
 pub(super) fn next_dir(directory: &Path) -> PathBuf {
-    directory.join("next")
+    directory.join(NEXT)
 }
 
 /// Where the old twin is until it is gone.
@@ -45,9 +50,25 @@ fn past_dir(directory: &Path) -> PathBuf {
     directory.join("past")
 }
 
-/// What a replacement that was killed may have left.
+/// Where a new program is until its predecessor's pin is its own. The BPF file system keeps names with a dot for itself.
+fn fresh(directory: &Path, point: Point) -> PathBuf {
+    beside(directory, point, "new")
+}
+
+fn beside(directory: &Path, point: Point, what: &str) -> PathBuf {
+    directory.join("programs").join(format!("{}-{what}", point.program()))
+}
+
+/// Whether a replacement was killed while it exchanged programs: what is attached may not be what is pinned.
+pub(super) fn is_unfinished(directory: &Path) -> bool {
+    Point::all(true).iter().any(|point| fresh(directory, *point).exists())
+}
+
+/// What a replacement that was killed may have left, but for what tells of it.
 pub(super) fn remove_remains(directory: &Path) -> Result<(), DataplaneError> {
-    load::remove_all(&next_dir(directory)).and(load::remove_all(&past_dir(directory)))
+    let pins = Point::all(true).iter().map(|point| load::remove_file(&beside(directory, *point, NEXT)));
+    let pins = pins.fold(Ok(()), Result::and);
+    load::remove_all(&next_dir(directory)).and(load::remove_all(&past_dir(directory))).and(pins)
 }
 
 /// Whether there was something to replace. What fails before the first update leaves a twin that nobody uses, which the
@@ -60,7 +81,7 @@ pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, D
     self_test::prepare(&next, what.addresses, has_xdp)?;
     maps::compare(directory, &next)?;
     let mut ebpf = load::load_onto(directory)?;
-    let mut alike = super::twin_dir(directory).exists();
+    let mut alike = !is_unfinished(directory) && has_twin_like(directory, &next, has_xdp)?;
     for point in points.iter().copied() {
         let program = load::program(&mut ebpf, point)?;
         alike &= tag(program, point)? == tag_of_pinned(directory, point)?;
@@ -76,10 +97,11 @@ pub(super) fn replace(directory: &Path, what: Replacement<'_>) -> Result<bool, D
     }
     for point in points.iter().copied() {
         let program = load::in_object(&mut ebpf, point)?;
+        announce(directory, point, program)?;
         for hook in what.hooks.iter().filter(|hook| hook.point == point) {
             attach::update(directory, hook, program)?;
         }
-        adopt(directory, point, program)?;
+        rename(&fresh(directory, point), &directory.join("programs").join(point.program()))?;
     }
     swap_twin(directory)?;
     Ok(true)
@@ -96,18 +118,27 @@ fn tag_of_pinned(directory: &Path, point: Point) -> Result<u64, DataplaneError> 
     Ok(info.map_err(|error| load::refused("look at", point.program(), &error))?.tag())
 }
 
-/// Gives a program the pin of its predecessor.
-fn adopt(directory: &Path, point: Point, program: &mut Program) -> Result<(), DataplaneError> {
-    let pin = directory.join("programs").join(point.program());
-    // The BPF file system keeps names with a dot for itself.
-    let fresh = directory.join("programs").join(format!("{}-new", point.program()));
-    load::remove_file(&fresh)?;
-    program.pin(&fresh).map_err(|error| DataplaneError::Program {
+/// Whether the twin in use has the programs of the next one: whoever was killed before it was exchanged left an old one.
+fn has_twin_like(directory: &Path, next: &Path, has_xdp: bool) -> Result<bool, DataplaneError> {
+    let twin = super::twin_dir(directory);
+    let mut alike = twin.exists();
+    for point in load::points_of_twin(has_xdp) {
+        // One that cannot be read is another one.
+        alike = alike && tag_of_pinned(&twin, *point).ok() == Some(tag_of_pinned(next, *point)?);
+    }
+    Ok(alike)
+}
+
+/// Pins a new program beside its predecessor, before anything is done with it. The pin of one whose replacement was killed
+/// tells of that until this one has its place.
+fn announce(directory: &Path, point: Point, program: &mut Program) -> Result<(), DataplaneError> {
+    let pin = beside(directory, point, NEXT);
+    program.pin(&pin).map_err(|error| DataplaneError::Program {
         action: "pin",
         program: point.program().to_owned(),
         reason: error.to_string(),
     })?;
-    rename(&fresh, &pin)
+    rename(&pin, &fresh(directory, point))
 }
 
 fn swap_twin(directory: &Path) -> Result<(), DataplaneError> {

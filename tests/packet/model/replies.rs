@@ -176,7 +176,7 @@ fn a_rewrite_changes_the_source_and_its_sums_and_nothing_else() {
             if reply.wrong == 0 || sum.is_none() {
                 let seen = rewritten(&mut bench, &reply, &frame).unwrap();
                 assert_eq!(seen, wanted, "{number}: {reply:?}");
-                // Whoever is told that nothing changed gets what was sent.
+                // With the old source again it is what was sent.
                 let back = with_source(&seen, &header, &to_wire(family.own_a));
                 assert_eq!(back, frame, "{number}: {reply:?}");
             } else if let Some(at) = sum {

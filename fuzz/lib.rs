@@ -1,12 +1,17 @@
 //! What the targets have in common. `cargo +nightly fuzz run parse fuzz/corpus/parse fuzz/seeds -- -max_total_time=60`
 //! runs one of them for a minute. An input is a frame as it is on the wire, so that every packet of the tests is a seed
-//! for all targets: `PATCHSWITCH_SEEDS=$PWD/fuzz/seeds cargo xtask test packet` writes them down.
+//! for all targets: `PATCHSWITCH_SEEDS=$PWD/fuzz/seeds cargo xtask test packet` writes them down. `checksum` runs the
+//! program in the kernel and needs root.
 
 use std::cell::Cell;
 
 use patchswitch_common::parse::{
     ETH_IPV4, ETH_IPV6, LINK_HEADER, Malformed, Network, Octets, Packet, inbound, ipv4, ipv6, outbound,
 };
+
+/// The same as the tests have.
+#[path = "../tests/framework/sums.rs"]
+pub mod sums;
 
 /// A frame that says how far it was read with success.
 pub struct Watched<'a> {

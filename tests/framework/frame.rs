@@ -12,6 +12,10 @@ pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
 /// Of IGMP.
 pub const IGMP: u8 = 2;
+/// Of DCCP.
+pub const DCCP: u8 = 33;
+/// Of UDP-Lite.
+pub const UDP_LITE: u8 = 136;
 /// Of ICMP for IPv4.
 pub const ICMP: u8 = 1;
 /// Of ICMP for IPv6.
@@ -162,7 +166,7 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: [u8; 4], payload: &[u8]) -
 pub fn seal(ip: &mut Ip, at: usize) {
     ip.payload[at..at + 2].fill(0);
     let mut value = finish(payload_sum(ip));
-    if ip.protocol == UDP && value == 0 {
+    if matches!(ip.protocol, UDP | UDP_LITE) && value == 0 {
         value = 0xffff;
     }
     ip.payload[at..at + 2].copy_from_slice(&value.to_be_bytes());

@@ -6,5 +6,6 @@ pub mod netlab;
 pub mod observe;
 pub mod programs;
 pub mod sockets;
+pub mod sums;
 pub mod traffic;
 pub mod vm;

@@ -19,10 +19,10 @@ use patchswitch_common::verdict::{Event, Hook, Verdict};
 use patchswitch_common::word::{Phase, Word};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
-use proptest::test_runner::TestRunner;
 
 use crate::bench::{Bench, DROP, Family, NEXT, PORT, REDIRECT, families, key};
 use crate::frame::{self, ETHERNET, Ip, Place, icmp};
+use crate::seed::runner;
 use crate::steer::{DRAINING, connection, listener};
 
 /// How many packets; always the same ones.
@@ -30,12 +30,12 @@ const PACKETS: usize = 10_000;
 /// How many replies that are rewritten.
 const REPLIES: usize = 2000;
 /// A client's port of a connection of slot A, of one of slot B, and of flows that A answered.
-const OF_A: u16 = 1000;
-const OF_B: u16 = 2000;
+pub(crate) const OF_A: u16 = 1000;
+pub(crate) const OF_B: u16 = 2000;
 const LEARNED: u16 = 3000;
 
 /// What the kernel knows, as a table.
-struct Known {
+pub(crate) struct Known {
     v4: bool,
     /// The addresses of the family: client and service.
     client: Address,
@@ -45,6 +45,15 @@ struct Known {
     /// Whether A retires, and was asked in vain, with the packet at hand.
     drains: bool,
     nothing: bool,
+}
+
+impl Known {
+    /// A family's, before anything was seen.
+    pub(crate) fn of(family: Family) -> Self {
+        let [client, service] = [family.client, family.service].map(to_wire);
+        let v4 = family.client.is_ipv4();
+        Self { v4, client, service, fragments: BTreeMap::new(), drains: false, nothing: false }
+    }
 }
 
 impl Kernel for Known {
@@ -87,9 +96,9 @@ fn echo(v4: bool) -> u8 {
 }
 
 /// What must be seen: the action, the counters in their order, and those that compare the sides.
-type Expected = (i32, Vec<&'static str>, Vec<&'static str>);
+pub(crate) type Expected = (i32, Vec<&'static str>, Vec<&'static str>);
 
-fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
+pub(crate) fn expect(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Expected {
     let refuse =
         |verdict: Verdict| (if verdict.drops() { DROP } else { NEXT }, vec![verdict.name()], Vec::new());
     let at = ETHERNET + if v6 { 24 } else { 16 };
@@ -150,12 +159,12 @@ pub(crate) struct Made {
     pub(crate) v6: bool,
     /// Which source: the client mostly, a stranger, one of the link, none.
     source: u8,
-    protocol: u8,
+    pub(crate) protocol: u8,
     ports: (u16, u16),
     pub(crate) flags: u8,
-    place: Option<Place>,
-    options: Vec<u8>,
-    extensions: Vec<u8>,
+    pub(crate) place: Option<Place>,
+    pub(crate) options: Vec<u8>,
+    pub(crate) extensions: Vec<u8>,
     /// Wrapped into an error of this type, as sent by the service.
     error: Option<u8>,
     payload: Vec<u8>,
@@ -264,7 +273,7 @@ pub(crate) fn bytes(made: &Made, family: Family, mac: [u8; 6]) -> Vec<u8> {
 }
 
 /// Makes the flows of slot A known, or fresh.
-fn learn(bench: &mut Bench) -> anyhow::Result<()> {
+pub(crate) fn learn(bench: &mut Bench) -> anyhow::Result<()> {
     for family in families() {
         for (port, protocol) in [(PORT, frame::UDP), (0, echo(family.client.is_ipv4()))] {
             bench.remember(key((family.client, LEARNED), port, protocol), family.service, Slot::A, 0)?;
@@ -284,17 +293,9 @@ fn the_programs_do_what_the_model_says() {
             let listening = listener(ns, family).unwrap();
             held.push((connection(ns, &listening, family, port).unwrap(), listening));
         }
-        let [client, service] = [family.client, family.service].map(to_wire);
-        known.push(Known {
-            v4: family.client.is_ipv4(),
-            client,
-            service,
-            fragments: BTreeMap::new(),
-            drains: false,
-            nothing: false,
-        });
+        known.push(Known::of(family));
     }
-    let mut runner = TestRunner::deterministic();
+    let mut runner = runner().unwrap();
     let strategy = made();
     let mut seen_verdicts = BTreeMap::<&str, u32>::new();
     for number in 0..PACKETS {
@@ -398,7 +399,7 @@ fn a_rewrite_and_its_inverse_change_nothing() {
         options,
         prop::collection::vec(any::<u8>(), 0..300),
     );
-    let mut runner = TestRunner::deterministic();
+    let mut runner = runner().unwrap();
     for number in 0..REPLIES {
         let (v6, kind, ports, options, payload) = strategy.new_tree(&mut runner).unwrap().current();
         let family = families()[usize::from(v6)];

@@ -394,7 +394,9 @@ impl Attachment {
         let leaving = self.leaving(from)?;
         self.look_at_retiring(from, leaving.as_ref(), options)?;
         if let Some(leaving) = &leaving {
-            parity::prepare(leaving, &self.netns(to)?);
+            let links = [from, to].map(|slot| self.slot(slot).map(|slot| slot.inner_link.as_str()));
+            let [from_link, to_link] = links;
+            parity::prepare((leaving, from_link?), (&self.netns(to)?, to_link?));
         }
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await
     }

@@ -23,6 +23,7 @@ mod group;
 mod limits;
 mod lock;
 mod parity;
+mod ports;
 mod preflight;
 mod presence;
 mod probe;
@@ -184,6 +185,7 @@ impl Attachment {
             Ok(plane) => {
                 let attachment = Self { record, plane, host, others, _lock: lock };
                 attachment.announce().await;
+                ports::tell_of_overlap(&attachment.record);
                 Ok(attachment)
             }
             Err(cause) => {

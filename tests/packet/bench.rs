@@ -59,6 +59,9 @@ pub(crate) struct Seen {
     pub(crate) compared: Vec<&'static str>,
 }
 
+/// What a program did with one of many packets: the action, and the packet afterwards.
+pub(crate) type Done = (i32, Vec<u8>);
+
 /// A link of the host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Link {
@@ -362,7 +365,7 @@ impl Bench {
         hook: Hook,
         on: Link,
         frames: &[&[u8]],
-    ) -> anyhow::Result<Vec<Option<(i32, Vec<u8>)>>> {
+    ) -> anyhow::Result<Vec<Option<Done>>> {
         let mut skb = [0; CONTEXT];
         skb[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
         let host = self.lab.host.clone();

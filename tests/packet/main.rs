@@ -21,6 +21,7 @@ mod programs;
 mod references;
 mod refuse;
 mod reply;
+#[cfg(test)]
 mod seed;
 #[cfg(test)]
 mod sharing;

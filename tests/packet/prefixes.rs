@@ -21,8 +21,7 @@ const PACKETS: usize = 400;
 
 type Counts = BTreeMap<&'static str, u64>;
 
-/// What both programs must do with a frame, and what is counted of it. `refused` is whether the kernel takes it for a test
-/// of a filter.
+/// Adds what is counted of a frame by XDP and, where the kernel takes it for a test, by the filter; what XDP must do with it.
 fn add(counts: &mut Counts, (action, counted, compared): &Expected, by_filter: bool) -> i32 {
     let both = counted.contains(&"to_both");
     let by_xdp: Vec<&'static str> = if both { vec!["to_both"] } else { counted.clone() };
@@ -37,7 +36,7 @@ fn add(counts: &mut Counts, (action, counted, compared): &Expected, by_filter: b
     }
 }
 
-/// Sends all prefixes of a frame through both programs, longest first or last, and compares.
+/// Sends all prefixes of a frame through both programs and compares; how many they are.
 fn try_prefixes(
     bench: &mut Bench,
     (word, known): (Word, &mut Known),

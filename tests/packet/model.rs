@@ -25,7 +25,7 @@ use crate::frame::{self, ETHERNET, Ip, Place, icmp};
 use crate::seed::runner;
 use crate::steer::{DRAINING, connection, listener};
 
-/// How many packets; always the same ones.
+/// How many packets; of one seed always the same ones.
 const PACKETS: usize = 10_000;
 /// How many replies that are rewritten.
 const REPLIES: usize = 2000;

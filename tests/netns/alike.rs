@@ -1,10 +1,11 @@
 //! What clients would notice if the two partitions differed in it.
 
+use patchswitch::names::host_link;
 use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::observe::Counters;
 
 use crate::ask::{who, who_at_once};
-use crate::rig::{NAME, Rig, Server, ends};
+use crate::rig::{NAME, Rig, Server, ends, name};
 
 /// Data in the first segment: asked for, and taken by every listener (`TFO_CLIENT_ENABLE`, `TFO_SERVER_ENABLE`,
 /// `TFO_SERVER_WO_SOCKOPT1` of `include/net/tcp.h`).
@@ -53,13 +54,31 @@ fn a_setting_that_clients_see_and_that_differs_is_told() {
     let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
     rig.attach().unwrap();
     let told = |text: &str| text.lines().filter(|line| line.contains("in the partition that serves")).count();
-    let same = rig.run(&["switch", NAME]).unwrap();
-    assert_eq!((same.code, told(&same.stderr)), (Some(0), 0), "{same:?}");
-    rig.lab.a.sysctl("net/ipv4/tcp_timestamps", "0").unwrap();
-    let other = rig.run(&["switch", NAME]).unwrap();
-    assert_eq!((other.code, told(&other.stderr)), (Some(0), 1), "{other:?}");
-    assert!(other.stderr.contains("net.ipv4.tcp_timestamps is 1"), "{other:?}");
+    let switched = |times: usize, what: &str| {
+        let ended = rig.run(&["switch", NAME]).unwrap();
+        assert_eq!((ended.code, told(&ended.stderr)), (Some(0), times), "{what}: {ended:?}");
+        ended.stderr
+    };
+    switched(0, "nothing differs");
+    // Inside, of a namespace of somebody else's.
+    let link = host_link(&name().unwrap(), 0);
+    let hops = format!("ipv6/conf/{link}/hop_limit");
+    let settings =
+        ["ipv4/tcp_timestamps", "ipv4/ip_default_ttl", "ipv4/tcp_max_syn_backlog", "core/somaxconn", &hops];
+    for (at, setting) in settings.into_iter().enumerate() {
+        let path = format!("net/{setting}");
+        let before = rig.lab.a.run(&["sysctl", "-n", &path]).unwrap();
+        let before = before.trim();
+        let other = if before == "1" { "0" } else { "1" };
+        rig.lab.a.sysctl(&path, other).unwrap();
+        // Whichever of the two serves, and the other way round at every second setting.
+        let said = switched(1, setting);
+        let setting = setting.replace('/', ".");
+        let (serving, next) = if at % 2 == 0 { (before, other) } else { (other, before) };
+        assert!(said.contains(&format!("net.{setting} is {serving} in the")), "{setting}: {said}");
+        assert!(said.contains(&format!("and {next} in the one that takes over")), "{setting}: {said}");
+        rig.lab.a.sysctl(&path, before).unwrap();
+    }
     assert_eq!(who(&rig.lab.client, ends()[0]).unwrap(), "a");
-    rig.lab.a.sysctl("net/ipv4/tcp_timestamps", "1").unwrap();
     rig.finish().unwrap();
 }

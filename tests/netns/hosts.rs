@@ -178,6 +178,8 @@ fn a_firewall_that_names_the_service_is_told_of() {
     nft(&rig, "add table inet guard");
     nft(&rig, "add chain inet guard passing { type filter hook forward priority 0 ; policy accept ; }");
     nft(&rig, "add rule inet guard passing ip daddr 10.77.0.50 drop");
+    nft(&rig, "add rule inet guard passing iifname old0 drop");
+    nft(&rig, &format!("add rule inet guard passing iifname {UPLINK} accept"));
     let arguments = rig.attach_arguments();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let quiet = rig.run(&arguments).unwrap();
@@ -189,6 +191,22 @@ fn a_firewall_that_names_the_service_is_told_of() {
     assert!(told.stderr.contains("rules of inet guard passing name the service"), "{told:?}");
     // It is as it says: the fast path passes them by.
     assert_eq!(who(&rig.lab.client, ends()[0]).unwrap(), "a");
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
+    nft(&rig, "flush chain inet guard passing");
+    for direction in ["iifname", "oifname"] {
+        nft(&rig, &format!("add rule inet guard passing {direction} {UPLINK} drop"));
+        let told = rig.run(&arguments).unwrap();
+        assert_eq!(told.code, Some(0), "{told:?}");
+        assert!(
+            told.stderr.contains(&format!("rules of inet guard passing drop what comes or goes by {UPLINK}")),
+            "{told:?}"
+        );
+        assert!(!told.stderr.contains("name the service"), "{told:?}");
+        assert_eq!(who(&rig.lab.client, ends()[0]).unwrap(), "a");
+        rig.ok(&["detach", NAME, "--force"]).unwrap();
+        nft(&rig, "flush chain inet guard passing");
+    }
+    rig.ok(&arguments).unwrap();
     nft(&rig, "delete table inet guard");
     rig.finish().unwrap();
 }

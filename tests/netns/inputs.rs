@@ -269,3 +269,61 @@ fn a_firewall_that_matters_is_told_of() {
     nft("delete table inet guard").unwrap();
     rig.finish().unwrap();
 }
+
+/// Of rules of iptables `nft` prints a part only, of its older tables and where it is missing nothing.
+#[test]
+fn what_is_not_known_of_a_firewall_is_told() {
+    let rig = Rig::new("iptables").unwrap();
+    rig.attach().unwrap();
+    let host = &rig.lab.host;
+    let switch = || {
+        let ended = rig.run(&["switch", NAME]).unwrap();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        ended.stderr
+    };
+    let iptables = |program: &str, rule: &str| {
+        host.run(&[&[program, "-w"][..], &rule.split(' ').collect::<Vec<_>>()].concat()).unwrap()
+    };
+    assert!(!switch().contains("warning"), "there is no firewall");
+    for (program, chain) in [("iptables-nft", "ip filter FORWARD"), ("ip6tables-nft", "ip6 filter FORWARD")] {
+        iptables(program, "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
+        assert!(!switch().contains("warning"), "{program}: what is let by is no matter");
+        iptables(program, "-A FORWARD -m conntrack --ctstate INVALID -j DROP");
+        let said = switch();
+        assert!(said.contains(&format!("drop in {chain} is not known")), "{program}: {said}");
+        assert!(said.contains("next: iptables-save; ip6tables-save"), "{program}: {said}");
+        host.run(&["nft", "flush", "ruleset"]).unwrap();
+    }
+    iptables("iptables-nft", "-A FORWARD -d 10.77.0.10 -j REJECT");
+    assert!(switch().contains("warning: rules of ip filter FORWARD name the service"));
+    iptables("iptables-nft", &format!("-R FORWARD 1 -i {UPLINK} -p tcp -j REJECT"));
+    let said = switch();
+    assert!(
+        said.contains(&format!("rules of ip filter FORWARD drop what comes or goes by {UPLINK}")),
+        "{said}"
+    );
+    host.run(&["nft", "flush", "ruleset"]).unwrap();
+    let path = programs::find("nft").unwrap();
+    let hidden = format!(
+        "mount --bind /dev/null {} && exec {} switch {NAME}",
+        path.canonicalize().unwrap().display(),
+        programs::built("patchswitch").unwrap().display()
+    );
+    let ended = host.output(&["unshare", "--mount", "sh", "-c", &hidden]).unwrap();
+    assert!(ended.status.success(), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("the rules of the firewall are not known: nft is not installed"),
+        "{}",
+        ended.stderr
+    );
+    // Kernels are built without the older tables by now.
+    let older = host.output(&["iptables-legacy", "-w", "-A", "FORWARD", "-j", "ACCEPT"]).unwrap();
+    if older.status.success() {
+        let said = switch();
+        assert!(said.contains("there are tables of iptables-legacy: filter"), "{said}");
+        assert!(said.contains("next: iptables-legacy-save"), "{said}");
+    } else {
+        println!("not tested by this kernel: tables of iptables-legacy: {}", older.stderr);
+    }
+    rig.finish().unwrap();
+}

@@ -132,3 +132,34 @@ fn paths_that_are_refused_after_a_switch_are_counted_and_the_connection_goes_on(
     drop((client, server));
     rig.finish().unwrap();
 }
+
+#[test]
+fn guests_that_open_connections_from_the_same_ports_are_told_how_to_separate_them() {
+    let mut rig = Rig::new("ranges").unwrap();
+    let attach = |rig: &Rig| {
+        let arguments = rig.attach_arguments();
+        let ended = rig.run(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        ended.stderr
+    };
+    let said = attach(&rig);
+    assert!(
+        said.contains("open connections from the same ports (32768 to 60999 and 32768 to 60999)"),
+        "{said}"
+    );
+    rig.ok(&["detach", NAME]).unwrap();
+    // As it is said, by a shell.
+    let commands = said.split("next: ").find(|text| text.contains("ip_local_port_range")).unwrap();
+    let commands = commands.lines().next().unwrap();
+    assert_eq!(commands.matches("nsenter").count(), 2, "{commands}");
+    rig.lab.host.run(&["sh", "-c", commands]).unwrap();
+    rig.furnished().unwrap();
+    let said = attach(&rig);
+    assert!(!said.contains("from the same ports"), "{said}");
+    rig.ok(&["detach", NAME]).unwrap();
+    // One port is enough.
+    rig.lab.b.sysctl("net/ipv4/ip_local_port_range", "46883 60999").unwrap();
+    assert!(attach(&rig).contains("from the same ports (32768 to 46883 and 46883 to 60999)"));
+    rig.lab.b.sysctl("net/ipv4/ip_local_port_range", "46884 60999").unwrap();
+    rig.finish().unwrap();
+}

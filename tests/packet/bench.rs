@@ -23,6 +23,7 @@ use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 
+use crate::frame::ETHERNET;
 use crate::xdp;
 
 /// `TC_ACT_UNSPEC`: the next program, and then the kernel.
@@ -41,6 +42,7 @@ const IDLE_NS: u64 = 10_000_000_000;
 /// Where the fields of `struct __sk_buff` are (`linux/bpf.h`).
 const MARK: usize = 8;
 const IFINDEX: usize = 40;
+const DATA_END: usize = 80;
 const CONTEXT: usize = 192;
 
 /// What a program did with a packet.
@@ -56,6 +58,9 @@ pub(crate) struct Seen {
     /// The same of those that compare the two sides.
     pub(crate) compared: Vec<&'static str>,
 }
+
+/// What a program did with one of many packets: the action, and the packet afterwards.
+pub(crate) type Done = (i32, Vec<u8>);
 
 /// A link of the host.
 #[derive(Clone, Copy, Debug)]
@@ -311,12 +316,30 @@ impl Bench {
         mark: u32,
         frame: &[u8],
     ) -> anyhow::Result<Seen> {
-        let name = program(hook);
-        keep_as_seed(frame)?;
-        let before = self.counters()?;
         let mut context = [0; CONTEXT];
         context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
         context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        self.run_with(hook, context, frame)
+    }
+
+    /// Sends a client's packet of which only the link header is in the buffer's own memory, the rest in pages. Nothing
+    /// if this kernel makes none: it wants a context without an end of the data.
+    pub(crate) fn run_in_pages(&mut self, on: Link, frame: &[u8]) -> anyhow::Result<Option<Seen>> {
+        let mut context = [0; CONTEXT];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let header = u32::try_from(ETHERNET)?;
+        context[DATA_END..DATA_END + 4].copy_from_slice(&header.to_ne_bytes());
+        match self.run_with(Hook::Uplink, context, frame) {
+            Ok(seen) => Ok(Some(seen)),
+            Err(error) if is_refused(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn run_with(&mut self, hook: Hook, context: [u8; CONTEXT], frame: &[u8]) -> anyhow::Result<Seen> {
+        let name = program(hook);
+        keep_as_seed(frame)?;
+        let before = self.counters()?;
         let (mut out, mut context_out) = (vec![0; frame.len() + 256], [0; CONTEXT]);
         let result = {
             let program: &mut SchedClassifier =
@@ -333,6 +356,45 @@ impl Bench {
         let (compared, counted) = self.counted_since(&before, hook)?;
         let mark = u32::from_ne_bytes(context_out[MARK..MARK + 4].try_into()?);
         Ok(Seen { action: result.return_value.cast_signed(), frame: out, mark, counted, compared })
+    }
+
+    /// Sends packets through a program one after the other, as if they had come on a link, without a look at the counters
+    /// in between: what was done with each, or nothing where the kernel takes no such packet for a test.
+    pub(crate) fn run_many(
+        &mut self,
+        hook: Hook,
+        on: Link,
+        frames: &[&[u8]],
+    ) -> anyhow::Result<Vec<Option<Done>>> {
+        let mut skb = [0; CONTEXT];
+        skb[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let host = self.lab.host.clone();
+        let program = self.ebpf.program_mut(program(hook)).context("no such program")?;
+        let all = host.enter(|| {
+            let one = |frame: &&[u8]| {
+                let (xdp, mut out) = (xdp::context(on.index, frame.len())?, vec![0; frame.len()]);
+                let mut options = TestRunOptions::new();
+                options.data_in = Some(frame);
+                options.data_out = Some(&mut out);
+                options.ctx_in = Some(if hook == Hook::Xdp { &xdp } else { &skb });
+                let ran = match &mut *program {
+                    Program::Xdp(program) => program.test_run(options),
+                    other => <&mut SchedClassifier>::try_from(other)?.test_run(options),
+                };
+                match ran.map_err(anyhow::Error::from) {
+                    Ok(result) => {
+                        out.truncate(result.data_size_out as usize);
+                        Ok(Some((result.return_value.cast_signed(), out)))
+                    }
+                    Err(error) if is_refused(&error) => Ok(None),
+                    Err(error) => Err(error),
+                }
+            };
+            frames.iter().map(one).collect::<anyhow::Result<Vec<_>>>()
+        })?;
+        let runs = all.iter().flatten().count();
+        *self.runs.entry(hook.name()).or_default() += u64::try_from(runs)?;
+        Ok(all)
     }
 
     /// Sends a packet through a program so many times, as if it had come on a link. What a program made of it is what it
@@ -426,6 +488,12 @@ impl Bench {
     pub(crate) fn program(&mut self, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
         Ok(self.ebpf.program_mut(program(hook)).context("no such program")?.try_into()?)
     }
+}
+
+/// Whether the kernel refused a test run as such: it does not make such a packet.
+fn is_refused(error: &anyhow::Error) -> bool {
+    let codes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    codes.filter_map(std::io::Error::raw_os_error).any(|code| code == libc::EINVAL)
 }
 
 /// Where packets are kept for the fuzzers, one file each: see `fuzz/lib.rs`.

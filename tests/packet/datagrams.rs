@@ -78,6 +78,80 @@ fn a_client_of_quic_that_moves_stays_where_its_connection_is() {
     bench.finish().unwrap();
 }
 
+/// Where in an id those of a layout are who made it, and by which bits.
+struct Layout {
+    offset: u8,
+    mask: &'static [u8],
+}
+
+/// A whole byte, several, as many as there may be, at the start, inside and at the very end, and parts of bytes.
+const LAYOUTS: [Layout; 6] = [
+    Layout { offset: 0, mask: &[0xff] },
+    Layout { offset: 3, mask: &[0xff; 5] },
+    Layout { offset: 4, mask: &[0xff; 16] },
+    Layout { offset: 1, mask: &[0x80] },
+    Layout { offset: 2, mask: &[0x0f, 0xf0, 0x01] },
+    Layout { offset: 19, mask: &[0x3c] },
+];
+/// As long as an id may be (RFC 9000 17.2).
+const ID: [u8; 20] = *b"as long as it may be";
+
+impl Layout {
+    fn declare(&self, settings: Settings) -> Settings {
+        let mut cid_mask = [0; CID];
+        cid_mask[..self.mask.len()].copy_from_slice(self.mask);
+        let cid_len = self.mask.len().try_into().unwrap_or(u8::MAX);
+        Settings { quic_port: PORT.to_be(), cid_offset: self.offset, cid_len, cid_mask, ..settings }
+    }
+
+    /// The id with one bit changed, for each of its bits, and whether that bit counts.
+    fn changed(&self) -> impl Iterator<Item = (Vec<u8>, bool)> {
+        (0..ID.len() * 8).map(|bit| {
+            let (byte, bit) = (bit / 8, 1_u8 << (bit % 8));
+            let mut id = ID.to_vec();
+            id[byte] ^= bit;
+            let at = byte.checked_sub(usize::from(self.offset));
+            let counts = at.and_then(|at| self.mask.get(at)).is_some_and(|mask| mask & bit != 0);
+            (id, counts)
+        })
+    }
+}
+
+#[test]
+fn every_bit_of_an_id_counts_as_it_is_declared() {
+    let mut bench = Bench::new("quicbits").unwrap();
+    for (number, layout) in LAYOUTS.iter().enumerate() {
+        bench.declare(|settings| layout.declare(settings)).unwrap();
+        for family in families() {
+            let made = from_service(family.service, family, 1000, &long(b"client", &ID));
+            let (mut kept, mut other) = (0, 0);
+            for (at, (id, counts)) in [(ID.to_vec(), false)].into_iter().chain(layout.changed()).enumerate() {
+                bench.word(Word::steady(Slot::A, 1).with_learning(true)).unwrap();
+                assert_eq!(bench.partition(Slot::A, &made).unwrap().counted, ["learned", "out"]);
+                bench.word(DRAINING).unwrap();
+                bench.short_way(at % 2 == 0).unwrap();
+                let seen = bench.client(&to_service(family, 2000, &short(&id))).unwrap();
+                let wanted = if counts { &["to_b"][..] } else { &["kept_by_retiring", "moved", "to_a"] };
+                assert_eq!(seen.counted, wanted, "layout {number}: {id:02x?} of {ID:02x?}");
+                *(if counts { &mut other } else { &mut kept }) += 1;
+                bench.forget().unwrap();
+            }
+            let bits: u32 = layout.mask.iter().map(|mask| mask.count_ones()).sum();
+            assert_eq!((other, kept), (bits, 161 - bits), "layout {number}");
+            // An id that ends before the part that counts is none of the declared form.
+            let short_id = &ID[..usize::from(layout.offset) + layout.mask.len() - 1];
+            bench.word(Word::steady(Slot::A, 1).with_learning(true)).unwrap();
+            let made = from_service(family.service, family, 1000, &long(b"client", short_id));
+            assert_eq!(bench.partition(Slot::A, &made).unwrap().counted, ["learned", "out"]);
+            bench.word(DRAINING).unwrap();
+            let seen = bench.client(&to_service(family, 2000, &short(&ID))).unwrap();
+            assert_eq!(seen.counted, ["to_b"], "layout {number}: shorter than declared");
+            bench.forget().unwrap();
+        }
+    }
+    bench.finish().unwrap();
+}
+
 #[test]
 fn what_is_not_declared_is_not_looked_into() {
     let mut bench = Bench::new("noquic").unwrap();

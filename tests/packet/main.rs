@@ -9,14 +9,20 @@ mod datagrams;
 #[cfg(test)]
 mod fragments;
 mod host;
+#[cfg(test)]
+mod metamorphic;
 mod model;
 mod paged;
+#[cfg(test)]
+mod prefixes;
 #[cfg(test)]
 mod programs;
 #[cfg(test)]
 mod references;
 mod refuse;
 mod reply;
+#[cfg(test)]
+mod seed;
 #[cfg(test)]
 mod sharing;
 mod steer;

@@ -21,28 +21,29 @@ use patchswitch_common::Slot;
 use patchswitch_common::verdict::{Hook, Verdict};
 use patchswitch_common::word::Word;
 use proptest::strategy::{Strategy as _, ValueTree as _};
-use proptest::test_runner::TestRunner;
 
 use crate::bench::{Bench, DROP, NEXT, REDIRECT, Seen, families};
 use crate::frame::ETHERNET;
+use crate::seed::runner;
 use crate::steer::DRAINING;
-use known::{Known, choose, connect, learn, to};
-pub(crate) use packets::{bytes, made};
+pub(crate) use known::{Known, connect, learn};
+use known::{choose, to};
+pub(crate) use packets::{Made, bytes, made};
 
-/// How many packets of clients; always the same ones.
+/// How many packets of clients; of one seed always the same ones.
 const PACKETS: usize = 10_000;
 /// A client's port of a connection of slot A, of one of slot B, and of flows that were answered.
-const OF_A: u16 = 1000;
-const OF_B: u16 = 2000;
+pub(crate) const OF_A: u16 = 1000;
+pub(crate) const OF_B: u16 = 2000;
 const LEARNED: u16 = 3000;
 
 /// What must be seen.
 #[derive(Debug, PartialEq)]
-struct Expected {
-    action: i32,
+pub(crate) struct Expected {
+    pub(crate) action: i32,
     /// The counters in their order, and those that compare the sides.
-    counted: Vec<&'static str>,
-    compared: Vec<&'static str>,
+    pub(crate) counted: Vec<&'static str>,
+    pub(crate) compared: Vec<&'static str>,
     mark: u32,
     frame: Vec<u8>,
 }
@@ -95,7 +96,7 @@ impl Tally {
     }
 }
 
-fn expect(word: Word, frame: &[u8], v6: bool, known: &mut Known) -> Expected {
+pub(crate) fn expect(word: Word, frame: &[u8], v6: bool, known: &mut Known) -> Expected {
     match choose(word, frame, v6, known) {
         Err(verdict) => Expected::turned_away(verdict, 0, frame),
         Ok(chosen) => Expected::plain(to(&chosen), REDIRECT, 0, frame).with(chosen.counted, chosen.compared),
@@ -111,7 +112,7 @@ const fn is_too_short(frame: &[u8], v6: bool) -> bool {
 fn the_programs_do_what_the_model_says() {
     let mut bench = Bench::new("model").unwrap();
     let (_held, mut known) = connect(&bench).unwrap();
-    let mut runner = TestRunner::deterministic();
+    let mut runner = runner().unwrap();
     let strategy = made();
     let mut tally = Tally::default();
     for number in 0..PACKETS {

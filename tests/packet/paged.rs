@@ -1,7 +1,7 @@
 //! Packets whose bytes lie in pages, all but the link header: what is done with them is the same.
 //!
-//! A test run of Linux 6.18 and older makes none (it refuses a `data_end` in the context and every flag for it), but a
-//! wire does: of a frame of a page or more that a packet socket sends, the kernel keeps the link header alone in the
+//! A test run of Linux 6.18 and older makes none (it refuses a `data_end` in the context and every flag for it; where it
+//! does not, such runs are made as well), but a wire does: of a frame of a page or more that a packet socket sends, the kernel keeps the link header alone in the
 //! buffer's own memory (`packet_alloc_skb`). Padding makes any frame as long as that, and is none of the packet.
 
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use patchswitch_common::verdict::Hook;
 use patchswitch_tests::netlab::{CLIENT_LINK, UPLINK};
 use pnet::datalink::{DataLinkReceiver, DataLinkSender};
 use proptest::strategy::{Strategy as _, ValueTree as _};
-use proptest::test_runner::TestRunner;
 
 use crate::bench::{Bench, PORT, Seen, families, key};
 use crate::frame::{self, Ip, Place, icmp, seal, tcp, udp};
 use crate::model::{bytes, made};
+use crate::seed::runner;
 use crate::steer::{ACK, DRAINING, connection, listener};
 use crate::wire::wire;
 
@@ -26,10 +26,10 @@ const PACKETS: usize = 600;
 const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x77];
 /// More than any page that Linux has on these processors.
 const LENGTH: usize = 4400;
-const RST: u8 = 4;
+pub(crate) const RST: u8 = 4;
 
 /// A bench whose links take long frames, and whose client says nothing by itself.
-fn bench(label: &str) -> anyhow::Result<Bench> {
+pub(crate) fn bench(label: &str) -> anyhow::Result<Bench> {
     let bench = Bench::new(label)?;
     let lab = &bench.lab;
     for (ns, link) in [
@@ -47,14 +47,14 @@ fn bench(label: &str) -> anyhow::Result<Bench> {
     Ok(bench)
 }
 
-fn padded(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn padded(frame: &[u8]) -> Vec<u8> {
     let mut frame = frame.to_vec();
     frame.resize(LENGTH, 0);
     frame
 }
 
 /// What is counted of a frame that comes by the wire.
-fn counted(
+pub(crate) fn counted(
     bench: &mut Bench,
     sender: &mut Box<dyn DataLinkSender>,
     frame: &[u8],
@@ -104,8 +104,9 @@ fn what_lies_in_pages_goes_where_the_same_in_one_piece_goes() {
     }
     let (mut sender, _) = wire(&bench.lab.client, CLIENT_LINK).unwrap();
     let mut partitions = [&bench.lab.a, &bench.lab.b].map(|ns| wire(ns, "eth0").unwrap().1);
-    let (mut runner, strategy) = (TestRunner::deterministic(), made());
+    let (mut runner, strategy) = (runner().unwrap(), made());
     let mut seen = std::collections::BTreeMap::<&str, u32>::new();
+    let (mut runs, mut refused) = (0, 0);
     for number in 0..PACKETS {
         let mut made = strategy.new_tree(&mut runner).unwrap().current();
         // Whole, as it would be shorter than it says otherwise; a reset could be one.
@@ -113,6 +114,18 @@ fn what_lies_in_pages_goes_where_the_same_in_one_piece_goes() {
         made.damage.clear();
         let frame = bytes(&made, families()[usize::from(made.v6)], bench.uplink.mac);
         let linear: Seen = bench.run(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+        match bench.run_in_pages(bench.uplink, &frame).unwrap() {
+            Some(seen) => {
+                let is = (seen.action, &seen.frame, &seen.counted, &seen.compared);
+                assert_eq!(
+                    is,
+                    (linear.action, &frame, &linear.counted, &linear.compared),
+                    "{number}: {made:?}"
+                );
+                runs += 1;
+            }
+            None => refused += 1,
+        }
         let paged = padded(&frame);
         let mut expected = [linear.counted, linear.compared].concat();
         expected.sort_unstable();
@@ -131,6 +144,11 @@ fn what_lies_in_pages_goes_where_the_same_in_one_piece_goes() {
         assert!(seen.get(verdict).is_some_and(|n| *n >= 3), "{verdict}: {seen:?}");
     }
     println!("in pages: {seen:?}");
+    // A kernel knows such runs or does not, whatever the packet is.
+    assert!(runs == 0 || refused == 0, "{runs} test runs in pages, and {refused} were refused");
+    if runs == 0 {
+        println!("not tested by this kernel: test runs of packets in pages");
+    }
 }
 
 #[test]

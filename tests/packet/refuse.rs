@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socket_with};
 
 use crate::bench::{Bench, DROP, Family, NEXT, PORT, REDIRECT, Seen, families};
 use crate::frame::{ETHERNET, ICMP, ICMPV6, IGMP, Ip, Place, SENDER, ethernet, icmp, tcp, udp};
-use crate::steer::{ACK, DRAINING, SYN, connection, listener};
+use crate::steer::{ACK, DRAINING, RST, SYN, connection, listener};
 
 const STEADY: Word = Word::steady(Slot::A, 1);
 
@@ -372,6 +372,33 @@ fn who_retires_opens_no_connection_that_the_other_one_has() {
         check(&bench.partition(Slot::B, &opening(1000)).unwrap(), REDIRECT, &["out"], "who serves may");
         bench.word(STEADY).unwrap();
         check(&bench.partition(Slot::A, &opening(1000)).unwrap(), REDIRECT, &["out"], "in peace");
+    }
+    bench.finish().unwrap();
+}
+
+/// The kernel of the serving side does not know which pairs of ends the other one has. What it opens with one of them comes
+/// to nothing: the connection that is there is not touched, and gets the answer as any segment of its own.
+#[test]
+fn what_who_serves_opens_with_ends_in_use_harms_nobody_but_itself() {
+    let mut bench = Bench::new("ends").unwrap();
+    let kept = &["to_a", "kept_by_retiring"][..];
+    for family in families() {
+        let listening = listener(&bench.lab.a, family).unwrap();
+        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
+        let opening = |port| tcp((family.service, PORT), (family.client, port), SYN, b"");
+        let answer = |port| tcp((family.client, port), (family.service, PORT), SYN | ACK, b"");
+        bench.word(DRAINING).unwrap();
+        for (port, counted, what) in [(1000, kept, "ends in use"), (1001, &["to_b"], "others")] {
+            check(&bench.partition(Slot::B, &opening(port)).unwrap(), REDIRECT, &["out"], what);
+            check(&bench.client(&answer(port)).unwrap(), REDIRECT, counted, what);
+        }
+        for flags in [ACK, SYN, RST] {
+            let segment = tcp((family.client, 1000), (family.service, PORT), flags, b"");
+            check(&bench.client(&segment).unwrap(), REDIRECT, kept, "the connection that is there");
+        }
+        // When it is over, nothing is in the way.
+        bench.word(Word::steady(Slot::B, 2)).unwrap();
+        check(&bench.client(&answer(1000)).unwrap(), REDIRECT, &["to_b"], "after the drain");
     }
     bench.finish().unwrap();
 }

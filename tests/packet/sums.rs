@@ -41,7 +41,7 @@ struct Attributes {
 }
 
 /// Runs a program on a packet of a link whose sum the card has computed. The kernel checks that sum afterwards.
-fn run(program: i32, link: u32, frame: &[u8], out: &mut [u8]) -> io::Result<u32> {
+fn run(program: i32, link: u32, frame: &[u8], out: &mut [u8]) -> io::Result<(i32, u32)> {
     let mut context = [0_u8; 192];
     context[40..44].copy_from_slice(&link.to_ne_bytes());
     let mut attributes = Attributes {
@@ -59,7 +59,10 @@ fn run(program: i32, link: u32, frame: &[u8], out: &mut [u8]) -> io::Result<u32>
     let length = size_of::<Attributes>();
     // SAFETY: every address is that of a buffer with the length beside it, which outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attributes, length) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attributes.length_out) }
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((attributes.action.cast_signed(), attributes.length_out))
 }
 
 /// What comes out of the program for a packet of the first partition. Nothing if this kernel cannot test it.
@@ -72,7 +75,7 @@ fn rewritten(bench: &mut Bench, packet: &Ip) -> anyhow::Result<Option<Vec<u8>>> 
     let mut out = vec![0; 512];
     let ran = host.enter(|| Ok(run(program, link.index, &packet.frame(link.mac), &mut out)))?;
     match ran.map_err(|error| (error.raw_os_error(), error)) {
-        Ok(length) => out.truncate(length as usize),
+        Ok((_, length)) => out.truncate(length as usize),
         // Where the kernel can test it, it has to; an older one that takes the flag is held to the result as well.
         Err((Some(libc::EINVAL | libc::EBADMSG), _)) if !is_tested => return Ok(None),
         Err((_, error)) => return Err(error.into()),
@@ -175,5 +178,66 @@ fn the_cards_sum_of_fragments_stays_right() {
             }
         }
         bench.forget().unwrap();
+    }
+}
+
+/// What clients send, whose flows are with the retiring side or not, and to both.
+fn questions(family: Family) -> Vec<(&'static str, Ip)> {
+    let v4 = family.client.is_ipv4();
+    let (client, stranger, service) =
+        ((family.client, 1000), (family.stranger, 1000), (family.service, PORT));
+    let (ping, error) = if v4 { (8, 3) } else { (128, 1) };
+    let answered = udp(service, client, b"answer").bytes();
+    let long = udp(client, service, &[7; 90]);
+    let [first, later] = halves(&long, 0x77);
+    let options =
+        |ip: Ip| if v4 { Ip { options: vec![1; 8], ..ip } } else { Ip { extensions: vec![0, 60], ..ip } };
+    vec![
+        ("a segment", tcp(stranger, service, ACK, b"question")),
+        ("a datagram", udp(client, service, b"question")),
+        ("a datagram of a stranger", udp(stranger, service, b"question")),
+        ("a datagram behind options", options(udp(client, service, b"question"))),
+        ("an echo", icmp(family.client, family.service, ping, [0, 7, 0, 1], b"ping")),
+        ("an error", icmp(family.stranger, family.service, error, [0; 4], &answered)),
+        ("a first fragment", first),
+        ("a later fragment", later),
+        (
+            "a fragment before its first one",
+            Ip { place: Some(Place { offset: 6, more: false, id: 0x78 }), ..long },
+        ),
+        ("an association", sctp(client, service, b"chunk of data")),
+    ]
+}
+
+/// A client's packet is nobody's to change, and so its sum stays right, by whichever way it is decided.
+#[test]
+fn what_clients_send_keeps_the_cards_sum() {
+    let mut bench = Bench::new("sumsin").unwrap();
+    bench.word(DRAINING).unwrap();
+    // The flag of the test run came with 6.15.
+    let is_tested = KernelVersion::current().unwrap() >= KernelVersion::new(6, 15, 0);
+    for family in families() {
+        bench.remember(key((family.client, 1000), PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
+        for (what, packet) in questions(family) {
+            let frame = packet.frame(bench.uplink.mac);
+            for short_way in [true, false] {
+                bench.short_way(short_way).unwrap();
+                let plain = bench.run_filter(Hook::Uplink, bench.uplink, 0, &frame).unwrap();
+                let (link, host) = (bench.uplink, bench.lab.host.clone());
+                let program = bench.program(Hook::Uplink).unwrap().fd().unwrap().as_fd().as_raw_fd();
+                let mut out = vec![0; 512];
+                let ran = host.enter(|| Ok(run(program, link.index, &frame, &mut out))).unwrap();
+                match ran {
+                    Ok((action, length)) => {
+                        out.truncate(length as usize);
+                        assert_eq!((action, &out), (plain.action, &frame), "{what}");
+                    }
+                    Err(error) if !is_tested && error.raw_os_error() == Some(libc::EINVAL) => {
+                        println!("not tested by this kernel: {what}");
+                    }
+                    Err(error) => panic!("{what}: {error}"),
+                }
+            }
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::frame::udp;
 use crate::steer::DRAINING;
 
 /// A frame with a tag: priority and number of the VLAN.
-fn tagged(frame: &[u8], priority: u16, number: u16) -> Vec<u8> {
+pub(crate) fn tagged(frame: &[u8], priority: u16, number: u16) -> Vec<u8> {
     let tag = (priority << 13 | number).to_be_bytes();
     [&frame[..12], &[0x81, 0x00], &tag, &frame[12..]].concat()
 }

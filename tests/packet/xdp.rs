@@ -11,9 +11,9 @@ use crate::frame::{self, Ip, Place, icmp, tcp, udp};
 use crate::steer::{DRAINING, SYN};
 
 /// `XDP_DROP`, `XDP_PASS` and `XDP_REDIRECT`.
-const XDP_DROP: i32 = 1;
-const XDP_PASS: i32 = 2;
-const XDP_REDIRECT: i32 = 4;
+pub(crate) const XDP_DROP: i32 = 1;
+pub(crate) const XDP_PASS: i32 = 2;
+pub(crate) const XDP_REDIRECT: i32 = 4;
 
 /// Longer frames do not fit into a page.
 pub(crate) const LONGEST: usize = 3400;

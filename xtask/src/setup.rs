@@ -30,12 +30,13 @@ type Package = (&'static str, &'static str);
 /// SQLite and the bundled C parts are compiled here; static binaries want libc's archive.
 const BUILD: [Package; 2] = [("gcc", "gcc"), ("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a")];
 /// Tests look at the kernel with these, not with patchswitch.
-const TEST: [Package; 9] = [
+const TEST: [Package; 10] = [
     ("iproute2", "ip"),
     ("iputils-ping", "ping"),
     ("ethtool", "ethtool"),
     ("tcpdump", "tcpdump"),
     ("nftables", "nft"),
+    ("iptables", "iptables-nft"),
     ("procps", "ps"),
     ("bpftool", "bpftool"),
     // The examples are run as they are written.

@@ -23,6 +23,7 @@ mod group;
 mod limits;
 mod lock;
 mod parity;
+mod ports;
 mod preflight;
 mod presence;
 mod probe;
@@ -184,6 +185,7 @@ impl Attachment {
             Ok(plane) => {
                 let attachment = Self { record, plane, host, others, _lock: lock };
                 attachment.announce().await;
+                ports::tell_of_overlap(&attachment.record);
                 Ok(attachment)
             }
             Err(cause) => {
@@ -394,7 +396,9 @@ impl Attachment {
         let leaving = self.leaving(from)?;
         self.look_at_retiring(from, leaving.as_ref(), options)?;
         if let Some(leaving) = &leaving {
-            parity::prepare(leaving, &self.netns(to)?);
+            let links = [from, to].map(|slot| self.slot(slot).map(|slot| slot.inner_link.as_str()));
+            let [from_link, to_link] = links;
+            parity::prepare((leaving, from_link?), (&self.netns(to)?, to_link?));
         }
         wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await
     }

@@ -13,8 +13,9 @@ use super::AttachError;
 
 const FAST_OPEN_KEY: &str = "ipv4/tcp_fastopen_key";
 
-/// What a client sees of a partition's kernel settings (`Documentation/networking/ip-sysctl.rst`).
-const SEEN: [&str; 9] = [
+/// What a client sees of a partition's kernel settings (`Documentation/networking/ip-sysctl.rst`), of the last two by how
+/// many may begin at once. The hop limit is one of each link: `ip6_dst_hoplimit` asks the one by which a packet leaves.
+const SEEN: [&str; 12] = [
     "ipv4/ip_default_ttl",
     "ipv4/ip_no_pmtu_disc",
     "ipv4/tcp_ecn",
@@ -24,7 +25,18 @@ const SEEN: [&str; 9] = [
     "ipv4/tcp_syncookies",
     "ipv4/tcp_timestamps",
     "ipv4/tcp_window_scaling",
+    "ipv6/conf/LINK/hop_limit",
+    "ipv4/tcp_max_syn_backlog",
+    "core/somaxconn",
 ];
+
+/// A setting's name where a partition's link is this one.
+fn of_link(setting: &str, link: &str) -> String {
+    setting.replace("LINK", link)
+}
+
+/// A partition's namespace, and its link to the clients.
+pub(super) type Side<'a> = (&'a Netns, &'a str);
 
 /// What a partition shows: the key, and the settings in their order. One that a kernel does not have is empty.
 #[derive(Clone, Debug)]
@@ -34,8 +46,8 @@ struct Shown {
 }
 
 impl Shown {
-    fn here() -> Self {
-        let read = |setting| sysctl::read(setting).unwrap_or_default();
+    fn here(link: &str) -> Self {
+        let read = |setting| sysctl::read(&of_link(setting, link)).unwrap_or_default();
         Self { key: read(FAST_OPEN_KEY), settings: SEEN.map(read) }
     }
 
@@ -49,10 +61,10 @@ impl Shown {
 /// is no reason not to switch: clients notice it at worst by one more round trip.
 ///
 /// Each namespace is entered once: this is done right before a switch, and clients want the processor.
-pub(super) fn prepare(from: &Netns, to: &Netns) {
+pub(super) fn prepare((from, from_link): Side<'_>, (to, to_link): Side<'_>) {
     let shown = || -> Result<(Shown, Shown), AttachError> {
-        let serving = from.run(Shown::here)?;
-        let next = to.run(|| adopt(&serving))??;
+        let serving = from.run(|| Shown::here(from_link))?;
+        let next = to.run(|| adopt(&serving, to_link))??;
         Ok((serving, next))
     };
     let (serving, next) = match shown() {
@@ -63,7 +75,7 @@ pub(super) fn prepare(from: &Netns, to: &Netns) {
         }
     };
     for (setting, from, to) in differences(&serving, &next) {
-        let setting = setting.replace('/', ".");
+        let setting = of_link(&setting.replace('/', "."), to_link);
         tracing::warn!(
             "net.{setting} is {from} in the partition that serves and {to} in the one that takes over"
         );
@@ -71,8 +83,8 @@ pub(super) fn prepare(from: &Netns, to: &Netns) {
 }
 
 /// Inside the partition that takes over.
-fn adopt(serving: &Shown) -> Result<Shown, SysctlError> {
-    let shown = Shown::here();
+fn adopt(serving: &Shown, link: &str) -> Result<Shown, SysctlError> {
+    let shown = Shown::here(link);
     if serving.has_key() && serving.key != shown.key {
         sysctl::write(FAST_OPEN_KEY, &serving.key)?;
     }

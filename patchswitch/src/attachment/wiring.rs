@@ -17,9 +17,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use patchswitch_common::Slot;
 use sha2::{Digest, Sha256};
 
-use super::AttachError;
 use super::record::{Inside, Record, SlotRecord};
 use super::settings::Wanted;
+use super::{AttachError, ports};
 use crate::dataplane;
 use crate::host::linux::netlink::{Link, MAIN_TABLE, Netlink, Selector};
 use crate::host::linux::netns::Netns;
@@ -30,9 +30,6 @@ const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 /// Priority of our routing rules: before the main table (32766).
 const RULE_PRIORITY: u32 = 1117;
-/// The halves of the ports that the kernel gives to outgoing connections. Two partitions of ours with one address in
-/// common must never choose the same one.
-const PORTS: [&str; 2] = ["32768 46883", "46884 60999"];
 
 /// A number in the range of one attachment, well away from those that people give by hand.
 fn number(name: &Name) -> u32 {
@@ -121,7 +118,7 @@ async fn inside(record: &Record, slot: Slot, entry: &SlotRecord, netns: &Netns) 
             sysctl::write(&format!("ipv6/conf/{}/accept_dad", entry.inner_link), "0")?;
         }
         if matches!(entry.inside, Inside::Owned { .. }) {
-            sysctl::write("ipv4/ip_local_port_range", PORTS[slot as usize])?;
+            sysctl::write(ports::SETTING, ports::HALVES[slot as usize])?;
         }
         Ok(())
     };

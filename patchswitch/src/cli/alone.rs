@@ -11,7 +11,6 @@ use patchswitch::attachment::{
 };
 use patchswitch::config::{Datagrams, Quic};
 use patchswitch::dataplane::HookKind;
-use patchswitch::doctor::{self, Item};
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
@@ -109,16 +108,7 @@ impl Attach {
         let first = Partition::guest(self.first.clone(), &self.name);
         let second = self.second.clone().map(|netns| Partition::guest(netns, &self.name));
         let attachment = Attachment::create(&spec, &first, second.as_ref()).await?;
-        for chain in doctor::rules_about(&self.addresses) {
-            print::progress(&format!(
-                "warning: rules of {chain} name the service, whose packets pass them by"
-            ));
-        }
-        if let Some(Item { found, cost, advice, .. }) = doctor::firewall() {
-            print::progress(&format!("warning: {found}"));
-            cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
-            advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
-        }
+        beside::warn_of_the_firewall(attachment.record());
         status::show(&attachment, json).await?;
         for _ in 1..self.announce {
             tokio::time::sleep(ANNOUNCE_AGAIN).await;
@@ -178,9 +168,12 @@ impl Switch {
             tokio::time::sleep(time).await;
         }
         if self.steps.is_given() {
+            beside::warn_of_the_firewall(attachment.record());
             return self.steps.run(&mut attachment, json).await;
         }
         let done = attachment.switch(to).await?;
+        // Afterwards: the rules of a host can be many, and who switches may be in a hurry.
+        beside::warn_of_the_firewall(attachment.record());
         print_switch(json, &attachment, to, done)?;
         Ok(ExitCode::Done)
     }

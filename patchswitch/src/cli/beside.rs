@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use patchswitch::attachment::Record;
-use patchswitch::doctor;
+use patchswitch::doctor::{self, Item, Named};
 use serde_json::{Value, json};
 
 use super::print;
@@ -16,6 +16,25 @@ pub(super) async fn programs(record: &Record) -> Value {
             print::progress(&format!("the programs on the links of {} are not known: {error}", record.name));
             Value::Null
         }
+    }
+}
+
+/// Says what the firewall of this host means for an attachment, and what of it is not known.
+pub(super) fn warn_of_the_firewall(record: &Record) {
+    let Named { addresses, links } = doctor::rules_about(&record.addresses, &record.uplinks);
+    for chain in addresses {
+        print::progress(&format!("warning: rules of {chain} name the service, whose packets pass them by"));
+    }
+    for chain in links {
+        let uplinks = record.uplinks.join(" or ");
+        print::progress(&format!(
+            "warning: rules of {chain} drop what comes or goes by {uplinks}; the service's packets pass them by"
+        ));
+    }
+    if let Some(Item { found, cost, advice, .. }) = doctor::firewall() {
+        print::progress(&format!("warning: {found}"));
+        cost.into_iter().for_each(|cost| print::progress(&format!("  that means: {cost}")));
+        advice.into_iter().for_each(|advice| print::progress(&format!("  next: {advice}")));
     }
 }
 

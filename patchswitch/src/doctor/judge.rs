@@ -216,43 +216,69 @@ fn init(facts: &Facts) -> Item {
 
 /// What a firewall means for attachments.
 pub(super) fn firewall(rules: &Result<Rules, String>, old_tables: &[String]) -> Item {
-    let item = |found: String| ok("firewall", Need::Nobody, found);
-    let rules = match rules {
-        Ok(rules) => rules,
-        Err(why) => {
-            let cost = "rules that drop invalid packets, or all that is forwarded, would not be seen";
-            return bad(
-                item(format!("unknown: {why}")),
-                State::Unknown,
-                cost,
-                "apt-get install nftables; sudo patchswitch doctor",
-            );
-        }
-    };
-    if !old_tables.is_empty() {
-        let found = format!("tables of iptables-legacy: {}", old_tables.join(", "));
-        let cost = "their rules are not read here; those that drop INVALID cut connections at a detach";
-        return bad(item(found), State::Unknown, cost, "iptables-legacy-save; ip6tables-legacy-save");
+    let mut all: Vec<(State, String, &str, &str)> = Vec::new();
+    let mut add = |state, found, cost, advice| all.push((state, found, cost, advice));
+    match rules {
+        Ok(rules) => known(rules, &mut add),
+        Err(why) => add(
+            State::Unknown,
+            format!("the rules of the firewall are not known: {why}"),
+            "rules that drop invalid packets, all that is forwarded or what is the service's would not be seen",
+            "apt-get install nftables; sudo patchswitch doctor",
+        ),
     }
-    let mut found = Vec::new();
-    let mut cost = Vec::new();
+    if !old_tables.is_empty() {
+        add(
+            State::Unknown,
+            format!("there are tables of iptables-legacy: {}", old_tables.join(", ")),
+            "their rules are not read here; those that drop INVALID cut connections at a detach",
+            "iptables-legacy-save; ip6tables-legacy-save",
+        );
+    }
+    let join = |part: fn(&(State, String, &str, &str)) -> String| -> String {
+        let mut parts: Vec<String> = all.iter().map(part).collect();
+        parts.dedup();
+        parts.join("; ")
+    };
+    if all.is_empty() {
+        return ok("firewall", Need::Nobody, "no rule drops invalid packets or all that is forwarded");
+    }
+    let state =
+        if all.iter().any(|(state, ..)| *state == State::Warn) { State::Warn } else { State::Unknown };
+    let item = ok("firewall", Need::Nobody, join(|(_, found, ..)| found.clone()));
+    bad(item, state, &join(|(_, _, cost, _)| (*cost).to_owned()), &join(|(.., advice)| (*advice).to_owned()))
+}
+
+/// What follows from rules that can be read, and from that some cannot.
+fn known(rules: &Rules, add: &mut impl FnMut(State, String, &'static str, &'static str)) {
+    const INSIDE: &str = "filter inside the partition; before detach: patchswitch drain NAME";
     if !rules.drop_invalid.is_empty() {
-        found.push(format!("invalid packets are dropped in {}", rules.drop_invalid.join(", ")));
-        cost.push(
+        add(
+            State::Warn,
+            format!("invalid packets are dropped in {}", rules.drop_invalid.join(", ")),
             "connections begun while attached are cut by a detach: the firewall has not seen them begin",
+            INSIDE,
         );
     }
     if !rules.forward_drops.is_empty() {
-        found.push(format!("forwarding is dropped by {}", rules.forward_drops.join(", ")));
-        cost.push(
+        add(
+            State::Warn,
+            format!("forwarding is dropped by {}", rules.forward_drops.join(", ")),
             "the fast path passes it by, so its rules do not guard service addresses; what takes the slow path is dropped",
+            INSIDE,
         );
     }
-    if found.is_empty() {
-        return item("no rule drops invalid packets or all that is forwarded".to_owned());
+    if !rules.unread.is_empty() {
+        add(
+            State::Unknown,
+            format!(
+                "what rules of iptables drop in {} is not known: nft does not print it",
+                rules.unread.join(", ")
+            ),
+            "the fast path passes them by; those that drop INVALID cut connections begun while attached at a detach",
+            "iptables-save; ip6tables-save",
+        );
     }
-    let advice = "filter inside the partition; before detach: patchswitch drain NAME";
-    bad(item(found.join("; ")), State::Warn, &cost.join("; "), advice)
 }
 
 fn reverse_path(facts: &Facts) -> Item {

@@ -16,6 +16,7 @@ mod tests;
 pub use facts::{Bpffs, Cgroups, Facts, Mapper, Place, RouterRoute, read};
 pub use firewall::{BadRules, Rules, parse as parse_rules};
 pub use judge::judge;
+pub use naming::Named;
 
 use std::net::IpAddr;
 
@@ -23,10 +24,10 @@ use serde::Serialize;
 
 use crate::exit::ExitCode;
 
-/// What the firewall of this host means for an attachment; nothing if that is nothing.
+/// What the firewall of this host means for an attachment, or that it is not known; nothing if that is nothing.
 pub fn firewall() -> Option<Item> {
     let item = judge::firewall(&facts::rules(), &facts::old_tables());
-    (item.state == State::Warn).then_some(item)
+    (item.state != State::Ok).then_some(item)
 }
 
 /// The chains that drop what connection tracking calls invalid, as far as the rules are known.
@@ -34,10 +35,10 @@ pub fn drops_invalid() -> Vec<String> {
     facts::rules().map(|rules| rules.drop_invalid).unwrap_or_default()
 }
 
-/// The chains with rules that name one of these addresses, as far as the rules are known.
-pub fn rules_about(addresses: &[IpAddr]) -> Vec<String> {
-    let rules = facts::ruleset().ok().and_then(|text| naming::chains(&text, addresses).ok());
-    rules.unwrap_or_default()
+/// The chains with rules about one of these addresses, or that drop by one of these links, as far as the rules are known.
+pub fn rules_about(addresses: &[IpAddr], links: &[String]) -> Named {
+    let named = facts::ruleset().ok().and_then(|text| naming::named(&text, addresses, links).ok());
+    named.unwrap_or_default()
 }
 
 /// How one thing is.

@@ -67,7 +67,7 @@ type Case = (fn(&mut Facts), &'static str, State, bool, bool);
 #[test]
 fn each_lack_is_told_with_what_it_costs_and_what_to_type() {
     use State::{Missing, Unknown, Warn};
-    let cases: [Case; 22] = [
+    let cases: [Case; 23] = [
         (|f| f.kernel = "5.15.0-91-generic".into(), "kernel", Missing, false, false),
         (|f| f.kernel = "odd".into(), "kernel", Unknown, false, false),
         (|f| f.jit = Some("0".into()), "BPF JIT", Warn, true, true),
@@ -86,6 +86,13 @@ fn each_lack_is_told_with_what_it_costs_and_what_to_type() {
         (|f| f.init = Err("nowhere".into()), "patchswitch-init", Missing, true, false),
         (|f| f.rules = Err("nft is not installed".into()), "firewall", Unknown, true, true),
         (|f| f.old_tables = vec!["filter".into()], "firewall", Unknown, true, true),
+        (
+            |f| f.rules = Ok(Rules { unread: vec!["ip filter FORWARD".into()], ..Rules::default() }),
+            "firewall",
+            Unknown,
+            true,
+            true,
+        ),
         (|f| f.state.writable = false, "state directory", Missing, true, false),
         (|f| f.run.writable = false, "run directory", Missing, false, false),
         (|f| f.config = Err("patchswitch.toml:1:1: bad".into()), "configuration", Missing, true, false),
@@ -124,13 +131,21 @@ fn a_firewall_is_told_with_its_chains_and_both_of_its_costs() {
         facts.rules = Ok(Rules {
             forward_drops: vec!["inet filter forward".into()],
             drop_invalid: vec!["inet filter input".into()],
+            unread: vec!["ip filter FORWARD".into()],
         });
+        facts.old_tables = vec!["mangle".into()];
     });
     assert_eq!((item.name, item.state, switch, whole_job), ("firewall", State::Warn, true, true));
     assert!(
-        item.found.contains("inet filter forward") && item.found.contains("inet filter input"),
+        ["inet filter forward", "inet filter input", "ip filter FORWARD", "mangle"]
+            .iter()
+            .all(|name| item.found.contains(name)),
         "{item:?}"
     );
+    let advice = item.advice.unwrap();
+    for part in ["drain NAME", "iptables-save", "iptables-legacy-save"] {
+        assert_eq!(advice.matches(part).count(), 1, "{part} in {advice}");
+    }
     let cost = item.cost.unwrap();
     assert!(cost.contains("detach") && cost.contains("fast path"), "{cost}");
 }

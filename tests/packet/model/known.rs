@@ -19,7 +19,7 @@ use crate::frame::{self, ETHERNET};
 use crate::steer::{connection, listener};
 
 /// What the kernel knows, as a table.
-pub(super) struct Known {
+pub(crate) struct Known {
     v4: bool,
     /// The addresses of the family: client and service.
     client: Address,
@@ -153,7 +153,7 @@ pub(super) const fn to(chosen: &Chosen) -> Verdict {
 }
 
 /// Gives both partitions a listener and a connection in each family; holds them.
-pub(super) fn connect(bench: &Bench) -> anyhow::Result<(Vec<impl Sized + use<>>, [Known; 2])> {
+pub(crate) fn connect(bench: &Bench) -> anyhow::Result<(Vec<impl Sized + use<>>, [Known; 2])> {
     let mut held = Vec::new();
     for family in families() {
         for (ns, port) in [(&bench.lab.a, OF_A), (&bench.lab.b, OF_B)] {
@@ -165,7 +165,7 @@ pub(super) fn connect(bench: &Bench) -> anyhow::Result<(Vec<impl Sized + use<>>,
 }
 
 /// Makes the flows of slot A known, or fresh.
-pub(super) fn learn(bench: &mut Bench) -> anyhow::Result<()> {
+pub(crate) fn learn(bench: &mut Bench) -> anyhow::Result<()> {
     for family in families() {
         for (port, protocol) in [(PORT, frame::UDP), (0, echo(family.client.is_ipv4()))] {
             bench.remember(key((family.client, LEARNED), port, protocol), family.service, Slot::A, 0)?;

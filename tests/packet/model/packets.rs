@@ -14,12 +14,12 @@ pub(crate) struct Made {
     pub(crate) v6: bool,
     /// Which source: the client mostly, a stranger, one of the link, none.
     pub(super) source: u8,
-    pub(super) protocol: u8,
+    pub(crate) protocol: u8,
     pub(super) ports: (u16, u16),
     pub(crate) flags: u8,
-    pub(super) place: Option<Place>,
-    pub(super) options: Vec<u8>,
-    pub(super) extensions: Vec<u8>,
+    pub(crate) place: Option<Place>,
+    pub(crate) options: Vec<u8>,
+    pub(crate) extensions: Vec<u8>,
     /// Wrapped into an error of this type, as sent by the service.
     pub(super) error: Option<u8>,
     pub(super) payload: Vec<u8>,

@@ -9,11 +9,11 @@ use patchswitch_common::verdict::Hook;
 use patchswitch_tests::sums::with_source;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
-use proptest::test_runner::TestRunner;
 
 use super::known::{echo, network};
 use crate::bench::{Bench, Family, families, key};
 use crate::frame::{self, Ip, Place, icmp, seal};
+use crate::seed::runner;
 use crate::steer::DRAINING;
 
 /// How many replies that are rewritten.
@@ -162,7 +162,7 @@ fn a_rewrite_changes_the_source_and_its_sums_and_nothing_else() {
     let mut bench = Bench::new("inverse").unwrap();
     bench.word(DRAINING.with_notice(true)).unwrap();
     let mac = bench.links[0].mac;
-    let mut runner = TestRunner::deterministic();
+    let mut runner = runner().unwrap();
     let (strategy, mut kinds) = (replies(), [[0_u32; 9]; 2]);
     for number in 0..REPLIES {
         let reply = strategy.new_tree(&mut runner).unwrap().current();

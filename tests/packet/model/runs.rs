@@ -7,7 +7,6 @@ use patchswitch_common::Slot;
 use patchswitch_common::verdict::{AGAIN_MARK, Hook};
 use patchswitch_common::word::Word;
 use proptest::strategy::{Strategy as _, ValueTree as _};
-use proptest::test_runner::TestRunner;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use super::known::{self, echo};
@@ -16,6 +15,7 @@ use super::sent::{ENDS, HOST, Link, OWN, PROBES, STATELESS, Sent, sent};
 use super::{Expected, LEARNED, Tally, inward, is_too_short};
 use crate::bench::{Bench, Family, PORT, families, key, service};
 use crate::frame;
+use crate::seed::runner;
 
 /// How many packets of each program; always the same ones.
 const MANY: usize = 20_000;
@@ -152,7 +152,7 @@ fn what_partitions_send_goes_as_the_model_says() {
         })
         .unwrap();
     let (mut model, mut tally) = (Partitions::new(), Tally::default());
-    let (strategy, mut runner) = (sent(), TestRunner::deterministic());
+    let (strategy, mut runner) = (sent(), runner().unwrap());
     for number in 0..MANY {
         let active = active(number);
         if number % BLOCK == 0 {
@@ -210,7 +210,7 @@ fn what_the_host_sends_goes_as_the_model_says() {
     let mut bench = Bench::new("inmodel").unwrap();
     let (_held, mut known) = known::connect(&bench).unwrap();
     let mut tally = Tally::default();
-    let (strategy, mut runner) = (sent(), TestRunner::deterministic());
+    let (strategy, mut runner) = (sent(), runner().unwrap());
     for number in 0..MANY {
         if number % BLOCK == 0 {
             known::learn(&mut bench).unwrap();

@@ -11,6 +11,8 @@ mod beside;
 #[cfg(test)]
 mod buffers;
 #[cfg(test)]
+mod bulk;
+#[cfg(test)]
 mod canary;
 #[cfg(test)]
 mod claims;
@@ -24,6 +26,8 @@ mod examples;
 mod flows;
 #[cfg(test)]
 mod foreign;
+#[cfg(test)]
+mod frames;
 #[cfg(test)]
 mod gone;
 #[cfg(test)]
@@ -59,10 +63,16 @@ mod rig;
 #[cfg(test)]
 mod shared;
 #[cfg(test)]
+mod silent;
+#[cfg(test)]
 mod syns;
+#[cfg(test)]
+mod tap;
 #[cfg(test)]
 mod udp;
 #[cfg(test)]
 mod uplinks;
+#[cfg(test)]
+mod verified;
 #[cfg(test)]
 mod xdp;

@@ -125,7 +125,7 @@ fn what_a_program_sends_of_its_own_pages_stays_as_it_is() {
 }
 
 /// The datagrams of the service that come to a link, each with whether its sum is right, until there are so many.
-fn datagrams(
+pub(crate) fn datagrams(
     ns: &Ns,
     link: &str,
     wanted: usize,

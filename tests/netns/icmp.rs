@@ -1,6 +1,6 @@
 //! Ping, and errors of routers on the way: they follow the flow they belong to.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
 use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, Ns, SERVICE, UPLINK};
@@ -42,6 +42,41 @@ fn a_ping_under_way_stays_and_a_new_one_moves() {
         rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", address]).unwrap();
     }
     assert_eq!((echoes(&rig.lab.a), echoes(&rig.lab.b)), (after.0, after.1 + 2));
+    rig.finish_owned().unwrap();
+}
+
+/// Answers to echo requests that a partition got, of each family.
+fn answers(ns: &Ns) -> [i64; 2] {
+    let counters = Counters::of(ns).unwrap();
+    ["Icmp.InEchoReps", "Icmp6.InEchoReplies"].map(|name| counters.get(name).unwrap())
+}
+
+#[test]
+fn a_ping_of_a_partition_goes_on_while_it_retires() {
+    let rig = Rig::new("ownping").unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    rig.with(async |attachment| Ok(attachment.learn()?)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let output = |family: usize| directory.path().join(family.to_string());
+    let pings = [0, 1].map(|family| {
+        let argv = ["ping", "-n", "-q", "-i", "0.02", "-c", "300", "-I", SERVICE[family], CLIENT[family]];
+        rig.lab.a.spawn(&argv, Some(&output(family))).unwrap()
+    });
+    let end = Instant::now() + Duration::from_secs(5);
+    while answers(&rig.lab.a).contains(&0) {
+        assert!(Instant::now() < end, "nobody answers");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    rig.with(async |attachment| Ok(attachment.switch(Slot::B).await?)).unwrap();
+    let at_switch = answers(&rig.lab.a);
+    for (family, ping) in pings.into_iter().enumerate() {
+        assert!(ping.wait(Duration::from_secs(30)).unwrap().success());
+        let text = std::fs::read_to_string(output(family)).unwrap();
+        assert!(text.contains("300 packets transmitted, 300 received, 0% packet loss"), "{text}");
+    }
+    let after = answers(&rig.lab.a);
+    assert!((0..2).all(|family| after[family] > at_switch[family]), "all was over before the switch");
+    assert_eq!((after, answers(&rig.lab.b)), ([300; 2], [0; 2]));
     rig.finish_owned().unwrap();
 }
 

@@ -11,6 +11,8 @@ mod beside;
 #[cfg(test)]
 mod buffers;
 #[cfg(test)]
+mod bulk;
+#[cfg(test)]
 mod canary;
 #[cfg(test)]
 mod claims;
@@ -26,6 +28,8 @@ mod flood;
 mod flows;
 #[cfg(test)]
 mod foreign;
+#[cfg(test)]
+mod frames;
 #[cfg(test)]
 mod gone;
 #[cfg(test)]
@@ -61,10 +65,16 @@ mod rig;
 #[cfg(test)]
 mod shared;
 #[cfg(test)]
+mod silent;
+#[cfg(test)]
 mod syns;
+#[cfg(test)]
+mod tap;
 #[cfg(test)]
 mod udp;
 #[cfg(test)]
 mod uplinks;
+#[cfg(test)]
+mod verified;
 #[cfg(test)]
 mod xdp;

@@ -98,7 +98,7 @@ fn leave(rig: &Rig, [partition, uplink]: [&str; 2]) -> anyhow::Result<()> {
 }
 
 /// The host's end of the first partition's link.
-fn link(rig: &Rig) -> anyhow::Result<String> {
+pub(crate) fn link(rig: &Rig) -> anyhow::Result<String> {
     let status = rig.ok(&["status", "web"])?;
     let link = status["attachments"][0]["partitions"][0]["link"].as_str();
     Ok(link.context("no link")?.to_owned())

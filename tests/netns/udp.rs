@@ -194,7 +194,7 @@ fn flows_that_were_not_learned_go_to_the_new_partition() {
 }
 
 /// Echoes datagrams of any size, with a tag for their first byte.
-fn big_echo(ns: &Ns, port: u16, tag: u8) -> anyhow::Result<()> {
+pub(crate) fn big_echo(ns: &Ns, port: u16, tag: u8) -> anyhow::Result<()> {
     for socket in ns.enter(|| Ok(echo::bind(port)?))? {
         std::thread::spawn(move || {
             let mut bytes = vec![0; 65_536];
@@ -243,7 +243,7 @@ fn fragments_follow_the_first_one_both_ways() {
 }
 
 /// Sends frames on the client's link, addressed to the host.
-fn send_frames(rig: &Rig, packets: &[Ip]) -> anyhow::Result<()> {
+pub(crate) fn send_frames(rig: &Rig, packets: &[Ip]) -> anyhow::Result<()> {
     let shown = rig.lab.host.ip(&format!("-j link show dev {UPLINK}"))?;
     let shown: serde_json::Value = serde_json::from_str(&shown)?;
     let mac: MacAddr = shown[0]["address"].as_str().unwrap_or_default().parse()?;

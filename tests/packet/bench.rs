@@ -109,8 +109,24 @@ pub(crate) fn families() -> [Family; 2] {
 impl Bench {
     /// Two partitions with the service's addresses, and the programs loaded with nobody serving but slot A.
     pub(crate) fn new(label: &str) -> anyhow::Result<Self> {
+        Self::with_room(label, LEARNED)
+    }
+
+    /// The same with room for so many learned flows.
+    pub(crate) fn with_room(label: &str, flows: u32) -> anyhow::Result<Self> {
+        let mut bench = Self::bare(label, flows)?;
+        let nsids = [nsid(&bench.lab, &bench.lab.a, 4711)?, nsid(&bench.lab, &bench.lab.b, 4712)?];
+        bench.furnish(nsids)?;
+        Ok(bench)
+    }
+
+    /// The same with nothing in any map.
+    pub(crate) fn unfurnished(label: &str) -> anyhow::Result<Self> {
+        Self::bare(label, LEARNED)
+    }
+
+    fn bare(label: &str, flows: u32) -> anyhow::Result<Self> {
         let lab = SwitchLab::new(label)?;
-        let nsids = [nsid(&lab, &lab.a, 4711)?, nsid(&lab, &lab.b, 4712)?];
         for (ns, link, own) in [(&lab.a, "lca", OWN_A), (&lab.b, "lcb", OWN_B)] {
             lab.lab.veth((ns, "eth0"), (&lab.host, link))?;
             // Both ends of a connection may be in one partition here: the client's address is there as well.
@@ -125,9 +141,7 @@ impl Bench {
         }
         let links = [link(&lab.host, "lca")?, link(&lab.host, "lcb")?];
         let uplink = link(&lab.host, UPLINK)?;
-        let mut bench = Self { uplink, links, ebpf: load()?, lab, runs: BTreeMap::new() };
-        bench.furnish(nsids)?;
-        Ok(bench)
+        Ok(Self { uplink, links, ebpf: load(flows)?, lab, runs: BTreeMap::new() })
     }
 
     fn furnish(&mut self, nsids: [i32; 2]) -> anyhow::Result<()> {
@@ -416,6 +430,32 @@ impl Bench {
         Ok(())
     }
 
+    /// Sends many packets through a program, each once, as if they had come on a link. How many had each action.
+    pub(crate) fn burst(
+        &mut self,
+        hook: Hook,
+        on: Link,
+        frames: impl Iterator<Item = Vec<u8>> + Send,
+    ) -> anyhow::Result<BTreeMap<i32, u64>> {
+        let mut context = [0; CONTEXT];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&on.index.to_ne_bytes());
+        let host = self.lab.host.clone();
+        let program: &SchedClassifier = self.program(hook)?;
+        let actions = host.enter(|| {
+            let mut actions = BTreeMap::<i32, u64>::new();
+            for frame in frames {
+                let mut options = TestRunOptions::new();
+                options.data_in = Some(&frame);
+                options.ctx_in = Some(&context);
+                let action = program.test_run(options)?.return_value.cast_signed();
+                *actions.entry(action).or_default() += 1;
+            }
+            Ok(actions)
+        })?;
+        *self.runs.entry(hook.name()).or_default() += actions.values().sum::<u64>();
+        Ok(actions)
+    }
+
     /// A packet of a client. It must come out as it went in.
     pub(crate) fn client(&mut self, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
         let frame = packet.frame(self.uplink.mac);
@@ -543,14 +583,14 @@ fn nsid(lab: &SwitchLab, ns: &Ns, wanted: i32) -> anyhow::Result<i32> {
     })
 }
 
-fn load() -> anyhow::Result<Ebpf> {
+fn load(flows: u32) -> anyhow::Result<Ebpf> {
     let version = KernelVersion::current()?;
     let has = |major, minor| u32::from(version >= KernelVersion::new(major, minor, 0));
     let (skip_neigh, csum_ipv6) = (has(6, 3), has(6, 16));
     let mut ebpf = EbpfLoader::new()
         .override_global("HAS_SKIP_NEIGH", &skip_neigh, true)
         .override_global("HAS_CSUM_IPV6", &csum_ipv6, true)
-        .map_max_entries("LEARNED", LEARNED)
+        .map_max_entries("LEARNED", flows)
         .load(&dataplane::object()?)?;
     for hook in HOOKS {
         match ebpf.program_mut(program(hook)).context("no such program")? {

@@ -2,10 +2,14 @@
 
 mod bench;
 #[cfg(test)]
+mod burst;
+#[cfg(test)]
 mod closing;
 mod cost;
 #[cfg(test)]
 mod datagrams;
+#[cfg(test)]
+mod empty;
 #[cfg(test)]
 mod fragments;
 mod host;
@@ -25,9 +29,13 @@ mod reply;
 mod seed;
 #[cfg(test)]
 mod sharing;
+#[cfg(test)]
+mod silent;
 mod steer;
 mod sums;
 mod truncated;
+#[cfg(test)]
+mod unchanged;
 mod wire;
 mod xdp;
 

@@ -30,6 +30,13 @@ pub struct SlotEntry {
     pub own4: Address,
     /// The partition's own IPv6 address, or zeroes.
     pub own6: Address,
+    /// Index of a link in whose queue packets for this partition wait, because it is not ready yet; 0: they do not. Unlike
+    /// the rest it may change while the word points at the entry: it is read once per packet.
+    pub hold: u32,
+    /// Padding, 0.
+    pub pad: u32,
+    /// From then on nothing waits, whatever `hold` says: nanoseconds of the boot clock.
+    pub hold_until_ns: u64,
 }
 
 /// Value of the table of uplinks: what XDP has to know of one.
@@ -211,7 +218,7 @@ pub struct FragmentRecord {
 }
 
 const _: () = {
-    assert!(size_of::<SlotEntry>() == 40);
+    assert!(size_of::<SlotEntry>() == 56);
     assert!(size_of::<UplinkEntry>() == 8);
     assert!(size_of::<Settings>() == 56);
     assert!(size_of::<Quick>() == 96);

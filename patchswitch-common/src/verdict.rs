@@ -76,6 +76,9 @@ pub enum Verdict {
     /// From a partition to an address by which the host itself is governed (its loopback, the metadata of a cloud):
     /// dropped.
     HostControl = 22,
+    /// To the service, for a partition that is not ready yet: into the queue in which its packets wait. Where XDP sees it,
+    /// the program behind does that.
+    Held = 23,
 }
 
 /// The mark of a packet on its way from one of our hooks to another one, which takes it off again. A partition cannot set
@@ -83,7 +86,7 @@ pub enum Verdict {
 pub const AGAIN_MARK: u32 = 0x7073_6167;
 
 /// All verdicts, in the order of their counters.
-pub const VERDICTS: [Verdict; 23] = [
+pub const VERDICTS: [Verdict; 24] = [
     Verdict::NotOurs,
     Verdict::Malformed,
     Verdict::ForHost,
@@ -107,6 +110,7 @@ pub const VERDICTS: [Verdict; 23] = [
     Verdict::Lateral,
     Verdict::TupleInUse,
     Verdict::HostControl,
+    Verdict::Held,
 ];
 
 impl Verdict {
@@ -136,6 +140,7 @@ impl Verdict {
             Self::Lateral => "lateral",
             Self::TupleInUse => "tuple_in_use",
             Self::HostControl => "host_control",
+            Self::Held => "held",
         }
     }
 

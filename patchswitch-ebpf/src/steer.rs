@@ -1,11 +1,13 @@
 //! Which partition gets a packet that is addressed to the service, and how it gets there.
 
+use core::hint::cold_path;
+
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::programs::TcContext;
 use patchswitch_common::Slot;
 use patchswitch_common::decide::{ACK, Owner, SYN, by_share, owner};
-use patchswitch_common::maps::{FragmentKey, FragmentRecord};
+use patchswitch_common::maps::{FragmentKey, FragmentRecord, SlotEntry};
 use patchswitch_common::parse::{Fragment, Kind, LINK_HEADER, Network, Octets as _, Packet, Transport};
 use patchswitch_common::quic::is_stateless;
 use patchswitch_common::verdict::{AGAIN_MARK, Event, Hook, Verdict};
@@ -34,6 +36,10 @@ pub fn from_uplink(ctx: &TcContext) -> i32 {
         return exit(Hook::Uplink, Verdict::Unsteered, NEXT);
     };
     let copied = owner.both && copy_to(ctx, owner.slot.other());
+    if let Some(queue) = held(entry, frame.ifindex()) {
+        // SAFETY: a helper on plain numbers.
+        return exit(Hook::Uplink, Verdict::Held, unsafe { bpf_redirect(queue, 0) as i32 });
+    }
     // SAFETY: a helper on plain numbers.
     exit(Hook::Uplink, to(owner.slot, copied), unsafe { bpf_redirect_peer(entry.ifindex, 0) as i32 })
 }
@@ -63,6 +69,10 @@ pub fn from_host(ctx: &TcContext) -> i32 {
         return exit(Hook::ToPartition, Verdict::Unsteered, NEXT);
     };
     let copied = owner.both && copy_to(ctx, owner.slot.other());
+    if let Some(queue) = held(entry, frame.ifindex()) {
+        // SAFETY: a helper on plain numbers.
+        return exit(Hook::ToPartition, Verdict::Held, unsafe { bpf_redirect(queue, 0) as i32 });
+    }
     let verdict = to(owner.slot, copied);
     if entry.ifindex == frame.ifindex() {
         exit(Hook::ToPartition, verdict, NEXT)
@@ -74,6 +84,19 @@ pub fn from_host(ctx: &TcContext) -> i32 {
         // SAFETY: a helper on plain numbers.
         exit(Hook::ToPartition, verdict, unsafe { bpf_redirect(entry.ifindex, 0) as i32 })
     }
+}
+
+/// The link in whose queue a packet for a partition waits; nothing if it does not. What comes out of that queue does not go
+/// into it again.
+#[inline(always)]
+pub fn held(entry: &SlotEntry, from: u32) -> Option<u32> {
+    // SAFETY: a reference is valid to read. Once: user space may change it meanwhile.
+    let queue = unsafe { core::ptr::read_volatile(&raw const entry.hold) };
+    if queue == 0 {
+        return None;
+    }
+    cold_path();
+    if queue != from && maps::now() < entry.hold_until_ns { Some(queue) } else { None }
 }
 
 /// Sends a copy through a partition's veth; whether that was possible.

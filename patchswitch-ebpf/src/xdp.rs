@@ -12,7 +12,7 @@ use patchswitch_common::verdict::{Hook, Verdict};
 use crate::maps;
 use crate::packet::{Frame, judge, read_inbound, read_network};
 use crate::report::exit;
-use crate::steer::{choose, find_owner, to};
+use crate::steer::{choose, find_owner, held, to};
 
 const PASS: i32 = xdp_action::XDP_PASS as i32;
 const DROP: i32 = xdp_action::XDP_DROP as i32;
@@ -36,6 +36,10 @@ pub fn from_uplink(ctx: &XdpContext) -> i32 {
     let Some(entry) = maps::slot(owner.slot) else {
         return exit(Hook::Xdp, Verdict::Unsteered, PASS);
     };
+    // SAFETY: a field of the context, which is valid while the program runs.
+    if held(entry, unsafe { (*ctx.ctx).ingress_ifindex }).is_some() {
+        return exit(Hook::Xdp, Verdict::Held, PASS);
+    }
     if !address(ctx, maps::settings().inner_mac) {
         return exit(Hook::Xdp, Verdict::Malformed, PASS);
     }

@@ -99,6 +99,12 @@ pub fn host_link(owner: &Name, slot: u8) -> String {
     format!("ps{:02x}{:02x}{:02x}{:02x}{letter}", digest[0], digest[1], digest[2], digest[3])
 }
 
+/// The TAP device in whose queue packets wait for a partition that is not ready yet: as [`host_link`], with an `h`.
+pub fn hold_link(owner: &Name) -> String {
+    let digest = Sha256::digest(owner.as_str().as_bytes());
+    format!("ps{:02x}{:02x}{:02x}{:02x}h", digest[0], digest[1], digest[2], digest[3])
+}
+
 /// Where the programs, maps and links of one attachment are pinned.
 pub fn pin_dir(owner: &Name) -> PathBuf {
     PathBuf::from(PIN_ROOT).join(owner.as_str())

@@ -32,7 +32,7 @@ fn since(before: &[Trouble], after: &[Trouble]) -> Trouble {
 }
 
 /// Who answered the requests of a class between two marks.
-fn answered(run: &Run, class: Class, from: &str, to: &str) -> anyhow::Result<Vec<String>> {
+pub(crate) fn answered(run: &Run, class: Class, from: &str, to: &str) -> anyhow::Result<Vec<String>> {
     let at = |name: &str| run.mark(name).map(|at| (at - run.started_ns) / 1000);
     let (Some(from), Some(to)) = (at(from), at(to)) else { anyhow::bail!("no such mark") };
     let answers = run.answers.iter().filter(|series| series.class == class).flat_map(|series| series.iter());

@@ -36,6 +36,7 @@ mod gone;
 mod group;
 #[cfg(test)]
 mod hand;
+mod hold;
 #[cfg(test)]
 mod hosts;
 #[cfg(test)]

@@ -158,6 +158,7 @@ impl Bench {
                 nsid: nsids[slot as usize],
                 own4: to_wire(address(own[0])),
                 own6: to_wire(address(own[1])),
+                ..SlotEntry::default()
             };
             self.array("SLOTS")?.set(slot.index(), entry, 0)?;
         }

@@ -124,6 +124,7 @@ pub(super) async fn join(
         nsid,
         own4: own(true).unwrap_or_default(),
         own6: own(false).unwrap_or_default(),
+        ..SlotEntry::default()
     };
     plane.set_slot(slot, &value)?;
     attach(record, plane, Point::FromPartition, entry.link.clone())?;

@@ -30,6 +30,13 @@ pub enum AttachError {
     /// The list of sockets.
     #[error(transparent)]
     Sockets(#[from] SocketsError),
+    /// The queue in which packets wait.
+    #[error("failed to hold packets in the queue of a TAP device (is the kernel's module tun there?)")]
+    Queue {
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// An address could not be announced.
     #[error("failed to send frames on {link}")]
     Announce {

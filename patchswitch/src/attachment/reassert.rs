@@ -9,6 +9,8 @@
 //! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
 //! | notice, learning | – | – | off, as nobody retires |
 //!
+//! Packets that somebody had wait who was killed are delivered to whoever serves.
+//!
 //! An uplink that is gone is told of here as well; one whose MTU is another now gives it to the partitions' links.
 
 use patchswitch_common::Slot;
@@ -35,6 +37,11 @@ impl Attachment {
 
     async fn reassert_own(&mut self) -> Result<Vec<String>, AttachError> {
         let (mut mended, mut errors) = (Vec::new(), Vec::new());
+        match self.end_hold().await {
+            Ok(true) => mended.push("packets that waited go on".to_owned()),
+            Ok(false) => {}
+            Err(error) => errors.push(error),
+        }
         let word = self.plane.word();
         let sharing = (word.phase() == Phase::Sharing).then(|| word.active().other());
         let retiring = (word.phase() == Phase::Draining).then(|| word.active().other());

@@ -19,6 +19,7 @@ pub(super) async fn remove(record: &Record, host: &Netlink, shared: &Lock) -> Re
     for hook in record.hooks.iter().rev() {
         errors.extend(Dataplane::detach(&record.name, hook).err().map(AttachError::Dataplane));
     }
+    errors.extend(host.delete_link(&names::hold_link(&record.name)).await.err().map(AttachError::from));
     errors.extend(wiring::remove_host_side(host, record).await);
     for (slot, entry) in [Slot::A, Slot::B].into_iter().zip(&record.slots) {
         if let Some(entry) = entry {

@@ -19,6 +19,7 @@ use patchswitch_common::word::Phase;
 use serde_json::{Value, json};
 
 use super::canary::Steps;
+use super::hold::{self, Waiting};
 use super::{beside, print, status};
 
 /// An attachment, by name.
@@ -125,7 +126,9 @@ The switch is one 8-byte store. It is reversed by the same command with the role
   patchswitch switch web            # to the other one, whichever serves now
   patchswitch switch web --to old   # to this one; already so: nothing to do, exit 0
 In steps, and back by itself if the new side does worse than the old one:
-  patchswitch switch web --share 1,10,50,100 --every 30s")]
+  patchswitch switch web --share 1,10,50,100 --every 30s
+With new flows waiting while something moves from the old side to the new one:
+  patchswitch switch web --hold 3s --run ./move-database")]
 pub(crate) struct Switch {
     /// Name of the attachment.
     name: Name,
@@ -138,6 +141,8 @@ pub(crate) struct Switch {
     learn: Option<f64>,
     #[command(flatten)]
     steps: Steps,
+    #[command(flatten)]
+    waiting: Waiting,
 }
 
 impl Switch {
@@ -170,6 +175,9 @@ impl Switch {
         if self.steps.is_given() {
             beside::warn_of_the_firewall(attachment.record());
             return self.steps.run(&mut attachment, json).await;
+        }
+        if let Some(waiting) = self.waiting.given() {
+            return hold::run(&mut attachment, to, waiting, json).await;
         }
         let done = attachment.switch(to).await?;
         // Afterwards: the rules of a host can be many, and who switches may be in a hurry.

@@ -5,6 +5,7 @@ mod background;
 mod beside;
 mod canary;
 mod doctor;
+mod hold;
 mod host;
 mod job;
 mod partition;

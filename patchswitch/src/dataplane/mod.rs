@@ -236,6 +236,31 @@ impl Dataplane {
         maps::write_slot(&self.directory, slot, entry)
     }
 
+    /// Has packets for a slot wait in the queue of a link until a moment of the boot clock, in nanoseconds. May be called
+    /// while the word points at the slot.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn hold(&self, slot: Slot, ifindex: u32, until_ns: u64) -> Result<(), DataplaneError> {
+        let entry = maps::read_slot(&self.directory, slot)?;
+        // The end first: no program may see the queue with an older one.
+        maps::write_slot(&self.directory, slot, &SlotEntry { hold: 0, hold_until_ns: until_ns, ..entry })?;
+        maps::write_slot(
+            &self.directory,
+            slot,
+            &SlotEntry { hold: ifindex, hold_until_ns: until_ns, ..entry },
+        )
+    }
+
+    /// Has packets for a slot wait no longer. Those that wait stay where they are.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn release(&self, slot: Slot) -> Result<(), DataplaneError> {
+        let entry = maps::read_slot(&self.directory, slot)?;
+        maps::write_slot(&self.directory, slot, &SlotEntry { hold: 0, ..entry })
+    }
+
     /// Where a partition is.
     ///
     /// # Errors

@@ -285,7 +285,8 @@ impl Child {
     }
 }
 
-fn reap(handle: &OwnedFd, limit: Duration) -> bool {
+/// Waits for the end of a process and reaps it; whether it came in time.
+pub(super) fn reap(handle: &OwnedFd, limit: Duration) -> bool {
     if !readable(handle, limit).unwrap_or(false) {
         return false;
     }

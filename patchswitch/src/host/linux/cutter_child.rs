@@ -160,7 +160,7 @@ pub(super) fn fork_guard(script: &Script, ends: GuardEnds) -> io::Result<Pid> {
 
 /// Forks with all signals blocked, which they stay in the child: a handler of the agent's that ran in the child would
 /// write into the agent's own wake-up pipe.
-fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
+pub(super) fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: `sigset_t` is plain data, `sigfillset` fills it in, `pthread_sigmask` gets pointers to live values.
     // `fork` is sound in a process with threads because the child only runs `child`, which keeps to the rules at the
     // top of this file, and `_exit`, which runs no destructors and no `atexit` handlers of the agent's.
@@ -283,18 +283,23 @@ fn rescue(script: &Script) {
 /// end of a pipe is seen), all its memory in memory (a page that had to be read or written on a suspended device would
 /// wait for this very process). Returns what the kernel said to the last, or 0.
 fn settle(keep: [RawFd; 4], more: impl Iterator<Item = RawFd> + Clone) -> i32 {
+    close_all_but(keep.into_iter().chain(more));
+    // SAFETY: takes no pointers.
+    unsafe { if libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) < 0 { errno() } else { 0 } }
+}
+
+/// Makes the process one of its own session, which Ctrl-C does not reach, with these descriptors alone.
+pub(super) fn close_all_but<I: IntoIterator<Item = RawFd, IntoIter: Clone>>(keep: I) {
+    let keep = keep.into_iter();
     let mut next: RawFd = 0;
     // The lowest that is kept and not yet passed, again and again: sorting would need a place to sort in.
-    while let Some(fd) = keep.into_iter().chain(more.clone()).filter(|fd| *fd >= next).min() {
+    while let Some(fd) = keep.clone().filter(|fd| *fd >= next).min() {
         close_between(next, fd - 1);
         next = fd + 1;
     }
     close_between(next, RawFd::MAX);
-    // SAFETY: both calls take no pointers.
-    unsafe {
-        libc::setsid();
-        if libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) < 0 { errno() } else { 0 }
-    }
+    // SAFETY: takes nothing.
+    unsafe { libc::setsid() };
 }
 
 fn close_between(first: RawFd, last: RawFd) {
@@ -353,7 +358,7 @@ fn write_all(fd: RawFd, bytes: &[u8]) -> bool {
 }
 
 /// Waits for a byte; `None` at the end of the file.
-fn receive(fd: RawFd) -> Option<u8> {
+pub(super) fn receive(fd: RawFd) -> Option<u8> {
     let mut byte = 0u8;
     // SAFETY: the kernel writes at most one byte to a live `u8`.
     let count = unsafe { libc::read(fd, (&raw mut byte).cast::<libc::c_void>(), 1) };
@@ -361,7 +366,7 @@ fn receive(fd: RawFd) -> Option<u8> {
 }
 
 /// Waits until there is something to read or the other end is gone; says whether that came before the time was up.
-fn wait_readable(fd: RawFd, millis: i64) -> bool {
+pub(super) fn wait_readable(fd: RawFd, millis: i64) -> bool {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let limit = libc::timespec { tv_sec: millis / 1000, tv_nsec: (millis % 1000) * 1_000_000 };
     let limit = if millis == FOR_EVER { std::ptr::null() } else { &raw const limit };

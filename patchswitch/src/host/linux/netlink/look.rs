@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::RouteMessageBuilder;
 
@@ -29,6 +30,21 @@ impl Netlink {
             _ => false,
         };
         Ok(message.map(|message| !message.attributes.iter().any(deprecated)))
+    }
+
+    /// How many frames a link did not send because there was no room for them; 0 if it is gone.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn dropped(&self, link: &Link) -> Result<u64, NetlinkError> {
+        let messages = self.handle.link().get().match_index(link.index).execute();
+        let found: Vec<_> = messages.try_collect().await.map_err(failed("read the counters of a link"))?;
+        let dropped =
+            found.iter().flat_map(|message| &message.attributes).find_map(|attribute| match attribute {
+                LinkAttribute::Stats64(stats) => Some(stats.tx_dropped),
+                _ => None,
+            });
+        Ok(dropped.unwrap_or(0))
     }
 
     /// The link to which the main table routes one host address, by [`Netlink::route_host`].

@@ -171,7 +171,7 @@ fn a_rewrite_changes_the_source_and_its_sums_and_nothing_else() {
         bench.remember(key((family.client, client), service, protocol), family.service, Slot::A, 0).unwrap();
         let sent = reply.frames(family.own_a, mac);
         for (mut frame, wanted) in sent.into_iter().zip(reply.frames(family.service, mac)) {
-            let header = network(&frame, reply.v6).unwrap();
+            let header = network(&frame, reply.v6).unwrap_or_else(|| panic!("{number}: {reply:?}"));
             let sum = reply.sent(family.own_a).1.filter(|_| header.fragment != Fragment::Later);
             if reply.wrong == 0 || sum.is_none() {
                 let seen = rewritten(&mut bench, &reply, &frame).unwrap();

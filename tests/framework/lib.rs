@@ -5,5 +5,6 @@ pub mod leftovers;
 pub mod netlab;
 pub mod observe;
 pub mod programs;
+pub mod standstill;
 pub mod traffic;
 pub mod vm;

@@ -55,6 +55,8 @@ mod reassert;
 #[cfg(test)]
 mod reload;
 #[cfg(test)]
+mod repairs;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod shared;

@@ -61,6 +61,8 @@ mod rig;
 #[cfg(test)]
 mod shared;
 #[cfg(test)]
+mod synflood;
+#[cfg(test)]
 mod syns;
 #[cfg(test)]
 mod udp;

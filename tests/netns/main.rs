@@ -45,6 +45,8 @@ mod load;
 #[cfg(test)]
 mod local;
 #[cfg(test)]
+mod neighbours;
+#[cfg(test)]
 mod offload;
 #[cfg(test)]
 mod quarantine;

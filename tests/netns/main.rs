@@ -15,6 +15,8 @@ mod canary;
 #[cfg(test)]
 mod claims;
 #[cfg(test)]
+mod counters;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod errors;

@@ -158,7 +158,7 @@ fn within_a_second(run: &Run) {
 /// Packets to the service's port that a partition does not get.
 fn lose(ns: &Ns, which: &str) -> anyhow::Result<()> {
     let rules = format!(
-        "table inet spoilt {{ chain c {{ type filter hook input priority 0; tcp dport {PORT} {which} drop; }} }}\n"
+        "table inet spoilt {{ chain c {{ type filter hook input priority 0; tcp dport {PORT} {which} drop; }}; }}"
     );
     ns.enter(|| programs::run_with_input(&["nft", "-f", "-"], Some(&rules))).map(drop)
 }

@@ -11,6 +11,7 @@ use patchswitch_load::report::{Run, Window};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
 use patchswitch_tests::programs;
+use patchswitch_tests::standstill::Witness;
 use patchswitch_tests::vm;
 
 use crate::ground::{FIRST, Ground, SECOND, SERVICE, Scratch, configuration};
@@ -18,7 +19,6 @@ use crate::jobs::{Case, PARTITIONS, Stage};
 use crate::measure::{Evidence, Record};
 use crate::product::Product;
 use crate::report::{LEAST_RATE, RunReport};
-use crate::standstill::Witness;
 use crate::story::Story;
 use crate::traffic::{self, Load};
 use crate::watch::{self, Retransmissions};

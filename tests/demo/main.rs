@@ -17,7 +17,6 @@ mod jobs;
 mod measure;
 mod product;
 mod report;
-mod standstill;
 mod story;
 mod traffic;
 mod watch;

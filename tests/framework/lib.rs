@@ -6,6 +6,7 @@ pub mod netlab;
 pub mod observe;
 pub mod programs;
 pub mod sockets;
+pub mod standstill;
 pub mod sums;
 pub mod traffic;
 pub mod vm;

@@ -1,15 +1,18 @@
 //! A canary: some of the new flows first, then more, and back by itself if the new side does worse.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use patchswitch_load::client::Settings;
 use patchswitch_load::record::Class;
 use patchswitch_load::report::Run;
-use patchswitch_tests::programs;
+use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::programs::{self, Running};
+use patchswitch_tests::standstill::Witness;
 use rustix::process::Signal;
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
-use crate::rig::{ECHO, Load, NAME, Rig, Server, echo_in, load};
+use crate::rig::{ECHO, Load, NAME, PORT, Rig, Server, echo_in, load};
 
 /// How many requests of a class each side answered that were due between two marks.
 fn answered(run: &Run, class: Class, from: &str, to: &str) -> (usize, usize) {
@@ -83,32 +86,151 @@ fn a_share_of_the_new_flows_goes_to_the_new_side_and_nobody_sees_it() {
     rig.finish_owned().unwrap();
 }
 
+/// A canary at work: the product in the background, and clients.
+struct Watched {
+    running: Running,
+    output: NamedTempFile,
+    load: Load,
+    witness: Witness,
+}
+
+impl Watched {
+    /// Begins, and returns when the new side has its first share.
+    fn start(rig: &Rig, shares: &str) -> anyhow::Result<Self> {
+        let patient = Settings { rate: 400.0, time_out: Duration::from_secs(10), ..load() };
+        let (load, witness) = (Load::start(&rig.lab.client, patient), Witness::start());
+        std::thread::sleep(Duration::from_millis(500));
+        let program = programs::built("patchswitch")?;
+        let program = program.to_string_lossy();
+        let argv = [program.as_ref(), "switch", NAME, "--share", shares, "--every", "60s"];
+        let output = NamedTempFile::new()?;
+        let running = rig.lab.host.spawn(&argv, Some(output.path()))?;
+        let end = Instant::now() + Duration::from_secs(20);
+        // One that is given back at once has been at it as well.
+        while phase(rig).0 == "steady" {
+            anyhow::ensure!(Instant::now() < end, "it does not begin");
+        }
+        Ok(Self { running, output, load, witness })
+    }
+
+    /// Waits until it is given back, at a share and for a reason, and returns what the clients saw. None of them has to
+    /// do with the new side from then on.
+    fn given_back(self, rig: &Rig, share: u8, why: &str) -> Run {
+        let ended = self.running.wait(Duration::from_secs(40)).unwrap();
+        self.load.order("mark back").unwrap();
+        let said = std::fs::read_to_string(self.output.path()).unwrap();
+        assert_eq!(ended.code(), Some(22), "{said}");
+        assert!(said.contains(&format!("given back at {share} of 100")) && said.contains(why), "{said}");
+        assert_eq!(phase(rig).0, "draining");
+        std::thread::sleep(Duration::from_secs(1));
+        self.load.order("mark end").unwrap();
+        let run = self.load.stop().unwrap();
+        let (old, new) = answered(&run, Class::New, "back", "end");
+        assert!(old > 100 && new == 0, "{old} {new}");
+        Run { standstills: self.witness.stop().unwrap(), ..run }
+    }
+}
+
+/// When the requests were due that a new side has failed, in order: no answer, or one only to a second SYN.
+fn failed(run: &Run) -> Vec<u64> {
+    let second_try = Duration::from_millis(900).as_micros();
+    let late =
+        run.answers.iter().filter(|series| series.class == Class::New).flat_map(|series| series.iter());
+    let late = late.filter(|answer| u128::from(answer.latency_us) >= second_try);
+    let mut due: Vec<u64> = late.map(|answer| run.started_ns + answer.due_us() * 1000).collect();
+    due.extend(run.failures.iter().map(|failure| failure.due_ns));
+    due.sort_unstable();
+    due
+}
+
+/// From the failure that made it more than chance to the last one no more than a second went by, in which the machine
+/// ran.
+fn within_a_second(run: &Run) {
+    let due = failed(run);
+    assert!(due.len() >= 5, "{due:?}");
+    let still: u64 = run.standstills.iter().map(|one| one.to_ns - one.from_ns).sum();
+    let time = due[due.len() - 1] - due[4];
+    eprintln!("{} connections failed, the last one {} ms after the fifth", due.len(), time / 1_000_000);
+    assert!(time <= 1_000_000_000 + still, "{time} ns, of which the machine stood still {still}");
+    assert!(due.last() < run.mark("back").as_ref(), "after it was given back");
+}
+
+/// Packets to the service's port that a partition does not get.
+fn lose(ns: &Ns, which: &str) -> anyhow::Result<()> {
+    let rules = format!(
+        "table inet spoilt {{ chain c {{ type filter hook input priority 0; tcp dport {PORT} {which} drop; }}; }}"
+    );
+    ns.enter(|| programs::run_with_input(&["nft", "-f", "-"], Some(&rules))).map(drop)
+}
+
+fn lose_no_more(ns: &Ns) -> anyhow::Result<()> {
+    ns.run(&["nft", "delete", "table", "inet", "spoilt"]).map(drop)
+}
+
+/// It is over: what the new side has ends, and nothing is left.
+fn over(rig: Rig) {
+    rig.ok(&["drain", NAME, "--deadline", "20"]).unwrap();
+    assert_eq!(phase(&rig).0, "steady");
+    rig.finish().unwrap();
+}
+
 #[test]
-fn a_new_side_that_does_worse_is_given_back() {
+fn a_new_side_that_resets_is_given_back() {
     let rig = Rig::new("worse").unwrap();
     // Nobody listens in the new one.
     let _server = Server::start(&rig.lab.a, "a").unwrap();
     rig.attach().unwrap();
-    let load = Load::start(&rig.lab.client, Settings { rate: 400.0, ..load() });
-    std::thread::sleep(Duration::from_millis(500));
-    let ended = rig.run(&["switch", NAME, "--share", "10,50,100", "--every", "20s"]).unwrap();
-    load.order("mark back").unwrap();
-    assert_eq!(ended.code, Some(22), "{ended:?}");
-    assert!(ended.stdout.contains("given back at 10 of 100") && ended.stdout.contains("reset"), "{ended:?}");
-    assert_eq!(phase(&rig).0, "draining");
-    std::thread::sleep(Duration::from_secs(1));
-    load.order("mark end").unwrap();
-    let run = load.stop().unwrap();
-    let back = run.mark("back").unwrap();
-    let late: Vec<_> = run.failures.iter().filter(|failure| failure.due_ns >= back).collect();
-    assert!(late.is_empty(), "{late:?}");
-    // A tenth of 200 new connections a second, until it is looked at twice.
-    assert!((5..100).contains(&run.failures.len()), "{}", run.failures.len());
-    let (old, new) = answered(&run, Class::New, "back", "end");
-    assert!(old > 100 && new == 0, "{old} {new}");
-    rig.ok(&["drain", NAME, "--deadline", "5"]).unwrap();
-    assert_eq!(phase(&rig).0, "steady");
-    rig.finish().unwrap();
+    let run = Watched::start(&rig, "10,50,100").unwrap().given_back(&rig, 10, "reset");
+    within_a_second(&run);
+    // A tenth of 200 new connections a second.
+    assert!(run.failures.len() < 100, "{}", run.failures.len());
+    over(rig);
+}
+
+#[test]
+fn a_new_side_that_accepts_less_is_given_back() {
+    let rig = Rig::new("deaf").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    lose(&rig.lab.b, "tcp flags & (syn | ack) == syn").unwrap();
+    let run = Watched::start(&rig, "10,50,100").unwrap().given_back(&rig, 10, "not accepted, 0 reset");
+    within_a_second(&run);
+    // Whoever was not heard tries again, and then the old side serves.
+    assert_eq!(run.failures, []);
+    lose_no_more(&rig.lab.b).unwrap();
+    over(rig);
+}
+
+#[test]
+fn a_new_side_that_sends_more_again_is_given_back() {
+    let rig = Rig::new("again").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    // It accepts all, and does not hear that its answers arrive.
+    lose(&rig.lab.b, "tcp flags & (syn | psh) == 0 numgen random mod 10 < 5").unwrap();
+    let run = Watched::start(&rig, "50,100").unwrap().given_back(&rig, 50, "segments the new side sent");
+    assert_eq!(run.failures, []);
+    lose_no_more(&rig.lab.b).unwrap();
+    over(rig);
+}
+
+#[test]
+fn a_new_side_that_breaks_late_is_given_back() {
+    let rig = Rig::new("late").unwrap();
+    let _server = Server::start(&rig.lab.a, "a").unwrap();
+    let breaks = Server::start(&rig.lab.b, "b").unwrap();
+    rig.attach().unwrap();
+    let watched = Watched::start(&rig, "50,100").unwrap();
+    watched.load.order("mark good").unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    watched.load.order("mark breaks").unwrap();
+    drop(breaks);
+    let run = watched.given_back(&rig, 50, "reset");
+    let (old, new) = answered(&run, Class::New, "good", "breaks");
+    assert!(old > 200 && new > 200, "{old} {new}");
+    assert!(failed(&run)[0] >= run.mark("good").unwrap(), "{:?}", run.failures.first());
+    within_a_second(&run);
+    over(rig);
 }
 
 #[test]

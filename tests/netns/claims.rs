@@ -25,23 +25,35 @@ fn text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-fn v4(address: &str) -> [u8; 4] {
+pub(crate) fn v4(address: &str) -> [u8; 4] {
     address.parse::<std::net::Ipv4Addr>().unwrap().octets()
 }
 
-fn v6(address: &str) -> Ipv6Addr {
+pub(crate) fn v6(address: &str) -> Ipv6Addr {
     address.parse().unwrap()
 }
 
 /// An ARP message: what is asked, who says it, with which address, about which one.
-fn arp(operation: u8, mac: [u8; 6], sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
+pub(crate) fn arp(operation: u8, mac: [u8; 6], sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
     let body = [&[0, 1, 8, 0, 6, 4, 0, operation][..], &mac, &sender, &[0; 6], &target].concat();
     from(mac, ethernet(EVERYBODY, 0x0806, &body))
 }
 
 /// A message of neighbour discovery about an address: its kind, its flags, whose it is.
-fn discovery(kind: u8, flags: u8, mac: [u8; 6], source: Ipv6Addr, target: &str, to: &str) -> Vec<u8> {
-    let option = if kind == 136 { [&[2, 1][..], &mac].concat() } else { Vec::new() };
+pub(crate) fn discovery(
+    kind: u8,
+    flags: u8,
+    mac: [u8; 6],
+    source: Ipv6Addr,
+    target: &str,
+    to: &str,
+) -> Vec<u8> {
+    // The link address of the target, or of who asks: one without an address has none to tell.
+    let option = match kind {
+        136 => [&[2, 1][..], &mac].concat(),
+        _ if source.is_unspecified() => Vec::new(),
+        _ => [&[1, 1][..], &mac].concat(),
+    };
     let payload = [&v6(target).octets()[..], &option].concat();
     let packet = icmp(source.into(), v6(to).into(), kind, [flags, 0, 0, 0], &payload);
     let to = v6(to).octets();
@@ -60,7 +72,7 @@ fn from(mac: [u8; 6], mut frame: Vec<u8>) -> Vec<u8> {
 pub(crate) struct Wire {
     sender: Box<dyn DataLinkSender>,
     receiver: Box<dyn DataLinkReceiver>,
-    uplink: [u8; 6],
+    pub(crate) uplink: [u8; 6],
 }
 
 impl Wire {
@@ -84,8 +96,13 @@ impl Wire {
         Ok(Self { sender, receiver, uplink: uplink.octets() })
     }
 
-    fn send(&mut self, frame: &[u8]) {
+    pub(crate) fn send(&mut self, frame: &[u8]) {
         self.sender.send_to(frame, None).unwrap().unwrap();
+    }
+
+    /// The next frame, if one comes.
+    pub(crate) fn frame(&mut self) -> Option<&[u8]> {
+        self.receiver.next().ok()
     }
 
     /// How often the host announces each service address in a time.
@@ -207,6 +224,40 @@ fn whoever_claims_the_address_is_named_and_answered() {
         assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
     }
     rig.finish().unwrap();
+}
+
+#[test]
+fn a_foreign_claim_is_told_and_answered_in_every_phase() {
+    let rig = Rig::new("claim-phases").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach_owned(Duration::from_secs(125)).unwrap();
+    let mut wire = Wire::of(&rig).unwrap();
+    let theirs = v4("10.77.0.50");
+    for (number, phase) in (1..).zip(["steady", "learning", "sharing", "draining"]) {
+        match phase {
+            "learning" => rig.with(async |attachment| Ok(attachment.learn()?)).unwrap(),
+            "sharing" => drop(rig.ok(&["switch", NAME, "--share", "30"]).unwrap()),
+            "draining" => drop(rig.ok(&["switch", NAME]).unwrap()),
+            _ => {}
+        }
+        let state = rig.ok(&["status", NAME]).unwrap()["attachments"][0].clone();
+        // To learn is no phase of the word's.
+        assert_eq!(state["phase"], if phase == "learning" { "steady" } else { phase }, "{state}");
+        let watch = Watch::start(&rig, &["--json", "--seconds", "3"]).unwrap();
+        wire.send(&arp(2, mac(number), v4(SERVICE[0]), theirs));
+        wire.send(&discovery(136, 0x20, mac(number), v6("fe80::4"), SERVICE[1], "ff02::1"));
+        assert_eq!(wire.announcements(Duration::from_secs(2)), [1, 1], "{phase}");
+        let mut told: Vec<Value> = watch.seen(0).iter().map(|seen| seen["what"].clone()).collect();
+        told.sort_by_key(|what| what["kind"].to_string());
+        let expected = [("advertisement", SERVICE[1]), ("arp", SERVICE[0])].map(|(kind, address)| {
+            json!({"address": address, "kind": kind, "link": UPLINK, "mac": text(mac(number)), "answered": true})
+        });
+        assert_eq!(told, expected, "{phase}");
+        for end in ends() {
+            who(&rig.lab.client, end).unwrap();
+        }
+    }
+    rig.finish_owned().unwrap();
 }
 
 #[test]

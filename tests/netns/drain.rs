@@ -5,11 +5,13 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use patchswitch_common::Slot;
 use patchswitch_tests::netlab::{CLIENT, SERVICE};
 use serde_json::Value;
 
 use crate::ask::{Asking, who};
-use crate::rig::{NAME, Rig, Server, ends};
+use crate::rig::{ECHO, NAME, Rig, Server, ends};
+use crate::udp;
 
 /// A laboratory in which the old partition still has one flow of each family.
 fn retiring(label: &str) -> anyhow::Result<(Rig, [Server; 2], Vec<Asking>)> {
@@ -195,4 +197,47 @@ fn connect_from(address: &str, to: std::net::SocketAddr) -> anyhow::Result<TcpSt
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(Duration::from_secs(3)))?;
     Ok(stream)
+}
+
+/// Flows that a partition remembers without a connection, in the map itself, whether they are idle or not.
+fn remembered() -> usize {
+    let pin = format!("/sys/fs/bpf/patchswitch/v1/{NAME}/maps/LEARNED");
+    let map = aya::maps::Map::HashMap(aya::maps::MapData::from_pin(pin).unwrap());
+    let map: aya::maps::HashMap<_, [u8; 24], [u8; 32]> = map.try_into().unwrap();
+    map.keys().map(Result::unwrap).count()
+}
+
+fn learned(rig: &Rig) -> Vec<Value> {
+    let flows = rig.ok(&["flows", NAME]).unwrap();
+    flows["partitions"].as_array().unwrap().iter().map(|one| one["flows"]["learned"].clone()).collect()
+}
+
+#[test]
+fn with_the_notice_off_no_flow_is_remembered() {
+    for (idle, words, code) in [
+        // It ends by itself when they are idle.
+        (Duration::from_millis(1500), &["--deadline", "60"][..], 0),
+        // They are cut before they are.
+        (Duration::from_secs(125), &["--deadline", "0.5", "--on-deadline", "reset"], 24),
+    ] {
+        let rig = udp::echoing("forgotten", idle).unwrap();
+        let clients = udp::clients(&rig, ECHO).unwrap();
+        udp::learn(&rig).unwrap();
+        for client in &clients {
+            assert_eq!(udp::ask(client, 1).unwrap(), "a");
+        }
+        udp::switch(&rig, Slot::B).unwrap();
+        assert_eq!(remembered(), 2);
+        let ended = rig.run(&[&["drain", NAME], words].concat()).unwrap();
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        let after = status(&rig).unwrap();
+        assert_eq!((&after["phase"], &after["notice"]), (&"steady".into(), &false.into()), "{after}");
+        assert_eq!((remembered(), learned(&rig)), (0, vec![0.into(), 0.into()]));
+        // Nor is one from then on.
+        for client in &clients {
+            assert_eq!(udp::ask(client, 2).unwrap(), "b");
+        }
+        assert_eq!(remembered(), 0);
+        rig.finish_owned().unwrap();
+    }
 }

@@ -7,6 +7,7 @@ use anyhow::ensure;
 use patchswitch_tests::netlab::{SERVICE, UPLINK};
 use patchswitch_tests::programs;
 
+use crate::group;
 use crate::rig::Rig;
 
 /// A root directory with one program in it, which is all that a container needs.
@@ -31,12 +32,13 @@ impl Drop for Root {
 }
 
 /// Runs an example on the laboratory's host; what it says.
-fn run(rig: &Rig, script: &str, arguments: &[&str], address: &str) -> anyhow::Result<String> {
+fn run(rig: &Rig, script: &str, arguments: &[&str], addresses: [&str; 2]) -> anyhow::Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(script);
     let settings = [
         format!("PATCHSWITCH={}", programs::built("patchswitch")?.display()),
         format!("UPLINK={UPLINK}"),
-        format!("ADDRESS={address}"),
+        format!("ADDRESS={}", addresses[0]),
+        format!("OTHER_ADDRESS={}", addresses[1]),
     ];
     let mut argv = vec!["env"];
     argv.extend(settings.iter().map(String::as_str));
@@ -50,31 +52,40 @@ fn run(rig: &Rig, script: &str, arguments: &[&str], address: &str) -> anyhow::Re
 }
 
 /// The service has moved, and nothing is left.
-fn moves(label: &str, script: &str, in_a_root: bool) {
+fn moves(label: &str, script: &str, in_a_root: bool, said_of: fn(&str) -> String) {
     let rig = Rig::new(label).unwrap();
     let root = Root::make().unwrap();
     let path = root.0.to_string_lossy();
     let program = root.0.join("bin/serve");
     let arguments =
         if in_a_root { vec![path.as_ref(), "/bin/serve"] } else { vec![program.to_str().unwrap()] };
-    for address in SERVICE {
-        let said = run(&rig, script, &arguments, address).unwrap();
-        assert!(said.contains("before: example-old") && said.contains("after: example-new"), "{said}");
+    for addresses in SERVICE.into_iter().zip(group::ADDRESSES) {
+        let said = run(&rig, script, &arguments, addresses.into()).unwrap();
+        for line in
+            [format!("before: {}", said_of("example-old")), format!("after: {}", said_of("example-new"))]
+        {
+            assert!(said.lines().any(|found| found == line), "{line}: {said}");
+        }
     }
     rig.nothing_left().unwrap();
 }
 
 #[test]
 fn plain_namespaces() {
-    moves("plain", "netns.sh", false);
+    moves("plain", "netns.sh", false, str::to_owned);
 }
 
 #[test]
 fn containers_of_runc() {
-    moves("runc", "runc.sh", true);
+    moves("runc", "runc.sh", true, str::to_owned);
 }
 
 #[test]
 fn containers_of_systemd_nspawn() {
-    moves("nspawn", "nspawn.sh", true);
+    moves("nspawn", "nspawn.sh", true, str::to_owned);
+}
+
+#[test]
+fn a_group() {
+    moves("example-group", "group.sh", false, |side| format!("{side} and {side}"));
 }

@@ -8,7 +8,9 @@ use patchswitch_tests::programs;
 use rustix::process::Signal;
 
 use crate::ask::who;
+use crate::group;
 use crate::reload::{attached, programs as pinned};
+use crate::repairs::{Flood, Repairs};
 use crate::rig::{ECHO, Load, NAME, Rig, Server, echo_in, ends, load};
 use crate::xdp;
 
@@ -129,28 +131,47 @@ fn a_switch_that_is_killed_has_switched_or_not() {
     rig.finish().unwrap();
 }
 
+/// Who uses the service, and who looks at what comes of it.
+struct Users {
+    load: Load,
+    flood: Flood,
+    repairs: Repairs,
+}
+
 /// A laboratory under load. Kept connections are renewed all the time, so that each side has flows at every moment.
-fn loaded(label: &str, udp_rate: f64) -> anyhow::Result<(Rig, [Server; 2], Load)> {
+fn loaded(
+    label: &str,
+    udp_rate: f64,
+    attach: impl FnOnce(&Rig) -> anyhow::Result<()>,
+) -> anyhow::Result<(Rig, [Server; 2], Users)> {
     let rig = Rig::new(label)?;
     let (a, b) = (&rig.lab.a, &rig.lab.b);
     let servers = [Server::start(a, "a")?, Server::start(b, "b")?];
     echo_in(a, "a")?;
     echo_in(b, "b")?;
-    rig.attach_owned(Duration::from_secs(125))?;
+    attach(&rig)?;
+    let (repairs, flood) = (Repairs::begin(&rig, &[])?, Flood::start(&rig)?);
     let kept = Settings { rate: 300.0, connections: 8, renew: Duration::from_millis(300), ..load() };
     let udp_port = (udp_rate > 0.0).then_some(ECHO);
     let load = Load::start(&rig.lab.client, Settings { udp_port, udp_rate, ..kept });
     load.order("mark begun")?;
-    Ok((rig, servers, load))
+    Ok((rig, servers, Users { load, flood, repairs }))
 }
 
-/// Who used the service saw none of it, and nothing is left.
-fn nobody_saw(rig: Rig, load: Load) {
-    let run = load.stop().unwrap();
+fn owned(rig: &Rig) -> anyhow::Result<()> {
+    rig.attach_owned(Duration::from_secs(125))
+}
+
+/// Who used the service saw none of it, no packet was lost, and nothing is left.
+fn nobody_saw(rig: Rig, users: Users) {
+    let run = users.load.stop().unwrap();
     assert_eq!(run.failures, []);
     let requests = run.stats(run.whole()).requests;
-    eprintln!("0 of {requests} requests failed");
-    assert!(requests > 200, "{requests}");
+    let (sent, arrived) = users.flood.stop().unwrap();
+    eprintln!("0 of {requests} requests failed, {arrived} of {sent} datagrams arrived");
+    assert!(requests > 200 && sent > 1000, "{requests} {sent}");
+    assert_eq!(arrived, sent, "datagrams");
+    users.repairs.nothing_was_lost().unwrap();
     rig.finish_owned().unwrap();
 }
 
@@ -162,7 +183,7 @@ fn path(ns: &Ns) -> String {
 #[test]
 fn clients_see_nothing_of_switches_that_are_killed() {
     const SWITCHES: u32 = 3 * MOMENTS;
-    let (rig, _servers, load) = loaded("killswitch", 50.0).unwrap();
+    let (rig, _servers, users) = loaded("killswitch", 50.0, owned).unwrap();
     let sides = [(path(&rig.lab.a), "a"), (path(&rig.lab.b), "b")];
     // What it takes when the program has been read from the disk.
     rig.ok(&["status", NAME]).unwrap();
@@ -180,14 +201,14 @@ fn clients_see_nothing_of_switches_that_are_killed() {
         }
     }
     assert!(killed >= SWITCHES / 4, "{killed} of {SWITCHES} were killed");
-    nobody_saw(rig, load);
+    nobody_saw(rig, users);
 }
 
 #[test]
 fn clients_see_nothing_of_drains_that_are_killed() {
     const DRAINS: u32 = 8;
-    // Datagrams would keep the old side from ending for as long as a flow of them is remembered.
-    let (rig, _servers, load) = loaded("killdrain", 0.0).unwrap();
+    // Datagrams that are answered would keep the old side from ending for as long as a flow of them is remembered.
+    let (rig, _servers, users) = loaded("killdrain", 0.0, owned).unwrap();
     let drain = ["drain", NAME, "--deadline", "10"];
     rig.ok(&["switch", NAME]).unwrap();
     let begin = Instant::now();
@@ -203,13 +224,13 @@ fn clients_see_nothing_of_drains_that_are_killed() {
         assert_eq!((&status["phase"], &status["notice"]), (&"steady".into(), &false.into()), "{status}");
     }
     assert!(killed >= DRAINS / 4, "{killed} of {DRAINS} were killed");
-    nobody_saw(rig, load);
+    nobody_saw(rig, users);
 }
 
 #[test]
 fn clients_see_nothing_of_reloads_that_are_killed() {
     const RELOADS: u32 = 10;
-    let (rig, _servers, load) = loaded("killreload", 50.0).unwrap();
+    let (rig, _servers, users) = loaded("killreload", 50.0, owned).unwrap();
     let reload = ["reload", NAME, "--force"];
     let pins = std::path::Path::new("/sys/fs/bpf/patchswitch/v1").join(NAME);
     // The first one reads the program from the disk: what the second takes is the measure.
@@ -239,5 +260,37 @@ fn clients_see_nothing_of_reloads_that_are_killed() {
         }
     }
     assert!(killed >= RELOADS / 4, "{killed} of {RELOADS} were killed");
-    nobody_saw(rig, load);
+    nobody_saw(rig, users);
+}
+
+/// What is attached beside a service, or once more, is nothing to its clients, wherever that ends. The first attachment
+/// of a partition is another matter: nobody can have reached it before.
+#[test]
+fn clients_see_nothing_of_an_attach_beside_them_that_is_killed() {
+    let attach = |rig: &Rig| rig.attach().map(drop);
+    let (rig, _servers, users) = loaded("killbeside", 0.0, attach).unwrap();
+    let beside = [group::beside(&rig.lab.b, &rig.lab.a), rig.attach_arguments()];
+    let [second, again] = [0, 1].map(|number| group::words(&beside[number]));
+    rig.ok(&second).unwrap();
+    let begin = Instant::now();
+    rig.ok(&["detach", group::OTHER, "--force"]).unwrap();
+    let off = begin.elapsed();
+    let begin = Instant::now();
+    rig.ok(&second).unwrap();
+    let whole = begin.elapsed();
+    let mut killed = 0;
+    for moment in 0..MOMENTS {
+        let detach = ["detach", group::OTHER, "--force"];
+        killed += u32::from(kill_after(&rig, &detach, off * moment / MOMENTS).unwrap());
+        rig.ok(&detach).unwrap();
+        killed += u32::from(kill_after(&rig, &second, whole * moment / MOMENTS).unwrap());
+        // Whatever is there of it: the service that was there before is not to be attached again.
+        killed += u32::from(kill_after(&rig, &again, whole * moment / MOMENTS).unwrap());
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), "a", "killed at {moment}/{MOMENTS}");
+        }
+    }
+    assert!(killed >= MOMENTS / 2, "{killed} of {} were killed", 3 * MOMENTS);
+    rig.ok(&["detach", group::OTHER, "--force"]).unwrap();
+    nobody_saw(rig, users);
 }

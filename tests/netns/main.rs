@@ -17,6 +17,8 @@ mod canary;
 #[cfg(test)]
 mod claims;
 #[cfg(test)]
+mod counters;
+#[cfg(test)]
 mod drain;
 #[cfg(test)]
 mod errors;
@@ -52,6 +54,8 @@ mod load;
 #[cfg(test)]
 mod local;
 #[cfg(test)]
+mod neighbours;
+#[cfg(test)]
 mod offload;
 #[cfg(test)]
 mod quarantine;
@@ -62,11 +66,15 @@ mod reassert;
 #[cfg(test)]
 mod reload;
 #[cfg(test)]
+mod repairs;
+#[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod shared;
 #[cfg(test)]
 mod silent;
+#[cfg(test)]
+mod synflood;
 #[cfg(test)]
 mod syns;
 #[cfg(test)]

@@ -23,12 +23,12 @@ const CONNECTIONS: u32 = 20_000;
 /// Of one client address.
 const PORTS: u32 = 10_000;
 const FIRST_PORT: u32 = 2_000;
-const SYN: u8 = 2;
+pub(crate) const SYN: u8 = 2;
 /// The state of a connection that waits for the client's ACK, as `/proc/net/tcp` has it.
 const SYN_RECV: &str = "03";
 
 /// Nobody has these addresses; their answers get lost in the client's namespace.
-fn source(is_v4: bool, round: u16, number: u32) -> (IpAddr, u16) {
+pub(crate) fn source(is_v4: bool, round: u16, number: u32) -> (IpAddr, u16) {
     let host = 1 + (number / PORTS) as u16;
     let address = if is_v4 {
         Ipv4Addr::new(10, 78, round.to_be_bytes()[1], host.to_be_bytes()[1]).into()
@@ -132,6 +132,20 @@ fn segments(rig: &Rig) -> Result<i64> {
     Ok(of(&rig.lab.a)? + of(&rig.lab.b)?)
 }
 
+/// Who sends frames on the client's link, and the uplink's address. As long as it is there the link hears everything.
+pub(crate) fn sender(rig: &Rig) -> Result<(Box<dyn DataLinkSender>, [u8; 6])> {
+    let mac = link_address(&rig.lab.host, UPLINK)?;
+    let sender = rig.lab.client.enter(|| {
+        let all = pnet::datalink::interfaces();
+        let link = all.iter().find(|link| link.name == CLIENT_LINK).context("no link")?;
+        match pnet::datalink::channel(link, Config::default())? {
+            Channel::Ethernet(sender, _) => Ok(sender),
+            _ => bail!("no Ethernet"),
+        }
+    })?;
+    Ok((sender, mac))
+}
+
 fn link_address(ns: &Ns, link: &str) -> Result<[u8; 6]> {
     let shown = ns.ip(&format!("-br link show {link}"))?;
     let word = shown.split_whitespace().find(|word| word.matches(':').count() == 5).context("no address")?;
@@ -148,10 +162,14 @@ fn furnish(rig: &Rig) -> Result<()> {
         ns.sysctl("net/ipv4/tcp_max_syn_backlog", &room)?;
         ns.sysctl("net/ipv4/tcp_syncookies", "0")?;
     }
+    routes(rig)
+}
+
+/// To the sources of the SYNs: their answers go where they came from.
+pub(crate) fn routes(rig: &Rig) -> Result<()> {
     let [v4, v6] = CLIENT;
     rig.lab.host.ip(&format!("route add 10.78.0.0/16 via {v4}"))?;
-    rig.lab.host.ip(&format!("-6 route add fd78::/64 via {v6}"))?;
-    Ok(())
+    rig.lab.host.ip(&format!("-6 route add fd78::/64 via {v6}")).map(drop)
 }
 
 #[test]
@@ -160,19 +178,9 @@ fn of_a_million_that_begin_while_it_switches_none_is_held_by_both_sides() {
     furnish(&rig).unwrap();
     rig.furnished().unwrap();
     rig.attach_owned(Duration::from_secs(125)).unwrap();
-    let mac = link_address(&rig.lab.host, UPLINK).unwrap();
-    let channel = rig.lab.client.enter(|| {
-        let all = pnet::datalink::interfaces();
-        let link = all.iter().find(|link| link.name == CLIENT_LINK).context("no link")?;
-        match pnet::datalink::channel(link, Config::default())? {
-            Channel::Ethernet(sender, _) => Ok(sender),
-            _ => bail!("no Ethernet"),
-        }
-    });
-    let mut sender = channel.unwrap();
+    let (mut sender, mac) = sender(&rig).unwrap();
     let switches: u32 = (0..ROUNDS).map(|number| round(&rig, &mut sender, mac, number).unwrap()).sum();
     assert!(switches >= 20, "{switches}");
-    // With it the link hears everything.
     drop(sender);
     rig.finish_owned().unwrap();
 }

@@ -9,7 +9,7 @@ use crate::ask::{Asking, who};
 use crate::claims::Wire;
 use crate::rig::{Load, NAME, Rig, Server, ends, load};
 
-const SECOND: &str = "uplink1";
+pub(crate) const SECOND: &str = "uplink1";
 
 /// Attaches both namespaces at some uplinks.
 fn attach(rig: &Rig, uplinks: &[&str], announce: &str) -> anyhow::Result<()> {
@@ -30,7 +30,7 @@ fn by_the_uplink(rig: &Rig, ns: &Ns) -> bool {
 }
 
 /// A client on a network of its own, at a second uplink, which looks for the service on its link.
-fn second(rig: &mut Rig) -> anyhow::Result<Ns> {
+pub(crate) fn second(rig: &mut Rig) -> anyhow::Result<Ns> {
     let other = rig.lab.lab.namespace("other")?;
     rig.lab.lab.veth((&other, "eth0"), (&rig.lab.host, SECOND))?;
     rig.lab

@@ -10,6 +10,7 @@
 //! be sent again are counted by the kernel of each partition's network namespace, for no single packet tells that it is
 //! one of these.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
@@ -22,6 +23,8 @@ use crate::host::linux::counters;
 
 /// How often the two sides are compared.
 const LOOK: Duration = Duration::from_millis(500);
+/// So many looks back is "lately": ten seconds.
+const LATELY: usize = 20;
 
 /// What a canary does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +67,10 @@ pub struct CanaryReport {
 
 /// As many failures are noise.
 const NOISE: u64 = 4;
+/// How far a part must be above the other side's to be worse, in millionths: two in a hundred of all there was.
+const SLIGHTLY: u64 = 20_000;
+/// Ten in a hundred of what was lately: that is looked at again and again, and chance has as many tries.
+const CLEARLY: u64 = 100_000;
 
 impl Conduct {
     fn since(self, before: Self) -> Self {
@@ -96,8 +103,12 @@ impl Conduct {
     /// Worse is a part of failures that is more than twice the other's and more than two in a hundred above it: below
     /// that, chance tells two equal sides apart often enough.
     pub fn worse_than(self, other: Self) -> Option<String> {
+        self.worse_by(SLIGHTLY, other)
+    }
+
+    fn worse_by(self, margin: u64, other: Self) -> Option<String> {
         let (failed, base) = (self.failed(), other.failed());
-        if failed > NOISE && is_more((failed, self.asked), (base, other.asked)) {
+        if failed > NOISE && is_more(margin, (failed, self.asked), (base, other.asked)) {
             return Some(format!(
                 "of {} connections that the new side was asked for, {failed} failed ({} not accepted, {} reset); on the \
                  old side {base} of {}",
@@ -108,7 +119,7 @@ impl Conduct {
             ));
         }
         let (again, base) = (self.sent_again, other.sent_again);
-        if again > NOISE && is_more((again, self.sent), (base, other.sent)) {
+        if again > NOISE && is_more(margin, (again, self.sent), (base, other.sent)) {
             return Some(format!(
                 "of {} segments the new side sent {again} again; the old side {base} of {}",
                 self.sent, other.sent
@@ -118,15 +129,49 @@ impl Conduct {
     }
 }
 
-/// Whether one part of a whole is more than twice another one and more than two hundredths above it.
-fn is_more((part, whole): (u64, u64), (other_part, other_whole): (u64, u64)) -> bool {
+/// Whether one part of a whole is more than twice another one and more than a margin above it, in millionths.
+fn is_more(margin: u64, (part, whole): (u64, u64), (other_part, other_whole): (u64, u64)) -> bool {
     let ratio = |part: u64, whole: u64| match whole {
         // Resets of connections that were there before: nothing to compare with, and bad enough.
         0 => u128::from(part > 0) * 1_000_000,
         whole => u128::from(part) * 1_000_000 / u128::from(whole),
     };
     let (ours, others) = (ratio(part, whole), ratio(other_part, other_whole));
-    ours > 2 * others && ours > others + 20_000
+    ours > 2 * others && ours > others + u128::from(margin)
+}
+
+/// How both sides did, the new one first, since the canary began and lately: of a long time the last seconds are a small
+/// part, and a side that breaks late would be seen late.
+struct Looks {
+    begin: [Conduct; 2],
+    lately: VecDeque<[Conduct; 2]>,
+}
+
+impl Looks {
+    fn since(begin: [Conduct; 2]) -> Self {
+        Self { begin, lately: VecDeque::from([begin]) }
+    }
+
+    /// Since the beginning.
+    fn whole(&self, now: [Conduct; 2]) -> [Conduct; 2] {
+        difference(now, self.begin)
+    }
+
+    /// Why the new side does worse, if it does, by one look more.
+    fn worse(&mut self, now: [Conduct; 2]) -> Option<String> {
+        let [new, old] = self.whole(now);
+        let [new_lately, old_lately] = difference(now, self.lately.front().copied().unwrap_or(self.begin));
+        self.lately.push_back(now);
+        if self.lately.len() > LATELY {
+            self.lately.pop_front();
+        }
+        let lately = || new_lately.worse_by(CLEARLY, old_lately).map(|why| format!("lately, {why}"));
+        new.worse_than(old).or_else(lately)
+    }
+}
+
+fn difference(now: [Conduct; 2], before: [Conduct; 2]) -> [Conduct; 2] {
+    [now[0].since(before[0]), now[1].since(before[1])]
 }
 
 impl Attachment {
@@ -195,7 +240,7 @@ impl Attachment {
         progress: &mut impl FnMut(u8, Conduct, Conduct),
     ) -> Result<CanaryReport, AttachError> {
         let new = old.other();
-        let start = [self.conduct(new)?, self.conduct(old)?];
+        let mut looks = Looks::since([self.conduct(new)?, self.conduct(old)?]);
         let mut report = CanaryReport::default();
         for share in &canary.shares {
             match share {
@@ -205,9 +250,9 @@ impl Attachment {
             report.share = *share;
             let end = Instant::now() + canary.every;
             loop {
-                report.new = self.conduct(new)?.since(start[0]);
-                report.old = self.conduct(old)?.since(start[1]);
-                report.given_back = report.new.worse_than(report.old);
+                let now = [self.conduct(new)?, self.conduct(old)?];
+                [report.new, report.old] = looks.whole(now);
+                report.given_back = looks.worse(now);
                 report.called_off = report.given_back.is_none() && stop();
                 if report.given_back.is_some() || report.called_off {
                     self.give_back(old).await?;
@@ -287,5 +332,52 @@ mod tests {
         assert!(again(1000, 50).worse_than(again(1000, 10)).is_some_and(|text| text.contains("50 again")));
         assert_eq!(again(1000, 25).worse_than(again(1000, 15)), None);
         assert_eq!(again(10, 4).worse_than(again(1000, 0)), None);
+    }
+
+    /// The looks until the new side is seen to do worse, after so many good ones; each look has 50 connections of either
+    /// side, and of the new one's some fail in the end.
+    fn seen_after(good: u64, failing: u64) -> Option<u64> {
+        let mut sides = [side(0, 0, 0); 2];
+        let mut looks = Looks::since(sides);
+        for number in 0..good + 100 {
+            let fail = if number < good { 0 } else { failing };
+            sides = [sides[0].and(side(50, 50 - fail, fail)), sides[1].and(side(50, 50, 0))];
+            if looks.worse(sides).is_some() {
+                assert!(number >= good, "given back for nothing");
+                return Some(number - good + 1);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_side_that_breaks_late_is_seen_as_soon() {
+        // At once, after ten seconds, after an hour.
+        for good in [0, 20, 7200] {
+            assert!(seen_after(good, 50).is_some_and(|looks| looks <= 3), "all fail after {good}");
+            assert!(seen_after(good, 15).is_some_and(|looks| looks <= 7), "a third fails after {good}");
+        }
+        // What is not clear is seen only by the whole: 3 of 50, and the whole is long.
+        assert!(seen_after(20, 3).is_some_and(|looks| looks <= 20));
+        assert_eq!(seen_after(7200, 3), None);
+        assert_eq!(seen_after(7200, 0), None);
+    }
+
+    #[test]
+    fn what_is_no_more_is_not_lately() {
+        let mut looks = Looks::since([side(0, 0, 0); 2]);
+        let mut sides = [side(100_000, 100_000, 0); 2];
+        assert_eq!(looks.worse(sides), None);
+        for _ in 0..LATELY {
+            assert_eq!(looks.worse(sides), None);
+        }
+        // 12 of 100 of the last ten seconds, and nothing of the whole.
+        sides[0] = sides[0].and(side(100, 88, 12));
+        sides[1] = sides[1].and(side(100, 100, 0));
+        assert!(looks.worse(sides).is_some_and(|why| why.starts_with("lately, of 100 connections")));
+        for _ in 1..LATELY {
+            assert!(looks.worse(sides).is_some());
+        }
+        assert_eq!(looks.worse(sides), None, "ten seconds ago");
     }
 }

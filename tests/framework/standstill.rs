@@ -12,9 +12,10 @@ use std::thread::JoinHandle;
 use anyhow::anyhow;
 use patchswitch_load::clock;
 use patchswitch_load::report::Window;
-use patchswitch_tests::programs;
 use rustix::thread::{ClockId, clock_nanosleep_absolute};
 use rustix::time::Timespec;
+
+use crate::programs;
 
 /// How often the witness looks at the clock, and how late it may be: what is shorter cannot be told from its own
 /// start.
@@ -24,13 +25,14 @@ const PRIORITY: &str = "50";
 
 /// The witness, at work.
 #[derive(Debug)]
-pub(crate) struct Witness {
+pub struct Witness {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<anyhow::Result<Vec<Window>>>,
 }
 
 impl Witness {
-    pub(crate) fn start() -> Self {
+    /// Begins to look.
+    pub fn start() -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let watch = move || {
@@ -51,7 +53,10 @@ impl Witness {
     }
 
     /// The times in which the machine stood still, in their order.
-    pub(crate) fn stop(self) -> anyhow::Result<Vec<Window>> {
+    ///
+    /// # Errors
+    /// If it could not have its priority, or there is no such clock.
+    pub fn stop(self) -> anyhow::Result<Vec<Window>> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_panic| anyhow!("the witness of standstills panicked"))?
     }

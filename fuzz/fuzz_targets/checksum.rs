@@ -54,7 +54,8 @@ impl Bench {
         bench.set("SETTINGS", 0, Settings { inner_mac: INNER, ..Settings::default() });
         for slot in [Slot::A, Slot::B] {
             let [own4, own6] = [own(slot, false), own(slot, true)];
-            let entry = SlotEntry { ifindex: LINKS[slot as usize], nsid: -1, own4, own6 };
+            let entry =
+                SlotEntry { ifindex: LINKS[slot as usize], nsid: -1, own4, own6, ..SlotEntry::default() };
             bench.set("SLOTS", slot.index(), entry);
         }
         for address in [service(false), service(true)] {

@@ -21,10 +21,16 @@ use crate::verdict::Verdict;
 pub fn is_martian(source: &Address, v6: bool) -> bool {
     if v6 {
         let number = u128::from_be_bytes(*source);
-        number <= 1 || number >> 32 == 0xffff || number >> 120 == 0xff
+        number <= 1 || is_mapped(source) || number >> 120 == 0xff
     } else {
         matches!(unmapped(source)[0], 0 | 127 | 224..)
     }
+}
+
+/// Whether an IPv6 address is one of IPv4, as sockets have them and no packet does (RFC 4291 2.5.5.2, RFC 4942 2.2).
+#[inline(always)]
+const fn is_mapped(address: &Address) -> bool {
+    u128::from_be_bytes(*address) >> 32 == 0xffff
 }
 
 /// Whether an IPv6 address is valid on its link only.
@@ -167,6 +173,10 @@ pub fn outbound<O: Octets + ?Sized>(
     network: &Network,
     is_service: impl Fn(&Address) -> bool,
 ) -> Option<Verdict> {
+    // The flow of such a packet could not be told from one of IPv4.
+    if network.v6 && (is_mapped(&network.source) || is_mapped(&network.destination)) {
+        return Some(Verdict::Martian);
+    }
     if is_control(&network.destination, network.v6)
         && !is_control(&network.source, network.v6)
         && !asks_for_name_or_time(octets, network)

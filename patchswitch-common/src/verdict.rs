@@ -55,7 +55,7 @@ pub enum Verdict {
     Again = 11,
     /// To both: it does not tell whose it is. The slot that serves gets the packet, the other one a copy.
     ToBoth = 12,
-    /// To the service from an address that nobody can have: dropped.
+    /// To the service from an address that nobody can have, or from a partition over IPv6 with one of IPv4: dropped.
     Martian = 13,
     /// To the service, with the way it is to take: dropped.
     SourceRoute = 14,

@@ -1,9 +1,12 @@
 //! New flows wait while something is moved that only one side can have.
 
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use patchswitch_load::client::Settings;
 use patchswitch_load::record::Class;
+use patchswitch_tests::netlab::{Ns, SERVICE};
 
 use crate::load::answered;
 use crate::rig::{Load, NAME, Rig, Server, load};
@@ -60,12 +63,12 @@ fn whoever_holds_may_be_killed() {
     let (rig, _servers, load) = loaded("holdkill").unwrap();
     let killed = crate::kill::kill_after(
         &rig,
-        &["switch", NAME, "--hold", "2s", "--run", "exec sleep 3"],
-        Duration::from_millis(700),
+        &["switch", NAME, "--hold", "1200ms", "--run", "exec sleep 3"],
+        Duration::from_millis(600),
     );
     assert!(killed.unwrap());
     // The end of the hold is nobody's to decide any more.
-    std::thread::sleep(Duration::from_millis(2500));
+    std::thread::sleep(Duration::from_millis(1500));
     load.order("mark over").unwrap();
     std::thread::sleep(Duration::from_millis(500));
     load.order("mark end").unwrap();
@@ -74,5 +77,69 @@ fn whoever_holds_may_be_killed() {
     assert_eq!(answered(&run, Class::New, "over", "end").unwrap(), ["b"]);
     let mended = rig.ok(&["switch", NAME, "--to", rig.lab.b.name()]).unwrap();
     assert_eq!(mended["mended"][0], "packets that waited go on", "{mended}");
+    rig.finish().unwrap();
+}
+
+/// Where numbered datagrams go, which nobody answers.
+const NUMBERED: u16 = 5353;
+
+/// What a partition's socket hears until nothing comes for a while after the end.
+fn hear(ns: &Ns, ending: &AtomicBool) -> anyhow::Result<Vec<u32>> {
+    let socket = ns.enter(|| Ok(UdpSocket::bind(("0.0.0.0", NUMBERED))?))?;
+    rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 8 << 20)?;
+    socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+    let (mut heard, mut bytes) = (Vec::new(), [0; 4]);
+    loop {
+        match socket.recv(&mut bytes) {
+            Ok(4) => heard.push(u32::from_be_bytes(bytes)),
+            Ok(other) => anyhow::bail!("{other} bytes"),
+            Err(_) if ending.load(Ordering::Relaxed) => return Ok(heard),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Numbers from 0 on, until it is told to end; how many.
+fn count(ns: &Ns, ending: &AtomicBool) -> anyhow::Result<u32> {
+    let socket = ns.enter(|| Ok(UdpSocket::bind(("0.0.0.0", 0))?))?;
+    socket.connect((SERVICE[0], NUMBERED))?;
+    let mut number = 0_u32;
+    while !ending.load(Ordering::Relaxed) {
+        socket.send(&number.to_be_bytes())?;
+        number += 1;
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Ok(number)
+}
+
+#[test]
+fn what_waits_keeps_its_order_and_nothing_is_lost() {
+    let rig = Rig::new("holdorder").unwrap();
+    rig.attach().unwrap();
+    let (sent_all, heard_all) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (sent, heard) = std::thread::scope(|scope| {
+        let partitions = [&rig.lab.a, &rig.lab.b];
+        let hearing = partitions.map(|ns| scope.spawn(|| hear(ns, &heard_all)));
+        // Both listen before anything is sent.
+        std::thread::sleep(Duration::from_millis(300));
+        let sending = scope.spawn(|| count(&rig.lab.client, &sent_all));
+        std::thread::sleep(Duration::from_millis(200));
+        let held = rig.ok(&["switch", NAME, "--hold", "30s", "--run", "sleep 0.7"]);
+        std::thread::sleep(Duration::from_millis(200));
+        sent_all.store(true, Ordering::Relaxed);
+        let sent = sending.join().unwrap();
+        heard_all.store(true, Ordering::Relaxed);
+        let heard = hearing.map(|hearing| hearing.join().unwrap().unwrap());
+        held.unwrap();
+        (sent.unwrap(), heard)
+    });
+    let [old, new] = &heard;
+    assert!(!old.is_empty() && new.len() > 1000, "{} and {}", old.len(), new.len());
+    let mut all: Vec<u32> = old.iter().chain(new).copied().collect();
+    // Only one that was on its way into the queue when it was opened may have been overtaken: there is one sender.
+    let overtaken: Vec<&[u32]> = all.windows(2).filter(|two| two[1] < two[0]).collect();
+    assert!(overtaken.len() <= 1, "{overtaken:?}");
+    all.sort_unstable();
+    assert!(all.iter().copied().eq(0..sent), "{} of {sent}", all.len());
     rig.finish().unwrap();
 }

@@ -198,6 +198,14 @@ impl Bench {
         Ok(self.array("WORD")?.set(0, word.0, 0)?)
     }
 
+    /// Has packets for a slot wait in the queue of a link for so long.
+    pub(crate) fn hold(&mut self, slot: Slot, queue: u32, limit: Duration) -> anyhow::Result<()> {
+        let mut slots = self.array::<SlotEntry>("SLOTS")?;
+        let entry = slots.get(&slot.index(), 0)?;
+        let hold_until_ns = boot_ns() + u64::try_from(limit.as_nanos())?;
+        Ok(slots.set(slot.index(), SlotEntry { hold: queue, hold_until_ns, ..entry }, 0)?)
+    }
+
     /// Empties a slot.
     pub(crate) fn empty(&mut self, slot: Slot) -> anyhow::Result<()> {
         Ok(self.array("SLOTS")?.set(slot.index(), SlotEntry::default(), 0)?)
@@ -561,7 +569,8 @@ fn width(address: &str) -> &'static str {
     if address.contains(':') { "/128" } else { "/32" }
 }
 
-fn link(ns: &Ns, name: &str) -> anyhow::Result<Link> {
+/// A link of a namespace.
+pub(crate) fn link(ns: &Ns, name: &str) -> anyhow::Result<Link> {
     let value: serde_json::Value = serde_json::from_str(&ns.ip(&format!("-j link show dev {name}"))?)?;
     let mac: Vec<u8> = value[0]["address"]
         .as_str()

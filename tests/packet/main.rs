@@ -12,6 +12,7 @@ mod datagrams;
 mod empty;
 #[cfg(test)]
 mod fragments;
+mod hold;
 mod host;
 #[cfg(test)]
 mod metamorphic;

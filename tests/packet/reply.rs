@@ -51,8 +51,19 @@ fn a_partition_sends_under_its_own_addresses_only() {
         let packet = icmp(from, "ff02::16".parse().unwrap(), 143, [0; 4], &[0; 20]);
         check(&bench.partition(Slot::A, &packet).unwrap(), NEXT, &["out_by_stack"], "of the link");
     }
-    // IPv4 has nothing of the kind.
+    // Addresses of IPv4 in packets of IPv6: the flow of such a packet would be one of IPv4.
     let [v4, _] = families();
+    let mapped = |address: IpAddr| match address {
+        IpAddr::V4(v4) => IpAddr::V6(v4.to_ipv6_mapped()),
+        v6 => v6,
+    };
+    for (from, to) in
+        [(v4.service, v4.client), (v4.own_a, v4.client), (v4.service, v6.client), (v6.service, v4.client)]
+    {
+        let packet = udp((mapped(from), PORT), (mapped(to), 1000), b"x");
+        check(&bench.partition(Slot::A, &packet).unwrap(), DROP, &["martian"], "mapped");
+    }
+    // IPv4 has nothing of the kind.
     for from in ["169.254.7.7", "0.0.0.0"] {
         let packet = udp((from.parse().unwrap(), 68), (v4.client, 67), b"x");
         check(&bench.partition(Slot::A, &packet).unwrap(), DROP, &["spoofed"], from);

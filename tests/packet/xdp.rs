@@ -30,8 +30,9 @@ pub(crate) fn context(index: u32, length: usize) -> anyhow::Result<[u8; 24]> {
 /// TC counts it, but for what happens on the way to a copy.
 pub(crate) fn compare(frame: &[u8], by_xdp: &Seen, by_tc: &Seen) -> anyhow::Result<()> {
     let both = by_tc.counted.contains(&"to_both");
+    let left = both || by_tc.counted.contains(&"held");
     let (action, mut expected) = match by_tc.action {
-        REDIRECT if !both => (XDP_REDIRECT, frame.to_vec()),
+        REDIRECT if !left => (XDP_REDIRECT, frame.to_vec()),
         DROP => (XDP_DROP, frame.to_vec()),
         _ => (XDP_PASS, frame.to_vec()),
     };

@@ -20,8 +20,10 @@ use serde::Serialize;
 
 use super::{AttachError, Attachment, SwitchOptions, build};
 use crate::dataplane::{Dataplane, Hook, Point};
+use crate::host::linux::clock::boot_ns;
 use crate::host::linux::hold_guard::{FRAME, HoldGuard};
 use crate::host::linux::netlink::Link;
+use crate::host::linux::sockets;
 use crate::host::linux::sysctl;
 use crate::host::linux::tap::Tap;
 use crate::names;
@@ -29,9 +31,11 @@ use crate::network::repeat::{Repeats, Syn};
 
 /// Frames for which there is room. The ring of a TAP device is made as long as its queue.
 const ROOM: u32 = 20_000;
-/// So many connections are let begin at once: fewer than the shortest queue of a listener that is usual.
+/// So many connections are let begin at once, if nobody listens whose queue says how many it takes.
 const BURST: u32 = 50;
-/// Between two of these.
+/// And no more than these, whatever it says.
+const MOST: u32 = 500;
+/// Between two of these: time to accept them.
 const PAUSE: Duration = Duration::from_millis(4);
 /// How long a guard may take to deliver what is in its queue.
 const GRACE_NS: u64 = 2_000_000_000;
@@ -84,8 +88,8 @@ impl Queue {
         Self { link, tap, seen: Repeats::default(), pumped: Pumped::default() }
     }
 
-    /// Delivers what is there, until there is nothing.
-    fn pump(&mut self) -> io::Result<()> {
+    /// Delivers what is there, until there is nothing; so many connections at once.
+    fn pump(&mut self, most: u32) -> io::Result<()> {
         let (mut frame, mut burst) = (vec![0; FRAME], 0);
         while let Some(length) = self.tap.read(&mut frame)? {
             let Some(frame) = frame.get_mut(..length).filter(|frame| frame.len() > 6) else { continue };
@@ -101,7 +105,7 @@ impl Queue {
             if syn.is_some() {
                 self.pumped.connections += 1;
                 burst += 1;
-                if burst % BURST == 0 {
+                if burst % most == 0 {
                     std::thread::sleep(PAUSE);
                 }
             }
@@ -179,20 +183,30 @@ impl Attachment {
     /// # Errors
     /// [`AttachError`]; what waits is delivered when its time is over.
     pub async fn release(&mut self, mut hold: Hold) -> Result<Pumped, AttachError> {
-        let begun = Instant::now();
+        let (begun, most) = (Instant::now(), self.burst(hold.to)?);
         let queue = &mut hold.queue;
-        queue.pump().map_err(failed)?;
+        queue.pump(most).map_err(failed)?;
         self.plane.release(hold.to)?;
         queue.pumped.held_ms = hold.begun.elapsed().as_secs_f64() * 1e3;
-        // What was on its way into the queue is there now.
+        // A packet that was on its way into the queue just now is overtaken only by what comes in these microseconds.
+        queue.pump(most).map_err(failed)?;
+        // Now all are there that will ever be.
         self.plane.fence()?;
-        queue.pump().map_err(failed)?;
+        queue.pump(most).map_err(failed)?;
         queue.pumped.pump_ms = begun.elapsed().as_secs_f64() * 1e3;
         hold.guard.dismiss();
         queue.pumped.lost = self.host.dropped(&queue.link).await?;
         let pumped = queue.pumped;
         self.drop_queue().await?;
         Ok(pumped)
+    }
+
+    /// How many connections a partition takes at once: half of what the shortest queue of its listeners holds.
+    fn burst(&self, slot: Slot) -> Result<u32, AttachError> {
+        let sockets = sockets::all(&self.netns(slot)?)?;
+        let shortest =
+            sockets.iter().filter(|socket| socket.is_listener()).map(|socket| socket.send_queue).min();
+        Ok(shortest.map_or(BURST, |room| (room / 2).clamp(1, MOST)))
     }
 
     /// Gives new flows back to whoever had them, those that wait first.
@@ -224,7 +238,7 @@ impl Attachment {
         // Until its time is over the queue is its guard's.
         while boot_ns() < until_ns.saturating_add(GRACE_NS) {
             if let Ok(tap) = Tap::open(&name) {
-                Queue::new(link, tap).pump().map_err(failed)?;
+                Queue::new(link, tap).pump(BURST).map_err(failed)?;
                 break;
             }
             tokio::time::sleep(PAUSE).await;
@@ -253,10 +267,4 @@ impl Attachment {
 
 fn failed(source: io::Error) -> AttachError {
     AttachError::Queue { source }
-}
-
-/// The clock by which BPF ends a hold.
-fn boot_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }

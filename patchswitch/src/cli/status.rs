@@ -97,6 +97,7 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
             json!({
                 "netns": entry.netns, "role": role, "link": entry.link, "gone": record.gone(slot),
                 "paths_refused": record.paths_refused(slot),
+                "held_ms": plane.held(slot).ok().flatten().map(|left| left.as_millis() as u64),
             })
         })
         .collect();
@@ -178,6 +179,9 @@ fn lines(state: &Value) -> anyhow::Result<String> {
             _ => String::new(),
         };
         writeln!(text, "  {:<9}  {} ({}){share}{gone}", of("role"), of("netns"), of("link"))?;
+        if let Some(left) = partition["held_ms"].as_u64() {
+            writeln!(text, "             new flows wait for it, {left} ms more at most")?;
+        }
         if let Some(count @ 1..) = partition["paths_refused"].as_u64() {
             writeln!(
                 text,

@@ -9,6 +9,7 @@ use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Quick, Settings, Sl
 use patchswitch_common::word::Word;
 
 use super::DataplaneError;
+use crate::host::linux::clock::boot_ns;
 
 pub(super) const WORD: &str = "WORD";
 pub(super) const COUNTERS: &str = "COUNTERS";
@@ -155,11 +156,4 @@ fn remove(flows: &mut HashMap<MapData, FlowKey, FlowRecord>, keys: &[FlowKey]) -
         }
     }
     Ok(())
-}
-
-/// `CLOCK_BOOTTIME` in nanoseconds, the clock of `bpf_ktime_get_boot_ns`.
-fn boot_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
-    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default()
 }

@@ -30,12 +30,14 @@ pub use self_test::SelfTestError;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, Settings, SlotEntry, UplinkEntry, mapped};
 use patchswitch_common::verdict::Event;
 use patchswitch_common::word::Word;
 
+use crate::host::linux::clock::boot_ns;
 use crate::host::linux::netlink::{Netlink, NetlinkError};
 use crate::names::{self, Name};
 
@@ -250,6 +252,16 @@ impl Dataplane {
             slot,
             &SlotEntry { hold: ifindex, hold_until_ns: until_ns, ..entry },
         )
+    }
+
+    /// For how much longer packets for a slot wait; nothing if they do not.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn held(&self, slot: Slot) -> Result<Option<Duration>, DataplaneError> {
+        let entry = maps::read_slot(&self.directory, slot)?;
+        let left = entry.hold_until_ns.checked_sub(boot_ns()).filter(|_| entry.hold != 0);
+        Ok(left.map(Duration::from_nanos))
     }
 
     /// Has packets for a slot wait no longer. Those that wait stay where they are.

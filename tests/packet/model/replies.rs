@@ -85,7 +85,7 @@ impl Reply {
                 let asked = frame::udp(client, (family.service, self.ports.0), payload).bytes();
                 (message(if self.v6 { 1 } else { 3 }, [0, 0, 0, self.flags], &asked), Some(2))
             }
-            _ => (Ip::new(from, family.client, GRE, payload.to_vec()), None),
+            _ => (Ip::new(from, family.client, GRE, [&[0; 4], payload].concat()), None),
         };
         let (options, extensions) = if self.v6 {
             (Vec::new(), vec![60; self.options.min(3)])

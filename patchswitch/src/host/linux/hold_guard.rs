@@ -4,7 +4,7 @@
 //! It is forked before the first packet is held and has the queue open as well. Whatever happens to its parent, at the end
 //! of the time that was agreed it delivers what is in the queue. From then on the BPF programs put nothing into it.
 //!
-//! As in the [cutter's child](super::cutter_child): from the fork to the end there are only async-signal-safe calls here.
+//! As in the cutter's child: from the fork to the end there are only async-signal-safe calls here.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};

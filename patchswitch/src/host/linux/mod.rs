@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod cgroup;
+pub mod clock;
 pub mod counters;
 pub mod cutter;
 mod cutter_child;

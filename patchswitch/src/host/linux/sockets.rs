@@ -74,6 +74,8 @@ pub struct Socket {
     pub state: u8,
     /// Of a listener: connections that nobody has accepted yet. Else bytes received and not read.
     pub receive_queue: u32,
+    /// Bytes that were sent and not acknowledged; of a listener: how many connections may wait to be accepted.
+    pub send_queue: u32,
     id: SocketId,
 }
 
@@ -99,7 +101,7 @@ impl Socket {
         let mut id = if local.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() };
         (id.source_address, id.source_port, id.interface_id) = (local.ip(), local.port(), device);
         let remote = SocketAddr::new(id.destination_address, 0);
-        Self { protocol, local, remote, state: 10, receive_queue: 0, id }
+        Self { protocol, local, remote, state: 10, receive_queue: 0, send_queue: 0, id }
     }
 
     fn new(protocol: Protocol, header: InetResponseHeader) -> Self {
@@ -110,6 +112,7 @@ impl Socket {
             remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
             state: header.state,
             receive_queue: header.recv_queue,
+            send_queue: header.send_queue,
             id,
         }
     }

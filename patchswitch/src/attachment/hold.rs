@@ -118,7 +118,7 @@ impl Attachment {
     /// Takes over by a slot, but has what it would get wait: at most for so long. Flows of the other one go on.
     ///
     /// # Errors
-    /// [`AttachError`]; nothing was switched and nothing waits.
+    /// [`AttachError`]; nothing waits, and new flows go where they went.
     pub async fn hold(
         &mut self,
         to: Slot,
@@ -128,15 +128,25 @@ impl Attachment {
         if !self.others.is_empty() {
             return Err(AttachError::Refused("a group cannot hold packets".to_owned()));
         }
+        if self.plane.word().active() == to {
+            return Err(AttachError::Refused("it serves already: there is nothing to wait for".to_owned()));
+        }
         self.end_hold().await?;
-        match self.begin_hold(to, limit, options).await {
-            Ok(hold) => Ok(hold),
-            Err(error) => {
-                if let Err(undo) = self.drop_queue().await {
-                    tracing::warn!("{undo}");
-                }
-                Err(error)
-            }
+        let begun = self.begin_hold(to, limit, options).await;
+        if begun.is_err() {
+            self.undo_hold(to).await;
+        }
+        begun
+    }
+
+    /// What a hold leaves that could not be begun. What waited in these moments is sent again by its clients.
+    async fn undo_hold(&mut self, to: Slot) {
+        let is_switched = self.plane.word().active() == to;
+        if is_switched && let Err(error) = self.switch_with(to.other(), SwitchOptions::default()).await {
+            tracing::warn!("{error}");
+        }
+        if let Err(error) = self.drop_queue().await {
+            tracing::warn!("{error}");
         }
     }
 

@@ -13,7 +13,7 @@ use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::alone::netns_name;
-use super::print;
+use super::{job, print};
 
 /// How `switch` has flows wait.
 #[derive(Debug, Args)]
@@ -42,6 +42,7 @@ pub(crate) async fn run(
     (limit, command): (Duration, &str),
     json: bool,
 ) -> anyhow::Result<ExitCode> {
+    job::watch_signals(json)?;
     let (old, new) = (netns_name(attachment.record(), to.other()), netns_name(attachment.record(), to));
     let hold = attachment.hold(to, limit, SwitchOptions::default()).await?;
     if !json {
@@ -49,6 +50,8 @@ pub(crate) async fn run(
     }
     let done = shell(command, hold.left()).await;
     let failure = match done {
+        // The command has heard of Ctrl-C as well.
+        _ if job::is_stopped() => Some("called off".to_owned()),
         Ok(()) if hold.left().is_zero() => Some("the command was done too late".to_owned()),
         Ok(()) => None,
         Err(error) => Some(format!("{error:#}")),
@@ -66,7 +69,11 @@ pub(crate) async fn run(
     } else {
         print::text(&conclusion(failure.as_deref(), serving, pumped, &attachment.record().name.to_string()));
     }
-    Ok(if failure.is_none() { ExitCode::Done } else { ExitCode::GivenBack })
+    Ok(match failure {
+        None => ExitCode::Done,
+        Some(_) if job::is_stopped() => ExitCode::Interrupted,
+        Some(_) => ExitCode::GivenBack,
+    })
 }
 
 /// Runs a command of the administrator's; what it prints goes where our own errors go.

@@ -20,6 +20,8 @@ use super::tap::Tap;
 pub const FRAME: usize = 65_536 + 64;
 /// Much more than a queue can have in it.
 const MOST: u32 = 1 << 20;
+/// Longer than a packet is on its way through a program, on a slow machine.
+const LATE_NS: u64 = 50_000_000;
 const DONE: u8 = b'd';
 const REAP_LIMIT: Duration = Duration::from_secs(3);
 
@@ -45,11 +47,11 @@ impl HoldGuard {
 
     /// Ends it: there is nothing left to guard.
     pub fn dismiss(mut self) {
-        if let Some(lease) = self.lease.take()
-            && rustix::io::write(&lease, &[DONE]).is_ok()
-        {
-            reap(&self.handle, REAP_LIMIT);
+        // One that has done its work already hears nothing, and is reaped all the same.
+        if let Some(lease) = self.lease.take() {
+            rustix::io::write(&lease, &[DONE]).ok();
         }
+        reap(&self.handle, REAP_LIMIT);
     }
 }
 
@@ -67,6 +69,9 @@ fn guard(tap: RawFd, lease: RawFd, mac: [u8; 6], until_ns: u64) -> i32 {
         // Its parent is gone. Who takes over is not ready before the time is over, as far as is known here.
         sleep_until(until_ns);
     }
+    pump(tap, mac);
+    // What was on its way into the queue in the last moment.
+    sleep_until(boot_ns().wrapping_add(LATE_NS));
     pump(tap, mac);
     0
 }

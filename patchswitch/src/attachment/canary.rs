@@ -69,6 +69,8 @@ pub struct CanaryReport {
 const NOISE: u64 = 4;
 /// How far a part must be above the other side's to be worse, in millionths: two in a hundred of all there was.
 const SLIGHTLY: u64 = 20_000;
+/// Of fewer connections a part says nothing.
+const ENOUGH: u64 = 20;
 /// Ten in a hundred of what was lately: that is looked at again and again, and chance has as many tries.
 const CLEARLY: u64 = 100_000;
 
@@ -165,7 +167,9 @@ impl Looks {
         if self.lately.len() > LATELY {
             self.lately.pop_front();
         }
-        let lately = || new_lately.worse_by(CLEARLY, old_lately).map(|why| format!("lately, {why}"));
+        // An old side that gets next to nothing any more is compared with as it was.
+        let base = if old_lately.asked < ENOUGH { old } else { old_lately };
+        let lately = || new_lately.worse_by(CLEARLY, base).map(|why| format!("lately, {why}"));
         new.worse_than(old).or_else(lately)
     }
 }
@@ -379,5 +383,19 @@ mod tests {
             assert!(looks.worse(sides).is_some());
         }
         assert_eq!(looks.worse(sides), None, "ten seconds ago");
+    }
+
+    #[test]
+    fn an_old_side_that_gets_nothing_any_more_is_compared_as_it_was() {
+        let mut looks = Looks::since([side(0, 0, 0); 2]);
+        // Some clients never get on with either.
+        let mut sides = [side(1000, 880, 120), side(1000, 880, 120)];
+        for _ in 0..=LATELY {
+            assert_eq!(looks.worse(sides), None);
+        }
+        sides[0] = sides[0].and(side(50, 44, 6));
+        assert_eq!(looks.worse(sides), None, "as always");
+        sides[0] = sides[0].and(side(50, 20, 30));
+        assert!(looks.worse(sides).is_some(), "no more as always");
     }
 }

@@ -30,8 +30,19 @@ pub enum AttachError {
     /// The list of sockets.
     #[error(transparent)]
     Sockets(#[from] SocketsError),
+    /// Somebody has packets wait, who is gone.
+    #[error(
+        "packets of {name} wait, and whoever holds them is gone: in {} ms they go on by themselves; next: then the same again",
+        left.as_millis()
+    )]
+    Waiting {
+        /// The attachment.
+        name: Name,
+        /// For how much longer.
+        left: std::time::Duration,
+    },
     /// The queue in which packets wait.
-    #[error("failed to hold packets in the queue of a TAP device (is the kernel's module tun there?)")]
+    #[error("failed to have packets wait in the queue of a TAP device, as the kernel's module tun has them")]
     Queue {
         /// What the kernel said.
         #[source]
@@ -147,7 +158,7 @@ impl AttachError {
     /// What a command that ends with it says.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Record(RecordError::Busy(_)) => ExitCode::Busy,
+            Self::Record(RecordError::Busy(_)) | Self::Waiting { .. } => ExitCode::Busy,
             Self::Record(RecordError::Exists(_)) => ExitCode::CannotCreate,
             Self::NotRoot => ExitCode::Permission,
             Self::LearnFull { .. } => ExitCode::GateFailed,

@@ -13,9 +13,11 @@
 //! process that was forked before delivers what is in it, whoever is dead by then.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use patchswitch_common::Slot;
+use patchswitch_common::word::Phase;
 use serde::Serialize;
 
 use super::{AttachError, Attachment, SwitchOptions, build};
@@ -33,12 +35,15 @@ use crate::network::repeat::{Repeats, Syn};
 const ROOM: u32 = 20_000;
 /// So many connections are let begin at once, if nobody listens whose queue says how many it takes.
 const BURST: u32 = 50;
-/// And no more than these, whatever it says.
+/// And no less and no more than these, whatever it says.
+const LEAST: u32 = 8;
 const MOST: u32 = 500;
 /// Between two of these: time to accept them.
 const PAUSE: Duration = Duration::from_millis(4);
 /// How long a guard may take to deliver what is in its queue.
-const GRACE_NS: u64 = 2_000_000_000;
+const GRACE: Duration = Duration::from_secs(2);
+/// The link address of every queue: no frame leaves it, and one that somebody else chooses may come too late.
+const QUEUE_MAC: [u8; 6] = [2, b'p', b's', b'q', 0, 1];
 
 /// Packets that wait, and what is needed to let them go. Dropped, they wait until their time is over.
 #[derive(Debug)]
@@ -88,10 +93,11 @@ impl Queue {
         Self { link, tap, seen: Repeats::default(), pumped: Pumped::default() }
     }
 
-    /// Delivers what is there, until there is nothing; so many connections at once.
+    /// Delivers what is there, until there is nothing, or as much as there is room for; so many connections at once.
     fn pump(&mut self, most: u32) -> io::Result<()> {
         let (mut frame, mut burst) = (vec![0; FRAME], 0);
-        while let Some(length) = self.tap.read(&mut frame)? {
+        for _ in 0..ROOM {
+            let Some(length) = self.tap.read(&mut frame)? else { break };
             let Some(frame) = frame.get_mut(..length).filter(|frame| frame.len() > 6) else { continue };
             let syn = Syn::parse(frame);
             if syn.is_some_and(|syn| self.seen.has_seen(syn)) {
@@ -117,6 +123,9 @@ impl Queue {
 impl Attachment {
     /// Takes over by a slot, but has what it would get wait: at most for so long. Flows of the other one go on.
     ///
+    /// What waits goes to the new side when the time is over, whether that is ready or not: whoever holds has to
+    /// [release](Self::release) or to [call off](Self::call_off) before.
+    ///
     /// # Errors
     /// [`AttachError`]; nothing waits, and new flows go where they went.
     pub async fn hold(
@@ -125,37 +134,49 @@ impl Attachment {
         limit: Duration,
         options: SwitchOptions,
     ) -> Result<Hold, AttachError> {
+        let refused = |why: &str| Err(AttachError::Refused(why.to_owned()));
+        let word = self.plane.word();
         if !self.others.is_empty() {
-            return Err(AttachError::Refused("a group cannot hold packets".to_owned()));
+            return refused("a group cannot hold packets");
         }
-        if self.plane.word().active() == to {
-            return Err(AttachError::Refused("it serves already: there is nothing to wait for".to_owned()));
+        if word.phase() != Phase::Steady {
+            return refused("a switch or a canary is under way: nothing can be held before it has ended");
+        }
+        if word.active() == to {
+            return refused("it serves already: there is nothing to wait for");
         }
         self.end_hold().await?;
-        let begun = self.begin_hold(to, limit, options).await;
-        if begun.is_err() {
-            self.undo_hold(to).await;
+        let made = self.make_hold(to, limit).await;
+        let hold = match made {
+            Ok(hold) => hold,
+            Err(error) => return Err(self.after(error, Self::drop_queue).await),
+        };
+        match self.switch_with(to, options).await {
+            Ok(_) => Ok(hold),
+            // Something waits already.
+            Err(error) if self.plane.word().active() == to => {
+                Err(self.after(error, async |this| this.call_off(hold).await.map(drop)).await)
+            }
+            Err(error) => {
+                hold.guard.dismiss();
+                Err(self.after(error, Self::drop_queue).await)
+            }
         }
-        begun
     }
 
-    /// What a hold leaves that could not be begun. What waited in these moments is sent again by its clients.
-    async fn undo_hold(&mut self, to: Slot) {
-        let is_switched = self.plane.word().active() == to;
-        if is_switched && let Err(error) = self.switch_with(to.other(), SwitchOptions::default()).await {
-            tracing::warn!("{error}");
-        }
-        if let Err(error) = self.drop_queue().await {
-            tracing::warn!("{error}");
-        }
-    }
-
-    async fn begin_hold(
+    /// An error after which something is put right; that this failed as well is logged.
+    async fn after(
         &mut self,
-        to: Slot,
-        limit: Duration,
-        options: SwitchOptions,
-    ) -> Result<Hold, AttachError> {
+        error: AttachError,
+        undo: impl AsyncFnOnce(&mut Self) -> Result<(), AttachError>,
+    ) -> AttachError {
+        if let Err(error) = undo(self).await {
+            tracing::warn!("{error}");
+        }
+        error
+    }
+
+    async fn make_hold(&mut self, to: Slot, limit: Duration) -> Result<Hold, AttachError> {
         let name = names::hold_link(&self.record.name);
         let tap = Tap::open(&name).map_err(failed)?;
         let queue = Queue::new(self.queue_link(&name).await?, tap);
@@ -163,22 +184,21 @@ impl Attachment {
         let until_ns = boot_ns().saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
         let guard = HoldGuard::start(&queue.tap, queue.link.mac, until_ns).map_err(failed)?;
         self.plane.hold(to, queue.link.index, until_ns)?;
-        let begun = Instant::now();
-        self.switch_with(to, options).await?;
-        Ok(Hold { to, until_ns, queue, guard, begun })
+        Ok(Hold { to, until_ns, queue, guard, begun: Instant::now() })
     }
 
     async fn queue_link(&self, name: &str) -> Result<Link, AttachError> {
         let link = self.host.link(name).await?;
         let mtu = build::mtu(&self.host, &self.record.uplinks).await?;
-        self.host.make_queue(&link, mtu, ROOM, self.record.name.as_str()).await?;
+        self.host.dress(&link, QUEUE_MAC, mtu, self.record.name.as_str()).await?;
+        self.host.make_queue(&link, ROOM).await?;
         // It has nothing to say of its own.
-        let key = format!("net/ipv6/conf/{name}/disable_ipv6");
+        let key = format!("ipv6/conf/{name}/disable_ipv6");
         if sysctl::read(&key).is_ok() {
             sysctl::write(&key, "1")?;
         }
         self.host.set_up(&link, true).await?;
-        Ok(link)
+        Ok(Link { mac: QUEUE_MAC, ..link })
     }
 
     fn attach_queue(&mut self, link: &str) -> Result<(), AttachError> {
@@ -192,8 +212,31 @@ impl Attachment {
     ///
     /// # Errors
     /// [`AttachError`]; what waits is delivered when its time is over.
-    pub async fn release(&mut self, mut hold: Hold) -> Result<Pumped, AttachError> {
-        let (begun, most) = (Instant::now(), self.burst(hold.to)?);
+    pub async fn release(&mut self, hold: Hold) -> Result<Pumped, AttachError> {
+        let to = hold.to;
+        self.deliver(hold, to).await
+    }
+
+    /// Gives new flows back to whoever had them, and what waits as well. Flows that he has are not in its way.
+    ///
+    /// # Errors
+    /// [`AttachError`]; what waits is delivered when its time is over, to whoever serves then.
+    pub async fn call_off(&mut self, hold: Hold) -> Result<Pumped, AttachError> {
+        let back = hold.to.other();
+        let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+        let switched = self.switch_with(back, options).await;
+        match switched {
+            Err(error) if self.plane.word().active() != back => Err(error),
+            switched => {
+                let pumped = self.deliver(hold, back).await?;
+                switched.map(|_| pumped)
+            }
+        }
+    }
+
+    /// Delivers what waits, which goes to whoever owns it by now, and opens the way of what comes.
+    async fn deliver(&mut self, mut hold: Hold, receiver: Slot) -> Result<Pumped, AttachError> {
+        let (begun, most) = (Instant::now(), self.burst(receiver)?);
         let queue = &mut hold.queue;
         queue.pump(most).map_err(failed)?;
         self.plane.release(hold.to)?;
@@ -205,56 +248,54 @@ impl Attachment {
         queue.pump(most).map_err(failed)?;
         queue.pumped.pump_ms = begun.elapsed().as_secs_f64() * 1e3;
         hold.guard.dismiss();
-        queue.pumped.lost = self.host.dropped(&queue.link).await?;
+        queue.pumped.lost = self.host.dropped(&queue.link).await.unwrap_or_default();
         let pumped = queue.pumped;
         self.drop_queue().await?;
         Ok(pumped)
     }
 
-    /// How many connections a partition takes at once: half of what the shortest queue of its listeners holds.
+    /// How many connections a partition takes at once: half of what the shortest queue of those of its listeners holds that
+    /// the service can reach.
     fn burst(&self, slot: Slot) -> Result<u32, AttachError> {
         let sockets = sockets::all(&self.netns(slot)?)?;
-        let shortest =
-            sockets.iter().filter(|socket| socket.is_listener()).map(|socket| socket.send_queue).min();
-        Ok(shortest.map_or(BURST, |room| (room / 2).clamp(1, MOST)))
+        let serves = |at: IpAddr| at.is_unspecified() || self.record.addresses.contains(&at);
+        let listeners = sockets.iter().filter(|socket| socket.is_listener() && serves(socket.local.ip()));
+        let shortest = listeners.map(|socket| socket.send_queue).min();
+        Ok(shortest.map_or(BURST, |room| (room / 2).clamp(LEAST, MOST)))
     }
 
-    /// Gives new flows back to whoever had them, those that wait first.
+    /// Ends a hold that somebody began who was killed, as soon as its time is over. Nothing to do if there is none.
     ///
     /// # Errors
-    /// [`AttachError`].
-    pub async fn call_off(&mut self, hold: Hold) -> Result<Pumped, AttachError> {
-        let (back, before) = (hold.to.other(), hold.to);
-        // Behind those that wait already.
-        self.plane.hold(back, hold.queue.link.index, hold.until_ns)?;
-        self.switch_with(back, SwitchOptions::default()).await?;
-        let pumped = self.release(Hold { to: back, ..hold }).await;
-        self.plane.release(before)?;
-        pumped
-    }
-
-    /// Ends a hold that somebody began who was killed: what waits goes to whoever serves. Nothing to do if there is none.
+    /// [`AttachError::Waiting`] before.
     pub(super) async fn end_hold(&mut self) -> Result<bool, AttachError> {
         let name = names::hold_link(&self.record.name);
-        let Some(link) = self.host.links().await?.into_iter().find(|link| link.name == name) else {
+        let link = self.host.links().await?.into_iter().find(|link| link.name == name);
+        if link.is_none() && self.record.hooks.iter().all(|hook| hook.link != name) {
             return Ok(false);
-        };
-        let mut until_ns = 0;
-        for slot in [Slot::A, Slot::B] {
-            until_ns = self.plane.slot(slot)?.hold_until_ns.max(until_ns);
-            self.plane.release(slot)?;
         }
-        self.plane.fence()?;
-        // Until its time is over the queue is its guard's.
-        while boot_ns() < until_ns.saturating_add(GRACE_NS) {
-            if let Ok(tap) = Tap::open(&name) {
-                Queue::new(link, tap).pump(BURST).map_err(failed)?;
-                break;
+        for slot in [Slot::A, Slot::B] {
+            if let Some(left) = self.plane.held(slot)?.filter(|left| !left.is_zero()) {
+                return Err(AttachError::Waiting { name: self.record.name.clone(), left });
             }
-            tokio::time::sleep(PAUSE).await;
+        }
+        if let Some(link) = link {
+            self.take_what_is_left(link).await?;
         }
         self.drop_queue().await?;
         Ok(true)
+    }
+
+    /// Delivers what a guard has left, which has the queue for itself until it ends.
+    async fn take_what_is_left(&self, link: Link) -> Result<(), AttachError> {
+        let end = Instant::now() + GRACE;
+        while Instant::now() < end {
+            if let Ok(tap) = Tap::open(&link.name) {
+                return Queue::new(link, tap).pump(BURST).map_err(failed);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        Ok(())
     }
 
     async fn drop_queue(&mut self) -> Result<(), AttachError> {

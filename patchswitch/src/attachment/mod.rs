@@ -510,8 +510,11 @@ impl Attachment {
     pub fn reload(&mut self, force: bool) -> Result<bool, AttachError> {
         self.report_events();
         let (record, plane) = (&self.record, &mut self.plane);
+        // A queue is there for moments, and if somebody was killed meanwhile, perhaps in parts.
+        let queue = names::hold_link(&record.name);
+        let hooks: Vec<_> = record.hooks.iter().filter(|hook| hook.link != queue).cloned().collect();
         build::with_all_ends(record, |all_ends| {
-            let (hooks, addresses) = (record.hooks.as_slice(), record.addresses.as_slice());
+            let (hooks, addresses) = (hooks.as_slice(), record.addresses.as_slice());
             let ends = build::with_a_choice(record, all_ends);
             Ok(plane.replace(Replacement { hooks, addresses, ends, all_ends, force })?)
         })

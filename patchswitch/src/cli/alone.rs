@@ -128,7 +128,7 @@ The switch is one 8-byte store. It is reversed by the same command with the role
 In steps, and back by itself if the new side does worse than the old one:
   patchswitch switch web --share 1,10,50,100 --every 30s
 With new flows waiting while something moves from the old side to the new one:
-  patchswitch switch web --hold 3s --run ./move-database")]
+  patchswitch switch web --hold 3s --run /usr/local/sbin/move-database")]
 pub(crate) struct Switch {
     /// Name of the attachment.
     name: Name,

@@ -15,15 +15,19 @@ use serde_json::json;
 use super::alone::netns_name;
 use super::{job, print};
 
+/// How much longer than the command flows may wait: what comes after it is done by then, also on a slow machine.
+const MARGIN: Duration = Duration::from_secs(1);
+
 /// How `switch` has flows wait.
 #[derive(Debug, Args)]
 pub(crate) struct Waiting {
-    /// Have new flows wait while the command of --run does what only one side can do at a time, such as moving a database:
-    /// at most for this time, such as 5s. Below a second clients notice nothing but the wait.
+    /// Have new flows wait while the command of --run does what only one side can do at a time, such as moving a database.
+    /// The command may take so long, such as 5s. Below a second clients notice nothing but the wait.
     #[arg(long, value_name = "TIME", requires = "run", conflicts_with = "share", value_parser = duration::parse)]
     hold: Option<Duration>,
-    /// What is done meanwhile: a command of the shell. If it fails or takes longer, those that wait go to the side that
-    /// served before, and the command ends with 22.
+    /// What is done meanwhile: a command of the shell, with the root as its directory, an empty environment and nothing to
+    /// read. It is killed with all that it started if it takes longer, and what it has left running in the background when
+    /// it ends. If it fails, those that wait go to the side that served before, and patchswitch ends with 22.
     #[arg(long, value_name = "COMMAND", requires = "hold")]
     run: Option<String>,
 }
@@ -44,16 +48,14 @@ pub(crate) async fn run(
 ) -> anyhow::Result<ExitCode> {
     job::watch_signals(json)?;
     let (old, new) = (netns_name(attachment.record(), to.other()), netns_name(attachment.record(), to));
-    let hold = attachment.hold(to, limit, SwitchOptions::default()).await?;
+    let hold = attachment.hold(to, limit + MARGIN, SwitchOptions::default()).await?;
     if !json {
-        print::progress(&format!("flows of {old} go on; new ones wait for {new}, at most {limit:?}"));
+        print::progress(&format!("flows of {old} go on; new ones wait for {new}, {limit:?} at most"));
     }
-    let done = shell(command, hold.left()).await;
-    let failure = match done {
-        // The command has heard of Ctrl-C as well.
-        _ if job::is_stopped() => Some("called off".to_owned()),
-        Ok(()) if hold.left().is_zero() => Some("the command was done too late".to_owned()),
+    let failure = match shell(command, limit).await {
+        // What it was to move has been moved, whatever somebody wants meanwhile.
         Ok(()) => None,
+        Err(_) if job::is_stopped() => Some("called off".to_owned()),
         Err(error) => Some(format!("{error:#}")),
     };
     let pumped = match failure {
@@ -80,6 +82,7 @@ pub(crate) async fn run(
 async fn shell(command: &str, limit: Duration) -> anyhow::Result<()> {
     let output = std::io::stderr().as_fd().try_clone_to_owned()?;
     let run = Run::new(Program::Shell).args(["-c", command]).limit(limit).output_to(output.into());
+    let run = run.whole_group().stopped_by(job::is_stopped);
     let ended = tokio::task::spawn_blocking(|| run.status()).await?.context("the command")?;
     anyhow::ensure!(ended.status.success(), "the command failed ({})", ended.status);
     Ok(())

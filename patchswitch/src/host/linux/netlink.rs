@@ -170,25 +170,17 @@ impl Netlink {
         self.handle.link().set(message).execute().await.map_err(failed(action))
     }
 
-    /// Makes a link a queue and nothing else: nobody is asked for addresses on it, and it takes so many frames of at most
-    /// this size. While it is down.
+    /// Makes a link a queue and nothing else: nobody is asked for addresses on it, and it takes so many frames. While it is
+    /// down.
     ///
     /// # Errors
     /// [`NetlinkError::Request`].
-    pub async fn make_queue(
-        &self,
-        link: &Link,
-        mtu: u32,
-        length: u32,
-        alias: &str,
-    ) -> Result<(), NetlinkError> {
+    pub async fn make_queue(&self, link: &Link, length: u32) -> Result<(), NetlinkError> {
         let message = LinkUnspec::new_with_index(link.index)
             .arp(false)
-            .mtu(mtu)
-            .alias(alias)
             .append_extra_attribute(LinkAttribute::TxQueueLen(length))
             .build();
-        let action = format!("set queue and MTU of {}", link.name);
+        let action = format!("set the queue of {}", link.name);
         self.handle.link().set(message).execute().await.map_err(failed(action))
     }
 

@@ -143,6 +143,7 @@ pub struct Run {
     output: Option<std::fs::File>,
     environment: Vec<(OsString, OsString)>,
     group: bool,
+    stop: Option<fn() -> bool>,
     path: Option<PathBuf>,
 }
 
@@ -168,6 +169,7 @@ impl Run {
             output: None,
             environment: Vec::new(),
             group: false,
+            stop: None,
             path: None,
         }
     }
@@ -222,6 +224,13 @@ impl Run {
         self
     }
 
+    /// Kills the program before its time is over if this says so; it is asked again and again.
+    #[must_use]
+    pub fn stopped_by(mut self, stop: fn() -> bool) -> Self {
+        self.stop = Some(stop);
+        self
+    }
+
     /// Sends both outputs to a file instead of collecting them, e.g. because children of the program keep them.
     #[must_use]
     pub fn output_to(mut self, file: std::fs::File) -> Self {
@@ -236,11 +245,11 @@ impl Run {
     pub fn status(self) -> Result<Output, ProgramError> {
         let (program, limit, arguments) = (self.program, self.limit, self.text());
         let io = |source| ProgramError::Io { program, source };
-        let (collected, group) = (self.output.is_none(), self.group);
+        let (collected, group, stop) = (self.output.is_none(), self.group, self.stop);
         let mut child = self.spawn()?;
         let stdout = collected.then(|| child.stdout.take().map(collect)).flatten();
         let stderr = collected.then(|| child.stderr.take().map(collect)).flatten();
-        let ended = wait(&child, limit).map_err(io)?;
+        let ended = wait(&child, limit, stop).map_err(io)?;
         if group {
             // Before the child is reaped: until then nobody else can have its number.
             kill_group(&child).map_err(io)?;
@@ -345,8 +354,8 @@ fn text(collected: Option<Collected>) -> String {
 }
 
 /// Waits by polling: programs here live for a tenth of a second and more, and a `SIGCHLD` handler is not a
-/// library's to install. Whether the program ended in time; it is not reaped.
-fn wait(child: &Child, limit: Duration) -> std::io::Result<bool> {
+/// library's to install. Whether the program ended in time, and before somebody wants it to; it is not reaped.
+fn wait(child: &Child, limit: Duration, stop: Option<fn() -> bool>) -> std::io::Result<bool> {
     let end = Instant::now() + limit;
     let mut pause = Duration::from_millis(1);
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
@@ -354,7 +363,7 @@ fn wait(child: &Child, limit: Duration) -> std::io::Result<bool> {
         if rustix::process::waitid(WaitId::Pid(pid(child)?), options)?.is_some() {
             return Ok(true);
         }
-        if Instant::now() >= end {
+        if Instant::now() >= end || stop.is_some_and(|stop| stop()) {
             return Ok(false);
         }
         std::thread::sleep(pause);

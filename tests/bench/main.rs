@@ -13,6 +13,7 @@ mod flows;
 mod handover;
 mod head;
 mod kernel;
+mod knee;
 mod late;
 mod packets;
 mod peers;

@@ -228,7 +228,12 @@ impl Attachment {
         match switched {
             Err(error) if self.plane.word().active() != back => Err(error),
             switched => {
+                let in_time = !hold.left().is_zero();
                 let pumped = self.deliver(hold, back).await?;
+                // Whoever was to take over has got nothing: there is nothing to drain.
+                if in_time {
+                    self.settle()?;
+                }
                 switched.map(|_| pumped)
             }
         }

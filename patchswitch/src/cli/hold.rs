@@ -103,6 +103,8 @@ fn conclusion(failure: Option<&str>, serving: &str, pumped: Pumped, name: &str) 
     if lost > 0 {
         text.push_str(&format!("\n{lost} found no room and will be sent again by their clients"));
     }
-    text.push_str(&format!("\nnext: patchswitch drain {name}"));
+    if failure.is_none() {
+        text.push_str(&format!("\nnext: patchswitch drain {name}"));
+    }
     text
 }

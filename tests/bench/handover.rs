@@ -7,12 +7,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use patchswitch_load::client::Settings;
 use patchswitch_load::clock::now_ns;
 use patchswitch_load::report::{self, Run};
+use patchswitch_tests::netlab::SERVICE;
 use patchswitch_tests::observe::Counters;
-use patchswitch_tests::traffic::{Load, Server};
+use patchswitch_tests::traffic::{Load, PORT, Server};
 
-use crate::knee;
 use crate::peers::{self, AGAIN, PRODUCT, Peer, Product, Side};
 use crate::plan::{Scale, Selection};
 use crate::probe::{Answers, Probes, TCP_RATE, UDP_RATE};
@@ -98,7 +99,6 @@ struct Course {
 pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
     let mut product = Product::new("handover")?;
     let course = Course::of(&mut product, scale, true)?;
-    levels(&mut product, scale, selection, found)?;
     drop(product);
     let limits = control(&course, found);
     judge(PRODUCT, &course, &limits, found);
@@ -114,39 +114,22 @@ pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) ->
     Ok(())
 }
 
-/// What part of the slowest peer's knee is asked for.
-const LEVELS: [u8; 3] = [30, 60, 90];
-
-/// Rows 1 and 2 of patchswitch under more and less load.
-fn levels(product: &mut Product, scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
-    let (slowest, knee) = knee::slowest(selection)?;
-    for level in LEVELS {
-        let rate = knee * f64::from(level) / 100.0;
-        let course = Course::at(rate, product, (scale, scale.level_blocks()), false)?;
-        let at = format!("at {level} % of the knee of {slowest}, {rate:.0} a second");
-        failed(PRODUCT, &course, &format!("requests failed, load {level} %"), &at, found);
-        let broken: i64 = course.middle().map(|window| window.trouble.broken).sum();
-        let metric = format!("connections reset or timed out, load {level} %");
-        let figure = Figure::values(2, &metric, PRODUCT, "per switch", &[broken as f64 / course.switches()]);
-        found.add(figure.must(Target::AtMost(0.0)).note(at));
-    }
-    Ok(())
-}
-
 impl Course {
-    /// With the control and many switches, or without.
     fn of(peer: &mut dyn Peer, scale: Scale, whole: bool) -> Result<Self> {
-        let count = scale.switch_blocks(peer.settles_s() > 0.0, whole);
-        Self::at(RATE, peer, (scale, count), whole)
-    }
-
-    fn at(rate: f64, peer: &mut dyn Peer, (scale, count): (Scale, usize), whole: bool) -> Result<Self> {
         let _servers = [Server::start(peer.ns(Side::A), "a")?, Server::start(peer.ns(Side::B), "b")?];
-        let load = Load::start(&peer.lab().client, knee::load(rate)?);
+        let settings = Settings {
+            rate: RATE,
+            connections: 8,
+            renew: Duration::from_secs(2),
+            ..Settings::new(vec![SERVICE[0].parse()?], PORT)
+        };
+        let load = Load::start(&peer.lab().client, settings);
         let probes = Probes::start(peer)?;
         std::thread::sleep(Duration::from_millis(500));
         peer.prepare()?;
         std::thread::sleep(Duration::from_millis(500));
+        let slow = peer.settles_s() > 0.0;
+        let count = scale.switch_blocks(slow, whole);
         let (mut control, mut blocks) = (Vec::new(), Vec::new());
         for _ in 0..if whole { count } else { 0 } {
             let mut quiet = || window(peer, scale, None);
@@ -257,7 +240,7 @@ fn control(course: &Course, found: &mut Found) -> Limits {
 }
 
 fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
-    failed(key, course, "requests failed", &format!("{RATE} a second"), found);
+    failed(key, course, found);
     let switches = course.switches();
     let each = |count: i64| count as f64 / switches;
     let sum = |of: fn(&Repaired) -> i64| course.middle().map(|window| of(&window.trouble)).sum::<i64>();
@@ -313,7 +296,7 @@ fn seconds<'a>(windows: impl Iterator<Item = &'a Window>) -> f64 {
 }
 
 /// Row 1. Nothing in n means, with a confidence of 95 %, fewer than 3 in n.
-fn failed(key: &str, course: &Course, metric: &str, load: &str, found: &mut Found) {
+fn failed(key: &str, course: &Course, found: &mut Found) {
     let window = course.switched();
     let stats = course.run.stats(window);
     let (failed, requests) = (stats.failed as f64, stats.requests as f64);
@@ -323,7 +306,7 @@ fn failed(key: &str, course: &Course, metric: &str, load: &str, found: &mut Foun
     } else {
         String::new()
     };
-    let figure = Figure::values(1, metric, key, "per switch", &[failed / switches]);
+    let figure = Figure::values(1, "requests failed", key, "per switch", &[failed / switches]);
     let figure = if key == PRODUCT { figure.must(Target::AtMost(0.0)) } else { figure };
-    found.add(figure.note(format!("{failed} of {requests} requests in {switches} switches, {load}{bound}")));
+    found.add(figure.note(format!("{failed} of {requests} requests in {switches} switches{bound}")));
 }

@@ -13,7 +13,6 @@ mod flows;
 mod handover;
 mod head;
 mod kernel;
-mod knee;
 mod late;
 mod packets;
 mod peers;

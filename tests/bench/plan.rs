@@ -83,11 +83,6 @@ impl Scale {
         }
     }
 
-    /// The same of patchswitch under each of several loads.
-    pub(crate) fn level_blocks(self) -> usize {
-        self.pick(3, 20)
-    }
-
     /// How long such a window is.
     pub(crate) fn window(self) -> Duration {
         Duration::from_millis(self.pick(400, 1000))

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use patchswitch_load::client::Settings;
 use patchswitch_load::record::Class;
 use patchswitch_tests::netlab::{Ns, SERVICE};
+use patchswitch_tests::programs;
+use rustix::process::Signal;
 
 use crate::load::answered;
 use crate::rig::{Load, NAME, Rig, Server, load};
@@ -64,12 +66,21 @@ fn a_command_that_fails_or_takes_too_long_gives_back() {
 #[test]
 fn whoever_holds_may_be_killed() {
     let (rig, _servers, load) = loaded("holdkill").unwrap();
-    let killed = crate::kill::kill_after(
-        &rig,
-        &["switch", NAME, "--hold", "500ms", "--run", "sleep 0.4; exec sleep 3"],
-        Duration::from_millis(300),
-    );
-    assert!(killed.unwrap());
+    let program = programs::built("patchswitch").unwrap();
+    let program = program.to_string_lossy();
+    let argv = [program.as_ref(), "switch", NAME, "--hold", "500ms", "--run", "sleep 0.4; exec sleep 3"];
+    let mut running = rig.lab.host.spawn(&argv, None).unwrap();
+    let holds = || {
+        let status = rig.ok(&["status", NAME]).unwrap();
+        let partitions = status["attachments"][0]["partitions"].as_array().cloned().unwrap_or_default();
+        partitions.iter().any(|partition| partition["held_ms"].is_u64())
+    };
+    let end = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < end && !running.has_ended(), "{}", running.output());
+    }
+    running.signal(Signal::KILL).unwrap();
+    running.wait(Duration::from_secs(10)).unwrap();
     // The end of the hold is nobody's to decide any more.
     std::thread::sleep(Duration::from_millis(1800));
     load.order("mark over").unwrap();
@@ -139,9 +150,14 @@ fn what_waits_keeps_its_order_and_nothing_is_lost() {
     let [old, new] = &heard;
     assert!(!old.is_empty() && new.len() > 1000, "{} and {}", old.len(), new.len());
     let mut all: Vec<u32> = old.iter().chain(new).copied().collect();
-    // Only one that was on its way into the queue when it was opened may have been overtaken: there is one sender.
-    let overtaken: Vec<&[u32]> = all.windows(2).filter(|two| two[1] < two[0]).collect();
-    assert!(overtaken.len() <= 1, "{overtaken:?}");
+    // What comes into the queue while it is being opened is overtaken by what comes after that, and nothing else is: were it
+    // opened before what waits is delivered, nearly all would be.
+    let (mut largest, mut overtaken) = (0, 0);
+    for number in &all {
+        overtaken += usize::from(*number < largest);
+        largest = largest.max(*number);
+    }
+    assert!(overtaken < new.len() / 20, "{overtaken} of {}", new.len());
     all.sort_unstable();
     assert!(all.iter().copied().eq(0..sent), "{} of {sent}", all.len());
     rig.finish().unwrap();

@@ -18,7 +18,7 @@ use crate::xdp;
 const MOMENTS: u32 = 16;
 
 /// Starts the product and kills it after a while; true if it had not ended by itself.
-pub(crate) fn kill_after(rig: &Rig, arguments: &[&str], delay: Duration) -> anyhow::Result<bool> {
+fn kill_after(rig: &Rig, arguments: &[&str], delay: Duration) -> anyhow::Result<bool> {
     let program = programs::built("patchswitch")?;
     let program = program.to_string_lossy();
     let argv: Vec<&str> = [program.as_ref()].into_iter().chain(arguments.iter().copied()).collect();

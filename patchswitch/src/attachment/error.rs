@@ -32,7 +32,7 @@ pub enum AttachError {
     Sockets(#[from] SocketsError),
     /// Somebody has packets wait, who is gone.
     #[error(
-        "packets of {name} wait, and whoever holds them is gone: in {} ms they go on by themselves; next: then the same again",
+        "packets of {name} wait, and whoever holds them is gone: in {} ms they go on by themselves; type the same again then",
         left.as_millis()
     )]
     Waiting {

@@ -1,4 +1,5 @@
-//! New flows wait while something is done that only one partition can do at a time.
+//! New flows wait while something is done that only one partition can do at a time: what the patent's first embodiment
+//! begins with (steps 1301 and 1501, no request from outside is accepted), without a request that is refused.
 //!
 //! ```text
 //!             hold                    the deed                       release
@@ -73,7 +74,7 @@ pub struct Pumped {
     pub connections: u64,
     /// SYNs that were there twice, and were delivered once.
     pub repeats: u64,
-    /// Frames for which there was no room. Their senders send them again.
+    /// Frames for which there was no room, and that the kernel did not take. Senders of TCP send them again.
     pub lost: u64,
     /// From the beginning of the hold to its end, in milliseconds.
     pub held_ms: f64,
@@ -106,7 +107,11 @@ impl Queue {
             }
             // To this link, as the frame was to the one that brought it.
             frame.iter_mut().zip(self.link.mac).for_each(|(to, from)| *to = from);
-            self.tap.write(frame)?;
+            // One that the kernel does not take must not keep the others.
+            if self.tap.write(frame).is_err() {
+                self.pumped.lost += 1;
+                continue;
+            }
             self.pumped.frames += 1;
             if syn.is_some() {
                 self.pumped.connections += 1;
@@ -241,7 +246,8 @@ impl Attachment {
 
     /// Delivers what waits, which goes to whoever owns it by now, and opens the way of what comes.
     async fn deliver(&mut self, mut hold: Hold, receiver: Slot) -> Result<Pumped, AttachError> {
-        let (begun, most) = (Instant::now(), self.burst(receiver)?);
+        // Whoever cannot be asked gets no more at once than is usual.
+        let (begun, most) = (Instant::now(), self.burst(receiver).unwrap_or(BURST));
         let queue = &mut hold.queue;
         queue.pump(most).map_err(failed)?;
         self.plane.release(hold.to)?;
@@ -253,7 +259,7 @@ impl Attachment {
         queue.pump(most).map_err(failed)?;
         queue.pumped.pump_ms = begun.elapsed().as_secs_f64() * 1e3;
         hold.guard.dismiss();
-        queue.pumped.lost = self.host.dropped(&queue.link).await.unwrap_or_default();
+        queue.pumped.lost += self.host.dropped(&queue.link).await.unwrap_or_default();
         let pumped = queue.pumped;
         self.drop_queue().await?;
         Ok(pumped)

@@ -101,7 +101,7 @@ fn conclusion(failure: Option<&str>, serving: &str, pumped: Pumped, name: &str) 
          {held_ms:.0} ms; delivered within {pump_ms:.0} ms"
     );
     if lost > 0 {
-        text.push_str(&format!("\n{lost} found no room and will be sent again by their clients"));
+        text.push_str(&format!("\n{lost} found no room; those of TCP are sent again by their clients"));
     }
     if failure.is_none() {
         text.push_str(&format!("\nnext: patchswitch drain {name}"));

@@ -4,84 +4,28 @@
 //!  quiet │ switch │ switch back │ quiet      one block: windows of one length, a switch early in the two in the middle
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use patchswitch_load::client::Settings;
-use patchswitch_load::clock::now_ns;
 use patchswitch_load::report::{self, Run};
 use patchswitch_tests::netlab::SERVICE;
-use patchswitch_tests::observe::Counters;
 use patchswitch_tests::traffic::{Load, PORT, Server};
 
+use crate::loads;
 use crate::peers::{self, AGAIN, PRODUCT, Peer, Product, Side};
 use crate::plan::{Scale, Selection};
 use crate::probe::{Answers, Probes, TCP_RATE, UDP_RATE};
 use crate::report::{Figure, Found, Target, say};
 use crate::stats::{Block, quantile};
+use crate::window::{Repaired, Window, many, window};
 
 /// Requests a second, half of them on connections of their own.
 const RATE: f64 = 500.0;
-/// From the beginning of a window to its switch.
-const LEAD: Duration = Duration::from_millis(100);
 /// Between two of many switches.
 const PACE: Duration = Duration::from_millis(20);
 const GAP: [&str; 2] = ["longest gap, 10 kHz datagrams", "longest gap, 1 kHz on a TCP connection"];
 const P999: &str = "P99.9 of requests";
-
-/// A time with or without a switch.
-#[derive(Clone, Copy, Debug)]
-struct Window {
-    from_ns: u64,
-    to_ns: u64,
-    trouble: Repaired,
-}
-
-/// What kernels had to do because of something that went wrong.
-#[derive(Clone, Copy, Debug, Default)]
-struct Repaired {
-    /// Connections of the client that were reset, and retransmission timers that fired.
-    broken: i64,
-    /// Segments sent again.
-    again: i64,
-    /// Of these, those that had arrived: the receiver said so (DSACK).
-    needless: i64,
-    /// Of these, probes for the last segment of a flight whose acknowledgement is late (TLP, RFC 8985 7): the timer is two
-    /// round trips, which here is less than a processor is away with something else.
-    probes: i64,
-    /// Resets that the service's namespaces sent.
-    resets: i64,
-}
-
-impl Repaired {
-    fn of(peer: &dyn Peer) -> Result<Self> {
-        let mut sum = Self::default();
-        for ns in [&peer.lab().client, peer.ns(Side::A), peer.ns(Side::B)] {
-            let counters = Counters::of(ns)?;
-            let trouble = counters.trouble()?;
-            sum.broken += trouble.time_outs;
-            sum.again += trouble.retransmitted;
-            sum.needless += counters.get("TcpExt.TCPDSACKRecv")?;
-            sum.probes += counters.get("TcpExt.TCPLossProbes")?;
-            if ns.name() == peer.lab().client.name() {
-                sum.broken += trouble.established_reset;
-            } else {
-                sum.resets += trouble.resets_sent;
-            }
-        }
-        Ok(sum)
-    }
-
-    fn since(self, earlier: Self) -> Self {
-        Self {
-            broken: self.broken - earlier.broken,
-            again: self.again - earlier.again,
-            needless: self.needless - earlier.needless,
-            probes: self.probes - earlier.probes,
-            resets: self.resets - earlier.resets,
-        }
-    }
-}
 
 /// What happened to a peer: windows of blocks in their order, and all that was heard.
 struct Course {
@@ -132,14 +76,14 @@ impl Course {
         let count = scale.switch_blocks(slow, whole);
         let (mut control, mut blocks) = (Vec::new(), Vec::new());
         for _ in 0..if whole { count } else { 0 } {
-            let mut quiet = || window(peer, scale, None);
+            let mut quiet = || window(peer, scale.window(), None);
             control.push([quiet()?, quiet()?, quiet()?, quiet()?]);
         }
         for _ in 0..count {
-            let mut next = |to| window(peer, scale, to);
+            let mut next = |to| window(peer, scale.window(), to);
             blocks.push([next(None)?, next(Some(Side::B))?, next(Some(Side::A))?, next(None)?]);
         }
-        let many = if whole { Some(many(peer, scale)?) } else { None };
+        let many = if whole { Some(many(peer, scale.many_switches(), PACE)?) } else { None };
         // What is under way may fail yet.
         std::thread::sleep(Duration::from_millis(300));
         let heard = probes.stop();
@@ -186,31 +130,6 @@ impl Course {
         };
         blocks.iter().map(block).collect()
     }
-}
-
-/// A window, with a switch in it if a side is named. It ends when the switch is over for as long as a quiet one lasts.
-fn window(peer: &mut dyn Peer, scale: Scale, to: Option<Side>) -> Result<Window> {
-    let before = Repaired::of(peer)?;
-    let (begun, from_ns) = (Instant::now(), now_ns());
-    let mut end = begun + scale.window();
-    if let Some(to) = to {
-        std::thread::sleep(LEAD);
-        peer.switch(to)?;
-        end = end.max(Instant::now() + scale.window() - LEAD);
-        end += Duration::from_secs_f64(peer.settles_s());
-    }
-    std::thread::sleep(end.saturating_duration_since(Instant::now()));
-    Ok(Window { from_ns, to_ns: now_ns(), trouble: Repaired::of(peer)?.since(before) })
-}
-
-fn many(peer: &mut dyn Peer, scale: Scale) -> Result<(Window, u32)> {
-    let before = Repaired::of(peer)?;
-    let (from_ns, count) = (now_ns(), scale.many_switches());
-    for number in 0..count {
-        peer.switch(if number % 2 == 0 { Side::B } else { Side::A })?;
-        std::thread::sleep(PACE);
-    }
-    Ok((Window { from_ns, to_ns: now_ns(), trouble: Repaired::of(peer)?.since(before) }, count))
 }
 
 /// What a quiet time is in relation to itself.
@@ -292,20 +211,16 @@ fn judge(key: &str, course: &Course, limits: &Limits, found: &mut Found) {
 }
 
 fn seconds<'a>(windows: impl Iterator<Item = &'a Window>) -> f64 {
-    windows.map(|window| (window.to_ns - window.from_ns) as f64 / 1e9).sum()
+    windows.map(Window::seconds).sum()
 }
 
-/// Row 1. Nothing in n means, with a confidence of 95 %, fewer than 3 in n.
+/// Row 1.
 fn failed(key: &str, course: &Course, found: &mut Found) {
     let window = course.switched();
     let stats = course.run.stats(window);
-    let (failed, requests) = (stats.failed as f64, stats.requests as f64);
+    let (failed, requests) = (stats.failed as f64, stats.requests);
     let switches = course.switches();
-    let bound = if failed == 0.0 {
-        format!(": fewer than {:.1e} of them fail", 3.0 / requests)
-    } else {
-        String::new()
-    };
+    let bound = if stats.failed == 0 { loads::bound(requests) } else { String::new() };
     let figure = Figure::values(1, "requests failed", key, "per switch", &[failed / switches]);
     let figure = if key == PRODUCT { figure.must(Target::AtMost(0.0)) } else { figure };
     found.add(figure.note(format!("{failed} of {requests} requests in {switches} switches{bound}")));

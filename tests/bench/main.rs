@@ -1,7 +1,7 @@
 //! The measurements of the data path: `cargo xtask bench net`.
 //!
 //! ```text
-//!  peers (a laboratory each) ─► programs (12, 22) ─► packets (8, 9), rr (10), memory (18) ─► handover (1 to 7)
+//!  peers (a laboratory each) ─► programs (12, 22) ─► packets (8, 9), rr (10), memory (18) ─► handover (1 to 7), loads (1, 2)
 //!                                     all of them ─► stats ─► report, plot
 //! ```
 //!
@@ -14,6 +14,7 @@ mod handover;
 mod head;
 mod kernel;
 mod late;
+mod loads;
 mod packets;
 mod peers;
 mod plan;
@@ -25,6 +26,7 @@ mod report;
 mod rr;
 mod seen;
 mod stats;
+mod window;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -129,6 +131,10 @@ fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()>
     if selection.rows(&[1, 2, 3, 4, 7]) {
         say("\na switch under load (rows 1 to 4, 7)");
         handover::measure(scale, selection, found)?;
+    }
+    if selection.rows(&[1, 2]) {
+        say("\na switch under loads up to what the slowest peer carries (rows 1, 2)");
+        loads::measure(scale, selection, found)?;
     }
     Ok(())
 }

@@ -93,6 +93,11 @@ impl Scale {
         self.pick(100, 200)
     }
 
+    /// Switches of a peer under each of several loads.
+    pub(crate) fn switches_at_level(self, slow: bool) -> u32 {
+        if slow { self.pick(2, 10) } else { self.pick(20, 200) }
+    }
+
     /// Stores around which connections are opened as fast as it goes, there and as many back.
     pub(crate) fn stores(self) -> usize {
         self.pick(100, 200)

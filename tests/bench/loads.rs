@@ -32,7 +32,8 @@ const WARM_UP: Duration = Duration::from_secs(1);
 /// Measures all peers under all of these loads.
 pub(crate) fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()> {
     let wanted = |key: &str| {
-        peers::hindrance(key).is_none() && (key == PRODUCT || key != peers::FLOOR && selection.peer(key))
+        let is_wanted = key == PRODUCT || scale.level_peers().contains(&key) && selection.peer(key);
+        is_wanted && peers::hindrance(key).is_none()
     };
     let (slowest, knee) = slowest(wanted)?;
     for level in LEVELS {

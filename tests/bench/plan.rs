@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use crate::peers;
+
 /// The rows of the table that this program measures, and what they say.
 pub(crate) const ROWS: [(u8, &str); 14] = [
     (1, "requests failed in a switch under load"),
@@ -91,6 +93,12 @@ impl Scale {
     /// Switches under load in close succession.
     pub(crate) fn many_switches(self) -> u32 {
         self.pick(100, 200)
+    }
+
+    /// Whom patchswitch is compared with under each of several loads.
+    pub(crate) fn level_peers(self) -> &'static [&'static str] {
+        let all = &[peers::BRIDGE, peers::KEEPALIVED, peers::NFT, peers::HAPROXY, peers::LETTER, peers::IPVS];
+        self.pick(&[peers::HAPROXY], all)
     }
 
     /// Switches of a peer under each of several loads.

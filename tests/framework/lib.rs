@@ -4,6 +4,7 @@ pub mod frame;
 pub mod leftovers;
 pub mod netlab;
 pub mod observe;
+pub mod postgres;
 pub mod programs;
 pub mod sockets;
 pub mod standstill;

@@ -22,6 +22,9 @@ impl Haproxy {
     pub(crate) fn new() -> Result<Self> {
         let lab = SwitchLab::new("haproxy")?;
         route_to_both(&lab)?;
+        // It has a connection of its own for each of its clients', and needs as many ports as they do.
+        lab.host.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
+        lab.host.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
         lab.host.ip(&format!("addr add {}/32 dev {UPLINK}", SERVICE[0]))?;
         let mut haproxy = Self { running: Vec::new(), directory: tempfile::tempdir()?, lab };
         haproxy.start(Side::A)?;

@@ -58,6 +58,8 @@ mod neighbours;
 #[cfg(test)]
 mod offload;
 #[cfg(test)]
+mod postgres;
+#[cfg(test)]
 mod quarantine;
 #[cfg(test)]
 mod quic;

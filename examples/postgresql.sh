@@ -5,8 +5,9 @@
 #
 #   DATA=/var/lib/postgresql/15/main FROM=ns1 TO=ns2 examples/postgresql.sh NAME
 #
-# What a session does is finished first; one that does nothing, outside a transaction, is ended, as pools of connections
-# expect it. One that has just been opened has YOUNG seconds to begin.
+# What a session does is finished first, for FINISH seconds; one that does nothing, outside a transaction, is ended, as pools
+# of connections expect it. One that has just been opened has YOUNG seconds to begin. A client that waits for a connection
+# while it has a transaction open on another one would wait for ever: that is what FINISH is for.
 set -euo pipefail
 
 program=$(readlink -f "$0")
@@ -16,18 +17,36 @@ RUN_AS=${RUN_AS:-postgres}
 HOLD=${HOLD:-30s}
 SOCKET=${SOCKET:-/var/run/postgresql}
 YOUNG=${YOUNG:-0.2}
+FINISH=${FINISH:-2}
 
 as_owner() { (cd / && exec setpriv --reuid="$RUN_AS" --regid="$RUN_AS" --init-groups -- "$@"); }
 # Its socket is a file, which is there in every namespace.
 sql() { as_owner "$BIN/psql" -XAtq -h "$SOCKET" -d postgres -c "$1"; }
 said() { echo "$1: $(($(date +%s%N) / 1000 - began)) us" >&2; }
 
-# How many sessions are left, after those have been ended that do nothing.
-sessions_left() {
-    sql "SELECT count(*) FILTER (WHERE NOT CASE
-             WHEN state = 'idle' AND backend_start < now() - interval '$YOUNG s' THEN pg_terminate_backend(pid, 1000)
-             ELSE false END)
-         FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+# Ends the sessions that do nothing, each as soon as it does nothing, until none is left or the time is over. Asked from
+# within the server: a session with much to do does nothing for some microseconds only.
+end_sessions() {
+    sql "DO \$\$
+    DECLARE
+        sessions int;
+        until timestamptz := clock_timestamp() + interval '$FINISH s';
+    BEGIN
+        LOOP
+            PERFORM pg_stat_clear_snapshot();
+            PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+                WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+                    AND state = 'idle' AND backend_start < clock_timestamp() - interval '$YOUNG s';
+            SELECT count(*) INTO sessions FROM pg_stat_activity
+                WHERE backend_type = 'client backend' AND pid <> pg_backend_pid();
+            EXIT WHEN sessions = 0;
+            IF clock_timestamp() > until THEN
+                RAISE WARNING '% sessions are ended in what they do', sessions;
+                EXIT;
+            END IF;
+            PERFORM pg_sleep(0.001);
+        END LOOP;
+    END \$\$"
 }
 
 start_in() { nsenter --net="/run/netns/$1" -- "$program" start; }
@@ -44,7 +63,7 @@ start)
     ;;
 move)
     began=$(($(date +%s%N) / 1000))
-    until [ "$(sessions_left)" = 0 ]; do sleep 0.01; done
+    end_sessions
     said sessions
     as_owner "$BIN/pg_ctl" stop -D "$DATA" -m fast >/dev/null
     said stopped
@@ -58,7 +77,7 @@ move)
     : "${DATA:?its directory}" "${FROM:?the namespace that has it}" "${TO:?the namespace that is to have it}"
     # What has to be written is written before anybody waits.
     sql CHECKPOINT
-    settings=$(printf '%s=%q ' DATA "$DATA" FROM "$FROM" TO "$TO" BIN "$BIN" RUN_AS "$RUN_AS" SOCKET "$SOCKET" YOUNG "$YOUNG")
+    settings=$(printf '%s=%q ' DATA "$DATA" FROM "$FROM" TO "$TO" BIN "$BIN" RUN_AS "$RUN_AS" SOCKET "$SOCKET" YOUNG "$YOUNG" FINISH "$FINISH")
     "$PATCHSWITCH" switch "$1" --to "$TO" --hold "$HOLD" --run "export $settings PATH=$PATH; exec $(printf %q "$program") move"
     ;;
 esac

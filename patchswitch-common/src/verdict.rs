@@ -79,6 +79,8 @@ pub enum Verdict {
     /// To the service, for a partition that is not ready yet: into the queue in which its packets wait. Where XDP sees it,
     /// the program behind does that.
     Held = 23,
+    /// At XDP: longer than the link of the partition takes, which drops it without a word; left to the program behind.
+    TooLong = 24,
 }
 
 /// The mark of a packet on its way from one of our hooks to another one, which takes it off again. A partition cannot set
@@ -86,7 +88,7 @@ pub enum Verdict {
 pub const AGAIN_MARK: u32 = 0x7073_6167;
 
 /// All verdicts, in the order of their counters.
-pub const VERDICTS: [Verdict; 24] = [
+pub const VERDICTS: [Verdict; 25] = [
     Verdict::NotOurs,
     Verdict::Malformed,
     Verdict::ForHost,
@@ -111,6 +113,7 @@ pub const VERDICTS: [Verdict; 24] = [
     Verdict::TupleInUse,
     Verdict::HostControl,
     Verdict::Held,
+    Verdict::TooLong,
 ];
 
 impl Verdict {
@@ -141,6 +144,7 @@ impl Verdict {
             Self::TupleInUse => "tuple_in_use",
             Self::HostControl => "host_control",
             Self::Held => "held",
+            Self::TooLong => "too_long",
         }
     }
 

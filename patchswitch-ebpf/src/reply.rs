@@ -218,6 +218,9 @@ fn origin(slot: Slot, network: &Network) -> Origin {
 fn quarantine(ctx: &TcContext, slot: Slot, network: &Network) -> i32 {
     if answers_probe(ctx, slot, network) {
         exit(Hook::FromPartition, Verdict::Probe, NEXT)
+    } else if maps::is_service(&network.source) {
+        // It should not know yet that it may.
+        exit_told(Hook::FromPartition, Verdict::Quarantined, DROP, &network.source)
     } else {
         exit(Hook::FromPartition, Verdict::Quarantined, DROP)
     }

@@ -4,7 +4,7 @@
 //! on is decided there as if there were no XDP. The same functions decide in both.
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use aya_ebpf::helpers::generated::bpf_redirect;
+use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_redirect};
 use aya_ebpf::programs::XdpContext;
 use patchswitch_common::parse::{Network, Packet};
 use patchswitch_common::verdict::{Hook, Verdict};
@@ -40,6 +40,9 @@ pub fn from_uplink(ctx: &XdpContext) -> i32 {
     if held(entry, unsafe { (*ctx.ctx).ingress_ifindex }).is_some() {
         return exit(Hook::Xdp, Verdict::Held, PASS);
     }
+    if is_too_long(ctx, entry.ifindex) {
+        return exit(Hook::Xdp, Verdict::TooLong, PASS);
+    }
     if !address(ctx, maps::settings().inner_mac) {
         return exit(Hook::Xdp, Verdict::Malformed, PASS);
     }
@@ -55,6 +58,17 @@ fn is_for_host(ctx: &XdpContext) -> bool {
     let Some(head) = Frame(ctx).head::<6>() else { return false };
     let [a, b, c, d, e, f] = mac;
     head.word::<0>() == u32::from_ne_bytes([a, b, c, d]) && head.short::<4>() == u16::from_ne_bytes([e, f])
+}
+
+/// Whether a link would drop a frame for its length (`bpf_check_mtu`). A link that is gone is not asked: redirecting to it
+/// says so.
+#[inline(always)]
+fn is_too_long(ctx: &XdpContext, link: u32) -> bool {
+    /// `BPF_MTU_CHK_RET_FRAG_NEEDED`.
+    const FRAGMENT: i64 = 1;
+    let mut mtu = 0;
+    // SAFETY: the context is valid while the program runs, `mtu` is written only during the call.
+    unsafe { bpf_check_mtu(ctx.ctx.cast(), link, &raw mut mtu, 0, 0) == FRAGMENT }
 }
 
 /// Addresses a frame to a link address; whether that was possible.

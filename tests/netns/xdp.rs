@@ -2,7 +2,7 @@
 //!
 //! A sender on a veth leaves its sums to a card that is not there; XDP loses them, so the client does them here.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -13,7 +13,7 @@ use patchswitch::dataplane::{self, HookKind};
 use patchswitch_common::Slot;
 use patchswitch_load::client::Settings;
 use patchswitch_load::record::Class;
-use patchswitch_tests::netlab::{CLIENT_LINK, SERVICE, UPLINK};
+use patchswitch_tests::netlab::{CLIENT_LINK, Ns, SERVICE, UPLINK};
 use patchswitch_tests::observe::Counters;
 use serde_json::Value;
 
@@ -93,6 +93,33 @@ fn there_and_back_under_load_is_seen_by_nobody() {
     // The host itself and the link go on as ever.
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "10.77.0.1"]).unwrap();
     rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", "fd77::1"]).unwrap();
+    rig.finish().unwrap();
+}
+
+/// A veth drops what XDP redirects to it and is longer than its MTU, and nobody is told. An uplink may have got a larger one
+/// since it was attached.
+#[test]
+fn what_the_partitions_link_is_too_small_for_is_left_to_tc() {
+    let rig = rig("xdplong").unwrap();
+    attach(&rig).unwrap();
+    for (ns, link) in [(&rig.lab.client, CLIENT_LINK), (&rig.lab.host, UPLINK)] {
+        ns.ip(&format!("link set {link} mtu 3000")).unwrap();
+    }
+    let long = [b'x'; 2000];
+    for end in ends() {
+        let any: IpAddr = if end.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let bound = |ns: &Ns, port| ns.enter(|| Ok(UdpSocket::bind((any, port))?)).unwrap();
+        let server = bound(&rig.lab.a, end.port());
+        server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        bound(&rig.lab.client, 0).send_to(&long, end).unwrap();
+        let mut heard = [0; 4096];
+        assert_eq!(server.recv(&mut heard).unwrap(), long.len(), "{end}");
+    }
+    assert_eq!(rig.counter(&["packets", "xdp", "too_long"]).unwrap(), 2);
+    assert_eq!(rig.counter(&["packets", "uplink", "to_a"]).unwrap(), 2);
+    for (ns, link) in [(&rig.lab.client, CLIENT_LINK), (&rig.lab.host, UPLINK)] {
+        ns.ip(&format!("link set {link} mtu 1500")).unwrap();
+    }
     rig.finish().unwrap();
 }
 

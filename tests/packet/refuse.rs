@@ -294,18 +294,31 @@ fn a_flood_of_forged_frames_is_told_in_a_few_lines() {
     let mut ring = bench.told(&LINES).unwrap();
     let link = bench.links[0];
     bench.word(STEADY).unwrap();
-    for (what, frame, verdict, line) in [
+    let standby = bench.links[1];
+    let IpAddr::V4(service) = v4.service else { unreachable!("the first family") };
+    let service = service.to_ipv6_mapped();
+    let quarantined = format!("a partition sent a packet from {service}, which it may not use now: dropped");
+    for (what, link, frame, verdict, line) in [
         (
             "a link address",
+            link,
             reply_from([2, 0, 0x5e, 0, 0xab, 8], v4),
             "spoofed_mac",
             "a partition sent a frame from 02:00:5e:00:ab:08, which is not its link address: dropped",
         ),
         (
             "an address",
+            link,
             udp((v6.stranger, PORT), (v6.client, 1000), b"x").frame(link.mac),
             "spoofed",
-            "a partition sent a packet from fd66::6, which is not its address: dropped",
+            "a partition sent a packet from fd66::6, which it may not use now: dropped",
+        ),
+        (
+            "the service's address, before it serves",
+            standby,
+            udp((v4.service, PORT), (v4.client, 1000), b"x").frame(standby.mac),
+            "quarantined",
+            &quarantined,
         ),
     ] {
         for _ in 0..FRAMES {

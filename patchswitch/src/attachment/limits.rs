@@ -40,14 +40,15 @@ pub(super) fn bound_to_device(
     )))
 }
 
-/// TCP sockets of the service that only packets of a device find. Datagrams are remembered by what is answered, not
-/// looked up.
+/// Sockets of the service that only packets of a device find. Unconnected ones of UDP are nobody's flow: what they answer is
+/// remembered.
 fn lost<'a>(
     sockets: &'a [Socket],
     addresses: &'a [IpAddr],
     link: u32,
 ) -> impl Iterator<Item = SocketAddr> + 'a {
-    let bound = sockets.iter().filter(|socket| socket.protocol == Protocol::Tcp && socket.device() != 0);
+    let is_asked = |socket: &&Socket| socket.protocol == Protocol::Tcp || socket.is_connected();
+    let bound = sockets.iter().filter(is_asked).filter(|socket| socket.device() != 0);
     let ours = move |socket: &&Socket| {
         let local = socket.local.ip();
         addresses.contains(&local) || local.is_unspecified() && socket.device() == link
@@ -105,5 +106,8 @@ mod tests {
         ] {
             assert_eq!(lost(&socket(protocol, local, device)), count, "{protocol:?} {local} {device}");
         }
+        // A flow of its own, which is looked up.
+        let connected = Socket { state: 1, ..socket(Protocol::Udp, "192.0.2.80:80", 2) };
+        assert_eq!(lost(&connected), 1);
     }
 }

@@ -131,6 +131,8 @@ impl Default for SwitchOptions {
 pub struct Switched {
     /// The generation of the word from then on.
     pub generation: u32,
+    /// What came before the store, from the call on, in microseconds.
+    pub prepare_us: f64,
     /// From before the store to after it, in microseconds.
     pub flip_us: f64,
     /// From the store until no packet under way had read the older word, in microseconds.
@@ -363,6 +365,7 @@ impl Attachment {
     /// [`AttachError::AfterSwitch`] if the switch is made but not all that belongs to it; with any other error nothing
     /// was switched.
     pub async fn switch_with(&mut self, to: Slot, options: SwitchOptions) -> Result<Switched, AttachError> {
+        let begun = Instant::now();
         self.prepare(to, options).await?;
         for other in &mut self.others {
             other.prepare(to, options).await?;
@@ -384,6 +387,7 @@ impl Attachment {
         }
         Ok(Switched {
             generation: self.plane.word().generation(),
+            prepare_us: (start - begun).as_secs_f64() * 1e6,
             flip_us: (stored - start).as_secs_f64() * 1e6,
             fence_us: (fenced - stored).as_secs_f64() * 1e6,
         })

@@ -62,6 +62,15 @@ async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
         return Ok(());
     }
     let new = job.manager.active(&job.service).map_err(at(Phase::Retire))?;
+    if !job.manager.is_running(&new).map_err(at(Phase::Retire))? {
+        let reason = format!(
+            "{} does not run, so {} is the only one that could serve; `patchswitch rollback {}` gives it back",
+            new.name(),
+            old.name(),
+            job.service.name
+        );
+        return Err(Failure { phase: Phase::Retire, reason, code: ExitCode::Failed });
+    }
     let service = Some(&job.service);
     let retired = job.manager.retire_drained(&mut job.attachment, &new, old, service).await;
     if retired.map_err(at(Phase::Retire))? {

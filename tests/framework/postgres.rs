@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use tokio_postgres::{Client, NoTls};
 
 use crate::netlab::Ns;
 use crate::programs;
+use crate::written::Written;
 
 /// Where its clients come.
 pub const PORT: u16 = 5432;
@@ -96,6 +97,15 @@ impl Database {
         self.as_owner("psql", &["-XAtq", "-h", self.path(), "-d", OWNER, "-c", statement])
     }
 
+    /// The numbers in a table, in their order.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn rows(&self, table: &str) -> anyhow::Result<Vec<i64>> {
+        let rows = self.sql(&format!("SELECT n FROM {table} ORDER BY n"))?;
+        Ok(rows.lines().map(str::parse).collect::<Result<_, _>>()?)
+    }
+
     /// What its server has written into its log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.join("log")).unwrap_or_default()
@@ -117,21 +127,6 @@ pub enum Manner {
     AtOnce,
     /// In a transaction that is open for a while.
     InTransaction,
-}
-
-/// What became of numbered rows.
-#[derive(Debug, Default)]
-pub struct Written {
-    /// Those that the server said are there.
-    pub acknowledged: Vec<i64>,
-    /// Those without an answer, which may be there or not.
-    pub unknown: Vec<i64>,
-    /// Connections that could not be opened, and why.
-    pub refused: Vec<String>,
-    /// Connections that were opened.
-    pub sessions: u32,
-    /// The longest time from one row that is there to the next.
-    pub longest: Duration,
 }
 
 /// Writes numbered rows, one after the other, until it is told to end.
@@ -222,25 +217,4 @@ async fn insert(
         return client.batch_execute("COMMIT").await;
     }
     client.batch_execute(&insert).await
-}
-
-impl Written {
-    /// Proves that what the server said is true: what it promised is there, and nothing is that nobody wrote.
-    ///
-    /// # Errors
-    /// The first row that is wrong.
-    pub fn check(&self, database: &Database, table: &str) -> anyhow::Result<()> {
-        let rows = database.sql(&format!("SELECT n FROM {table} ORDER BY n"))?;
-        let mut rows = rows.lines().map(str::parse::<i64>).collect::<Result<Vec<_>, _>>()?;
-        let before = rows.len();
-        rows.retain(|row| self.unknown.binary_search(row).is_err());
-        ensure!(
-            rows == self.acknowledged,
-            "{table}: {before} rows, {} unknown, {} acknowledged; the first that differs: {:?}",
-            self.unknown.len(),
-            self.acknowledged.len(),
-            rows.iter().zip(&self.acknowledged).find(|(a, b)| a != b)
-        );
-        Ok(())
-    }
 }

@@ -66,6 +66,8 @@ mod quic;
 #[cfg(test)]
 mod reassert;
 #[cfg(test)]
+mod redis;
+#[cfg(test)]
 mod reload;
 #[cfg(test)]
 mod repairs;

@@ -13,8 +13,8 @@ use crate::flood::{self, Flood};
 use crate::rig::{NAME, Rig, Server, ends, spec};
 use crate::xdp;
 
-/// So many packets of each family.
-const PACKETS: u32 = 10_000_000;
+/// So many packets of each family, and of both together ten million.
+const PACKETS: u32 = 5_000_000;
 /// So many of each at a time: both families flow all the while.
 const BURST: u32 = 50_000;
 /// At least so many times the programs are replaced while they flow.

@@ -4,13 +4,13 @@
 //! workspace builds without it. Two compilers will do: rustup's nightly with `rust-src`, which compiles `core` itself,
 //! or Debian's `rustc-web`, which brings `core` for BPF.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use crate::cache::{hex, say};
+use crate::cache::{Cache, hex, say};
 use crate::command::{Tool, search_path};
 use crate::paths::root;
 use crate::setup::{self, Need};
@@ -62,8 +62,10 @@ fn build(out: &Path) -> Result<()> {
     // Before the build: what changes meanwhile makes the object stale.
     let digest = source_digest(root())?;
     let target_dir = crate::paths::target().join("ebpf");
-    let tool = compiler()?.env("CARGO_ENCODED_RUSTFLAGS", flags()?.join("\u{1f}"));
+    let (source, _alone) = one_name_of_source()?;
+    let tool = compiler()?.env("CARGO_ENCODED_RUSTFLAGS", flags(&source)?.join("\u{1f}"));
     let tool = tool.args(["--release", "--locked", "--target", TARGET, "--target-dir"]).arg(&target_dir);
+    let tool = tool.arg("--manifest-path").arg(source.join("patchswitch-ebpf/Cargo.toml"));
     tool.dir(root().join("patchswitch-ebpf")).show()?;
     let built = target_dir.join(TARGET).join("release/patchswitch-ebpf");
     fs::create_dir_all(out)?;
@@ -71,6 +73,25 @@ fn build(out: &Path) -> Result<()> {
     let strip = Path::new("/usr/lib/llvm-22/bin/llvm-strip");
     Tool::new(strip).args(["-g", "-o"]).arg(out.join(OBJECT)).arg(&built).quiet()?;
     Ok(fs::write(out.join(DIGEST), format!("{digest}\n"))?)
+}
+
+/// The same path for every clone on a machine: cargo makes the names of functions from the path of their crate, and these are
+/// in the object. So two clones of one source make the same object, byte for byte, which is what CI asks. Nobody else may
+/// give the path another meaning while the lock is held.
+fn one_name_of_source() -> Result<(PathBuf, File)> {
+    let place = Cache::open()?.work_dir("ebpf")?;
+    let lock = File::create(place.join("lock")).context("failed to make the lock of the source")?;
+    lock.lock().context("failed to lock the source")?;
+    let source = place.join("source");
+    match fs::remove_file(&source) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("failed to remove {}", source.display()));
+        }
+        _ => {}
+    }
+    std::os::unix::fs::symlink(root(), &source)
+        .with_context(|| format!("failed to make {}", source.display()))?;
+    Ok((source, lock))
 }
 
 /// Cargo with a compiler for BPF.
@@ -88,7 +109,7 @@ fn compiler() -> Result<Tool> {
 }
 
 /// The line information in the object names source files; whose machine built it is nobody's business.
-fn flags() -> Result<Vec<String>> {
+fn flags(source: &Path) -> Result<Vec<String>> {
     let home = std::env::var("CARGO_HOME")
         .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))?;
     let flags = [
@@ -98,6 +119,7 @@ fn flags() -> Result<Vec<String>> {
         "-Ctarget-cpu=v3".to_owned(),
         format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
         format!("--remap-path-prefix={}=.", root().display()),
+        format!("--remap-path-prefix={}=.", source.display()),
         format!("--remap-path-prefix={home}/registry/src=registry"),
     ];
     Ok(flags.into())

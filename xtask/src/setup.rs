@@ -30,7 +30,7 @@ type Package = (&'static str, &'static str);
 /// SQLite and the bundled C parts are compiled here; static binaries want libc's archive.
 const BUILD: [Package; 2] = [("gcc", "gcc"), ("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a")];
 /// Tests look at the kernel with these, not with patchswitch.
-const TEST: [Package; 10] = [
+const TEST: [Package; 12] = [
     ("iproute2", "ip"),
     ("iputils-ping", "ping"),
     ("ethtool", "ethtool"),
@@ -42,6 +42,10 @@ const TEST: [Package; 10] = [
     // The examples are run as they are written.
     ("runc", "runc"),
     ("systemd-container", "systemd-nspawn"),
+    // So are those of single writers. Where Debian starts a PostgreSQL server of its own, it is left alone; Redis' server is
+    // another name of one of the tools.
+    ("postgresql-15", "/usr/lib/postgresql/15/bin/postgres"),
+    ("redis-tools", "redis-cli"),
 ];
 const MACHINE: [Package; 9] = [
     ("qemu-system-x86", "qemu-system-x86_64"),

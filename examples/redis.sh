@@ -31,8 +31,8 @@ case $1 in
 move)
     pid=$(ask INFO server | sed -n 's/^process_id:\([0-9]*\).*/\1/p')
     ask SHUTDOWN
-    # Its directory is its alone until it has ended.
-    while [ -e "/proc/$pid" ]; do sleep 0.01; done
+    # Its directory is its alone until it has ended. (Of one that has, whose parent has not noticed yet, this file is gone.)
+    while [ -e "/proc/$pid/exe" ]; do sleep 0.01; done
     if ! start_in "$TO"; then
         ask SHUTDOWN NOSAVE || true
         start_in "$FROM"

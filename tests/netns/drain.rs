@@ -5,12 +5,13 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use patchswitch::dataplane::Dataplane;
 use patchswitch_common::Slot;
 use patchswitch_tests::netlab::{CLIENT, SERVICE};
 use serde_json::Value;
 
 use crate::ask::{Asking, who};
-use crate::rig::{ECHO, NAME, Rig, Server, ends};
+use crate::rig::{ECHO, NAME, Rig, Server, ends, name};
 use crate::udp;
 
 /// A laboratory in which the old partition still has one flow of each family.
@@ -240,4 +241,26 @@ fn with_the_notice_off_no_flow_is_remembered() {
         assert_eq!(remembered(), 0);
         rig.finish_owned().unwrap();
     }
+}
+
+/// As a kill leaves it between the word that says that the switch is over and what is done then.
+#[test]
+fn what_is_remembered_of_a_switch_that_is_over_is_forgotten_by_whoever_comes_next() {
+    let rig = udp::echoing("remembered", Duration::from_secs(125)).unwrap();
+    let clients = udp::clients(&rig, ECHO).unwrap();
+    udp::learn(&rig).unwrap();
+    for client in &clients {
+        assert_eq!(udp::ask(client, 1).unwrap(), "a");
+    }
+    udp::switch(&rig, Slot::B).unwrap();
+    let plane = Dataplane::open(&name().unwrap()).unwrap();
+    plane.store(plane.word(), plane.word().settled()).unwrap();
+    assert_eq!(remembered(), 2);
+    let again = ["switch", NAME, "--to", rig.lab.b.name()];
+    let said = rig.ok(&again).unwrap();
+    let mended = said["mended"].as_array().unwrap();
+    assert!(mended.contains(&"flows of a switch that is over were forgotten".into()), "{said}");
+    assert_eq!(remembered(), 0);
+    assert_eq!(rig.ok(&again).unwrap()["mended"], serde_json::json!([]));
+    rig.finish_owned().unwrap();
 }

@@ -281,39 +281,67 @@ fn a_tuple_in_time_wait_is_used_again_by_the_new_partition() {
     rig.finish().unwrap();
 }
 
+/// The bytes of an upload: as many different ones as a prime number, over and over.
+struct Pattern(Vec<u8>);
+
+impl Pattern {
+    const PERIOD: usize = 65_521;
+
+    fn new() -> Self {
+        let byte = |at: usize| (at.wrapping_mul(2_654_435_761) >> 13) as u8;
+        Self((0..2 * Self::PERIOD).map(|at| byte(at % Self::PERIOD)).collect())
+    }
+
+    /// So many of them from a place on, at most a period.
+    fn at(&self, place: usize, length: usize) -> &[u8] {
+        let begin = place % Self::PERIOD;
+        &self.0[begin..begin + length]
+    }
+}
+
+/// Reads an upload, slowly until there is reason to hurry; how much it was.
+fn read_upload(mut server: TcpStream, hurry: &AtomicBool) -> usize {
+    let (pattern, mut block, mut place) = (Pattern::new(), vec![0; Pattern::PERIOD], 0);
+    loop {
+        if !hurry.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let length = server.read(&mut block).unwrap();
+        if length == 0 {
+            return place;
+        }
+        assert!(block[..length] == *pattern.at(place, length), "wrong bytes after {place}");
+        place += length;
+    }
+}
+
+/// Resets that were sent or had in some namespaces.
+fn resets(spaces: [&Ns; 3]) -> i64 {
+    let trouble = spaces.map(|ns| Counters::of(ns).unwrap().trouble().unwrap());
+    trouble.iter().map(|trouble| trouble.resets_sent + trouble.established_reset).sum()
+}
+
 #[test]
 fn an_upload_goes_on_across_the_switch() {
-    const LENGTH: usize = 48 << 20;
+    const LENGTHS: [usize; 2] = [1 << 30, 1 << 26];
     let rig = Rig::new("upload").unwrap();
     let a = Waiting::on(&rig.lab.a).unwrap();
     let _b = Server::start(&rig.lab.b, "b").unwrap();
     rig.attach().unwrap();
-    for end in ends() {
-        let client = connect(&rig.lab.client, end).unwrap();
+    let spaces = [&rig.lab.client, &rig.lab.a, &rig.lab.b];
+    for (end, length) in ends().into_iter().zip(LENGTHS) {
+        let before = resets(spaces);
+        let mut client = connect(&rig.lab.client, end).unwrap();
         let server = a.accept(SOON).unwrap().expect("accepted before the switch");
-        let byte = |at: usize| (at.wrapping_mul(2_654_435_761) >> 13) as u8;
         let hurry = Arc::new(AtomicBool::new(false));
         let slow = Arc::clone(&hurry);
-        let reading = std::thread::spawn(move || {
-            let (mut server, mut block, mut at) = (server, vec![0; 1 << 16], 0);
-            loop {
-                if !slow.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                let length = server.read(&mut block).unwrap();
-                if length == 0 {
-                    return at;
-                }
-                let good = block[..length].iter().enumerate().all(|(i, got)| *got == byte(at + i));
-                assert!(good, "wrong bytes after {at}");
-                at += length;
-            }
-        });
+        let reading = std::thread::spawn(move || read_upload(server, &slow));
         let writing = std::thread::spawn(move || {
-            let mut client = client;
-            for start in (0..LENGTH).step_by(1 << 16) {
-                let block: Vec<u8> = (start..start + (1 << 16)).map(byte).collect();
-                client.write_all(&block).unwrap();
+            let (pattern, mut place) = (Pattern::new(), 0);
+            while place < length {
+                let block = pattern.at(place, Pattern::PERIOD.min(length - place));
+                client.write_all(block).unwrap();
+                place += block.len();
             }
         });
         for to in [&rig.lab.b, &rig.lab.a] {
@@ -322,7 +350,8 @@ fn an_upload_goes_on_across_the_switch() {
         assert!(!writing.is_finished(), "the upload was over before the switches were");
         hurry.store(true, Ordering::Relaxed);
         writing.join().unwrap();
-        assert_eq!(reading.join().unwrap(), LENGTH);
+        assert_eq!(reading.join().unwrap(), length);
+        assert_eq!(resets(spaces), before, "{end}");
     }
     rig.finish().unwrap();
 }

@@ -1,5 +1,7 @@
 //! More than one uplink.
 
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use patchswitch_load::client::Settings;
@@ -7,7 +9,7 @@ use patchswitch_tests::netlab::{CLIENT_LINK, Ns, SERVICE, UPLINK};
 
 use crate::ask::{Asking, who};
 use crate::claims::Wire;
-use crate::rig::{Load, NAME, Rig, Server, ends, load};
+use crate::rig::{Load, NAME, PORT, Rig, Server, ends, load};
 
 pub(crate) const SECOND: &str = "uplink1";
 
@@ -119,4 +121,68 @@ fn each_uplink_hears_five_announcements_at_once_and_five_later_and_none_of_a_swi
         rig.ok(&["detach", NAME]).unwrap();
     }
     rig.nothing_left().unwrap();
+}
+
+/// Addresses of the service beside its first two, in the networks of the first uplink.
+const MORE: [&str; 6] = ["10.77.0.20", "10.77.0.21", "10.77.0.22", "fd77::20", "fd77::21", "fd77::22"];
+
+/// An answer: when it was asked for, when it was there, and whose it was.
+type Answer = (Instant, Instant, String);
+
+/// Asks all addresses in turn, each time on a connection of its own, until it is told to end.
+fn ask_all(ns: &Ns, addresses: &[SocketAddr], ending: &AtomicBool) -> anyhow::Result<Vec<Answer>> {
+    let mut answers = Vec::new();
+    for address in addresses.iter().cycle() {
+        if ending.load(Ordering::Relaxed) {
+            break;
+        }
+        let begun = Instant::now();
+        let side = who(ns, *address)?;
+        answers.push((begun, Instant::now(), side));
+    }
+    Ok(answers)
+}
+
+/// Two uplinks, four addresses of each family: one store is the switch of them all. Once somebody has been answered by the new
+/// side, nobody who asks after that is answered by the old one, wherever he is and whatever address he asks.
+#[test]
+fn all_addresses_at_all_uplinks_switch_in_one_instant() {
+    let mut rig = Rig::new("instant").unwrap();
+    let other = second(&mut rig).unwrap();
+    for address in MORE {
+        let width = if address.contains(':') { 128 } else { 32 };
+        other.ip(&format!("route add {address}/{width} dev eth0")).unwrap();
+    }
+    rig.furnished().unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    let addresses: Vec<&str> = SERVICE.into_iter().chain(MORE).collect();
+    let words = ["attach", NAME, "--announce", "1", "--uplink", UPLINK, "--uplink", SECOND];
+    let held = addresses.iter().flat_map(|address| ["--address", address]);
+    let words: Vec<&str> =
+        words.into_iter().chain(held).chain([rig.lab.a.name(), rig.lab.b.name()]).collect();
+    rig.ok(&words).unwrap();
+    let ends: Vec<SocketAddr> =
+        addresses.iter().map(|address| SocketAddr::new(address.parse().unwrap(), PORT)).collect();
+    for (to, side) in [(&rig.lab.b, "b"), (&rig.lab.a, "a"), (&rig.lab.b, "b")] {
+        let ending = AtomicBool::new(false);
+        let answers = std::thread::scope(|scope| {
+            let spaces = [&rig.lab.client, &other, &rig.lab.client, &other];
+            let asking = spaces.map(|ns| scope.spawn(|| ask_all(ns, &ends, &ending)));
+            std::thread::sleep(Duration::from_millis(500));
+            rig.switch_to(to).unwrap();
+            std::thread::sleep(Duration::from_millis(500));
+            ending.store(true, Ordering::Relaxed);
+            asking.map(|thread| thread.join().unwrap().unwrap())
+        });
+        let first = answers.iter().flatten().filter(|(_, _, who)| who == side).map(|(_, at, _)| *at).min();
+        let first = first.expect("the new side answers");
+        for answers in &answers {
+            assert!(answers.iter().any(|(_, _, who)| who != side), "the old side answered before");
+            let after = answers.iter().filter(|(begun, _, _)| *begun > first);
+            assert!(after.clone().count() > ends.len(), "{} answers in all", answers.len());
+            assert!(after.into_iter().all(|(_, _, who)| who == side), "mixed answers");
+        }
+        rig.ok(&["drain", NAME, "--deadline", "30"]).unwrap();
+    }
+    rig.finish().unwrap();
 }

@@ -145,7 +145,11 @@ impl Attachment {
             return refused("a group cannot hold packets");
         }
         if word.phase() != Phase::Steady {
-            return refused("a switch or a canary is under way: nothing can be held before it has ended");
+            return Err(AttachError::Refused(format!(
+                "a switch or a canary is under way, and nothing can be held before it has ended: `patchswitch drain {0}` \
+                 waits for the end of a switch, `patchswitch switch {0}` ends a canary",
+                self.record.name
+            )));
         }
         if word.active() == to {
             return refused("it serves already: there is nothing to wait for");

@@ -8,6 +8,7 @@
 //! | the host's route for the service addresses | to it | – | – |
 //! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
 //! | notice, learning | – | – | off, as nobody retires |
+//! | learned flows | – | – | none |
 //!
 //! Packets that somebody had wait who was killed are delivered to whoever serves.
 //!
@@ -69,6 +70,10 @@ impl Attachment {
                 Err(error) => errors.push(error),
             }
         }
+        match self.reassert_forgotten() {
+            Ok(what) => mended.extend(what),
+            Err(error) => errors.push(error),
+        }
         for what in &mended {
             tracing::info!(name = %self.record.name, "{what}");
         }
@@ -77,6 +82,19 @@ impl Attachment {
         }
         let name = self.record.name.clone();
         Err(AttachError::Unmended { name, causes: errors.iter().map(remove::text).collect() })
+    }
+
+    /// With the notice off no flow is remembered: who was killed between the two has left them, and the next switch would take
+    /// them for its own.
+    fn reassert_forgotten(&self) -> Result<Option<String>, AttachError> {
+        let word = self.plane.word();
+        let is_over = word.phase() == Phase::Steady && !word.notice() && !word.learns();
+        if !is_over || self.plane.learned(Slot::A)? + self.plane.learned(Slot::B)? == 0 {
+            return Ok(None);
+        }
+        self.plane.fence()?;
+        self.plane.forget_learned()?;
+        Ok(Some("flows of a switch that is over were forgotten".to_owned()))
     }
 
     /// Partitions must not send what no uplink can: frames that the card is to divide are measured by nobody else. A

@@ -231,7 +231,7 @@ fn print_switch(json: bool, attachment: &Attachment, to: Slot, done: Switched) -
 }
 
 fn slot_of(record: &Record, netns: &NetnsRef) -> anyhow::Result<Slot> {
-    let at = record.slots.iter().position(|slot| slot.as_ref().is_some_and(|slot| &slot.netns == netns));
+    let at = record.slots.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.netns.is_as(netns)));
     match at {
         Some(0) => Ok(Slot::A),
         Some(_) => Ok(Slot::B),

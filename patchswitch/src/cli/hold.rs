@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use patchswitch::attachment::{Attachment, Pumped, SwitchOptions};
 use patchswitch::config::duration;
 use patchswitch::exit::ExitCode;
@@ -23,12 +24,12 @@ const MARGIN: Duration = Duration::from_secs(1);
 pub(crate) struct Waiting {
     /// Have new flows wait while the command of --run does what only one side can do at a time, such as moving a database.
     /// The command may take so long, such as 5s. Below a second clients notice nothing but the wait.
-    #[arg(long, value_name = "TIME", requires = "run", conflicts_with = "share", value_parser = duration::parse)]
+    #[arg(long, value_name = "TIME", requires = "run", conflicts_with = "share", value_parser = some_time)]
     hold: Option<Duration>,
     /// What is done meanwhile: a command of the shell, with the root as its directory, an empty environment and nothing to
     /// read. It is killed with all that it started if it takes longer, and what it has left running in the background when
     /// it ends. If it fails, those that wait go to the side that served before, and patchswitch ends with 22.
-    #[arg(long, value_name = "COMMAND", requires = "hold")]
+    #[arg(long, value_name = "COMMAND", requires = "hold", value_parser = NonEmptyStringValueParser::new())]
     run: Option<String>,
 }
 
@@ -36,6 +37,14 @@ impl Waiting {
     /// How long, and for what, if flows are to wait.
     pub(crate) fn given(&self) -> Option<(Duration, &str)> {
         self.hold.zip(self.run.as_deref())
+    }
+}
+
+/// A length of time in which something can be done.
+fn some_time(text: &str) -> Result<Duration, String> {
+    match duration::parse(text) {
+        Ok(Duration::ZERO) => Err("nothing can be done in no time".to_owned()),
+        other => other.map_err(|error| error.to_string()),
     }
 }
 

@@ -56,6 +56,25 @@ impl FromStr for NetnsRef {
     }
 }
 
+impl NetnsRef {
+    /// Whether two references are of one file: a name is short for its path below `/run/netns`, or `/var/run/netns`, as it
+    /// is also called.
+    pub fn is_as(&self, other: &Self) -> bool {
+        self == other || self.file().is_some_and(|file| Some(file) == other.file())
+    }
+
+    fn file(&self) -> Option<PathBuf> {
+        match self {
+            Self::Named(name) => Some(Path::new(NAMED).join(name)),
+            Self::Path(path) => Some(match path.strip_prefix("/var/run") {
+                Ok(rest) => Path::new("/run").join(rest),
+                Err(_) => path.clone(),
+            }),
+            Self::Own | Self::Pid(_) => None,
+        }
+    }
+}
+
 impl TryFrom<String> for NetnsRef {
     type Error = BadNetnsRef;
 
@@ -309,6 +328,17 @@ mod tests {
         }
         for bad in ["", "..", "a/b", "pid:", "pid:x", "a:b"] {
             assert!(bad.parse::<NetnsRef>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_short_for_its_path() {
+        let is_as = |a: &str, b: &str| a.parse::<NetnsRef>().unwrap().is_as(&b.parse().unwrap());
+        assert!(
+            is_as("web", "/run/netns/web") && is_as("/var/run/netns/web", "web") && is_as("self", "self")
+        );
+        for (one, other) in [("web", "/run/netns/web-b"), ("self", "pid:1"), ("web", "/web"), ("/a", "/b")] {
+            assert!(!is_as(one, other), "{one} {other}");
         }
     }
 }

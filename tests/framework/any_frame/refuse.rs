@@ -41,7 +41,7 @@ fn of_client(frame: &[u8], read: &Network) -> Option<Verdict> {
     }
     let icmp = matches!(read.protocol, protocol::ICMP | protocol::ICMPV6);
     match verdict {
-        None => assert!(!is_martian(&read.source, v6) && !(v6 && is_link_local(&read.source))),
+        None => assert!(!(is_martian(&read.source, v6) || v6 && is_link_local(&read.source))),
         Some(Verdict::SourceRoute) => assert!(!v6 && read.payload > 34),
         Some(Verdict::Redirect | Verdict::NestedError) => {
             assert!(icmp && read.fragment != Fragment::Later);

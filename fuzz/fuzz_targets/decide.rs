@@ -3,4 +3,6 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|frame: &[u8]| patchswitch_fuzz::any_frame::decide::check(frame));
+libfuzzer_sys::fuzz_target!(|frame: &[u8]| {
+    patchswitch_fuzz::any_frame::decide::check(frame);
+});

@@ -2,4 +2,6 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|frame: &[u8]| patchswitch_fuzz::any_frame::refuse::check(frame));
+libfuzzer_sys::fuzz_target!(|frame: &[u8]| {
+    patchswitch_fuzz::any_frame::refuse::check(frame);
+});

@@ -16,8 +16,8 @@ use patchswitch_common::maps::{
 use patchswitch_common::parse::{Kind, Network, Packet};
 use patchswitch_common::refuse::outbound;
 use patchswitch_common::word::Word;
+use patchswitch_fuzz::any_frame::{is_v6, network, packet};
 use patchswitch_fuzz::sums::with_source;
-use patchswitch_fuzz::{is_v6, network, packet};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../patchswitch/bpf/patchswitch.bpf.o");
 const PROGRAM: &str = "ps_from_part";

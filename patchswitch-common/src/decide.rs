@@ -253,13 +253,21 @@ mod tests {
         udp: bool,
         learned: Option<Slot>,
         fragment: Option<Slot>,
+        /// Slot B retires instead of slot A, and all of it is said of the other slot.
+        mirrored: bool,
         asked: u32,
+    }
+
+    impl Given {
+        fn slot(&self, slot: Slot) -> Slot {
+            if self.mirrored { slot.other() } else { slot }
+        }
     }
 
     impl Kernel for Given {
         fn tcp(&mut self, slot: Slot, _: &Flow, cookie: bool) -> Socket {
             self.asked += 1;
-            let socket = match slot {
+            let socket = match self.slot(slot) {
                 Slot::A => self.retiring,
                 Slot::B => self.active,
             };
@@ -272,17 +280,17 @@ mod tests {
 
         fn udp_connected(&mut self, slot: Slot, _: &Flow) -> bool {
             self.asked += 1;
-            slot == Slot::A && self.udp
+            self.slot(slot) == Slot::A && self.udp
         }
 
         fn learned(&mut self, _: &Flow) -> Option<Slot> {
             self.asked += 1;
-            self.learned
+            self.learned.map(|slot| self.slot(slot))
         }
 
         fn fragment(&mut self, _: &Address, _: u32, _: u8) -> Option<Slot> {
             self.asked += 1;
-            self.fragment
+            self.fragment.map(|slot| self.slot(slot))
         }
     }
 
@@ -303,6 +311,17 @@ mod tests {
     const COOKIE: Socket = Socket::Listener { cookie: true };
     const CONN: Socket = Socket::Connection;
     const TW: Socket = Socket::TimeWait;
+
+    /// Whose a packet is while slot A retires, and after how many questions. While slot B retires, as in a rollback, it is
+    /// the same with the roles exchanged.
+    fn while_draining(packet: &Packet, mut kernel: Given) -> (Owner, u32) {
+        let mut mirror = Given { mirrored: true, ..kernel };
+        let found = owner(DRAINING, packet, &mut kernel);
+        let exchanged = owner(DRAINING.taken_over_by(Slot::A), packet, &mut mirror);
+        assert_eq!((exchanged.slot.other(), exchanged.both), (found.slot, found.both), "{packet:?}");
+        assert_eq!(mirror.asked, kernel.asked);
+        (found, kernel.asked)
+    }
 
     const fn alone(slot: Slot) -> Owner {
         Owner { slot, both: false }
@@ -340,9 +359,9 @@ mod tests {
             ("5: nobody knows it", ACK, NONE, NONE, B, 1),
         ];
         for (rule, flags, retiring, active, expected, asked) in table {
-            let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
-            let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
-            assert_eq!((got, kernel.asked), (alone(expected), asked), "{rule}");
+            let kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+            let got = while_draining(&packet(Kind::Direct, Transport::Tcp, flags), kernel);
+            assert_eq!(got, (alone(expected), asked), "{rule}");
         }
     }
 
@@ -366,9 +385,9 @@ mod tests {
                 for active in [NONE, LISTEN, COOKIE, CONN, TW] {
                     // A listener's opinion on a cookie is a second question.
                     for retiring in [retiring, if retiring == LISTEN { COOKIE } else { retiring }] {
-                        let mut kernel =
+                        let kernel =
                             Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
-                        let got = owner(DRAINING, &packet(Kind::Direct, Transport::Tcp, flags), &mut kernel);
+                        let (got, _) = while_draining(&packet(Kind::Direct, Transport::Tcp, flags), kernel);
                         told[usize::from(got.slot == Slot::A)] = true;
                         let at_once = at_once(state, flags);
                         assert!(
@@ -471,9 +490,9 @@ mod tests {
         for (retiring, active, expected) in
             [(CONN, LISTEN, A), (TW, LISTEN, A), (TW, CONN, B), (COOKIE, NONE, B), (NONE, NONE, B)]
         {
-            let mut kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
+            let kernel = Given { retiring: Some(retiring), active: Some(active), ..Given::default() };
             let error = packet(Kind::Error, Transport::Tcp, 0);
-            assert_eq!(owner(DRAINING, &error, &mut kernel), alone(expected), "{retiring:?} {active:?}");
+            assert_eq!(while_draining(&error, kernel).0, alone(expected), "{retiring:?} {active:?}");
         }
     }
 
@@ -481,7 +500,7 @@ mod tests {
     fn datagrams_follow_a_connected_socket_or_what_was_learned() {
         let udp = packet(Kind::Direct, Transport::Udp, 0);
         let case = |udp_socket, learned| {
-            owner(DRAINING, &udp, &mut Given { udp: udp_socket, learned, ..Given::default() })
+            while_draining(&udp, Given { udp: udp_socket, learned, ..Given::default() }).0
         };
         assert_eq!(case(true, None), alone(Slot::A));
         assert_eq!(case(false, Some(Slot::A)), alone(Slot::A));
@@ -492,7 +511,7 @@ mod tests {
     #[test]
     fn later_fragments_follow_the_first() {
         let later = packet(Kind::LaterFragment, Transport::Other, 0);
-        let case = |fragment| owner(DRAINING, &later, &mut Given { fragment, ..Given::default() });
+        let case = |fragment| while_draining(&later, Given { fragment, ..Given::default() }).0;
         assert_eq!(case(Some(Slot::A)), alone(Slot::A));
         assert_eq!(case(Some(Slot::B)), alone(Slot::B));
         assert_eq!(case(None), Owner { slot: Slot::B, both: true });
@@ -501,7 +520,7 @@ mod tests {
     #[test]
     fn an_error_about_a_later_fragment_is_for_both() {
         let error = packet(Kind::ErrorOfFragment, Transport::Other, 0);
-        assert_eq!(owner(DRAINING, &error, &mut Given::default()), Owner { slot: Slot::B, both: true });
+        assert_eq!(while_draining(&error, Given::default()).0, Owner { slot: Slot::B, both: true });
         assert_eq!(owner(Word::steady(Slot::A, 1), &error, &mut Given::default()), alone(Slot::A));
     }
 }

@@ -1,5 +1,6 @@
 //! What the integration tests share: laboratories to run in and ways to look at the kernel with its own eyes.
 
+pub mod any_frame;
 pub mod frame;
 pub mod leftovers;
 pub mod netlab;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use patchswitch_common::Slot;
 use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::observe::{self, Counters};
 use rustix::net::sockopt;
@@ -89,14 +90,17 @@ fn a_handshake_under_way_is_finished_by_who_began_it() {
     let mut rig = Rig::new("shake").unwrap();
     hand::furnish(&rig.lab).unwrap();
     rig.furnished().unwrap();
-    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    let sides = [&rig.lab.a, &rig.lab.b].map(|ns| (ns, Waiting::on(ns).unwrap()));
     rig.attach().unwrap();
-    for (number, end) in (0..).zip(ends()) {
-        let mut hand = Hand::new(&rig.lab, end, 5000 + number).unwrap();
+    // There and back: a rollback is the same with the roles exchanged.
+    for (number, (from, to)) in [(0, 1), (1, 0), (0, 1), (1, 0)].into_iter().enumerate() {
+        let end = ends()[number / 2];
+        let [(_, has_begun), (new, has_not)] = [&sides[from], &sides[to]];
+        let mut hand = Hand::new(&rig.lab, end, 5000 + u16::try_from(number).unwrap()).unwrap();
         hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
         let first = hand.receive().unwrap();
         assert_eq!((first.flags, first.ack), (SYN | ACK, 1001));
-        rig.switch_to(&rig.lab.b).unwrap();
+        rig.switch_to(new).unwrap();
         // The SYN once more: the same answer, so it is the same request.
         hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
         let again = hand.receive().unwrap();
@@ -106,12 +110,11 @@ fn a_handshake_under_way_is_finished_by_who_began_it() {
             ..Segment::new(ACK, 1001, first.seq.wrapping_add(1))
         })
         .unwrap();
-        let mut stream = a.accept(SOON).unwrap().expect("the one that began it accepts it");
+        let mut stream = has_begun.accept(SOON).unwrap().expect("the one that began it accepts it");
         let mut got = [0; 5];
         stream.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"hello");
-        assert!(b.accept(NEVER).unwrap().is_none());
-        rig.switch_to(&rig.lab.a).unwrap();
+        assert!(has_not.accept(NEVER).unwrap().is_none());
     }
     rig.finish().unwrap();
 }
@@ -169,52 +172,70 @@ fn a_segment_that_nobody_knows_is_refused_by_the_active_one() {
 }
 
 /// Begins a connection with a SYN cookie, switches, and ends the handshake; true if the old partition accepts it.
-fn cookie_across(rig: &Rig, end: SocketAddr, port: u16, waiting: [&Waiting; 2]) -> anyhow::Result<bool> {
+fn cookie_across(
+    rig: &Rig,
+    end: SocketAddr,
+    port: u16,
+    sides: &[Ns; 2],
+    waiting: [&Waiting; 2],
+) -> anyhow::Result<bool> {
     let mut hand = Hand::new(&rig.lab, end, port)?;
     hand.send(&Segment::new(SYN, 1000, 0))?;
     let answer = hand.receive()?;
     anyhow::ensure!(answer.flags == SYN | ACK, "{answer:?}");
-    let requests = observe::tcp_sockets_in(&rig.lab.a)?.iter().filter(|s| s.state == "SYN-RECV").count();
+    let requests = observe::tcp_sockets_in(&sides[0])?.iter().filter(|s| s.state == "SYN-RECV").count();
     anyhow::ensure!(requests == 0, "with a cookie no request is kept");
-    rig.switch_to(&rig.lab.b)?;
+    rig.switch_to(&sides[1])?;
     let segment = Segment { payload: b"x".to_vec(), ..Segment::new(ACK, 1001, answer.seq.wrapping_add(1)) };
     hand.send(&segment)?;
     let by_old = waiting[0].accept(Duration::from_millis(700))?.is_some();
     let by_new = waiting[1].accept(NEVER)?.is_some();
     anyhow::ensure!(by_old != by_new, "accepted by {} partitions", u8::from(by_old) + u8::from(by_new));
     hand.send(&Segment::new(RST, 1002, 0))?;
-    rig.switch_to(&rig.lab.a)?;
+    rig.switch_to(&sides[0])?;
     Ok(by_old)
 }
 
 #[test]
 fn a_syn_cookie_is_honoured_by_who_can() {
-    cookies(Rig::new("cookie").unwrap(), Rig::attach);
+    for first in [Slot::A, Slot::B] {
+        cookies(Rig::new("cookie").unwrap(), Rig::attach, first);
+    }
 }
 
 #[test]
 fn a_syn_cookie_is_honoured_by_xdp() {
-    cookies(xdp::rig("xdpcookie").unwrap(), xdp::attach);
+    for first in [Slot::A, Slot::B] {
+        cookies(xdp::rig("xdpcookie").unwrap(), xdp::attach, first);
+    }
 }
 
-fn cookies(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json::Value>) {
+/// The side in a slot is the old one: of a switch, or of a rollback.
+fn cookies(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json::Value>, first: Slot) {
     hand::furnish(&rig.lab).unwrap();
     rig.furnished().unwrap();
     for ns in [&rig.lab.a, &rig.lab.b] {
         ns.sysctl("net/ipv4/tcp_syncookies", "2").unwrap();
     }
-    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    let mut sides = [rig.lab.a.clone(), rig.lab.b.clone()];
+    if first == Slot::B {
+        sides.reverse();
+    }
+    let [a, b] = sides.each_ref().map(|ns| Waiting::on(ns).unwrap());
     rig.furnished().unwrap();
     attach(&rig).unwrap();
+    if first == Slot::B {
+        rig.switch_to(&sides[0]).unwrap();
+    }
     // Only the old one has given out cookies.
     for (port, end) in (5300..).zip(ends()) {
         assert!(
-            cookie_across(&rig, end, port, [&a, &b]).unwrap(),
+            cookie_across(&rig, end, port, &sides, [&a, &b]).unwrap(),
             "{end}: the old one's cookie, the old one's flow"
         );
     }
     // Now the new one gives some out as well: then it takes the old one's, for the secret is the kernel's.
-    rig.switch_to(&rig.lab.b).unwrap();
+    rig.switch_to(&sides[1]).unwrap();
     for (port, end) in (5310..).zip(ends()) {
         let mut hand = Hand::new(&rig.lab, end, port).unwrap();
         hand.send(&Segment::new(SYN, 1000, 0)).unwrap();
@@ -224,9 +245,12 @@ fn cookies(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json:
         assert!(b.accept(SOON).unwrap().is_some());
         assert!(a.accept(NEVER).unwrap().is_none());
     }
-    rig.switch_to(&rig.lab.a).unwrap();
+    rig.switch_to(&sides[0]).unwrap();
     for (port, end) in (5320..).zip(ends()) {
-        assert!(!cookie_across(&rig, end, port, [&a, &b]).unwrap(), "{end}: a drain that is not prolonged");
+        assert!(
+            !cookie_across(&rig, end, port, &sides, [&a, &b]).unwrap(),
+            "{end}: a drain that is not prolonged"
+        );
     }
     rig.finish().unwrap();
 }

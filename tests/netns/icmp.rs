@@ -12,7 +12,7 @@ use crate::rig::{Rig, Server, ends};
 const IDLE: Duration = Duration::from_secs(3);
 
 /// Echo requests that a partition answered, of both families.
-fn echoes(ns: &Ns) -> i64 {
+pub(crate) fn echoes(ns: &Ns) -> i64 {
     let counters = Counters::of(ns).unwrap();
     counters.get("Icmp.InEchos").unwrap() + counters.get("Icmp6.InEchos").unwrap()
 }

@@ -55,18 +55,40 @@ fn listener(ns: &Ns, family: IpAddr) -> Result<TcpListener> {
     })
 }
 
-/// The clients whose connections wait in a namespace, both families, as the kernel writes them.
-fn waiting(ns: &Ns) -> Result<HashSet<String>> {
+/// A client's end as the kernel writes it in its tables: the address as numbers of the processor.
+fn written((address, port): (IpAddr, u16)) -> String {
+    let word = |bytes: &[u8]| format!("{:08X}", bytes.iter().rev().fold(0, |n, b| n << 8 | u32::from(*b)));
+    let words: String = match address {
+        IpAddr::V4(v4) => word(&v4.octets()),
+        IpAddr::V6(v6) => v6.octets().chunks(4).map(word).collect(),
+    };
+    format!("{words}:{port:04X}")
+}
+
+/// The clients of a round whose connections wait in a namespace, both families. Those of earlier rounds may be there as
+/// well: what waits for a listener that is gone is given up only when its timer runs out.
+fn waiting(ns: &Ns, round: u16) -> Result<HashSet<String>> {
+    let clients = (0..CONNECTIONS).flat_map(|number| [true, false].map(|v4| source(v4, round, number)));
+    let of_round: HashSet<String> = clients.map(written).collect();
     let mut found = HashSet::new();
     for table in ["tcp", "tcp6"] {
         let text = ns.enter(|| Ok(std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))?))?;
         let lines = text.lines().skip(1).map(|line| line.split_whitespace().skip(2));
         found.extend(lines.filter_map(|mut fields| {
             let remote = fields.next()?;
-            (fields.next()? == SYN_RECV).then(|| remote.to_owned())
+            (fields.next()? == SYN_RECV && of_round.contains(remote)).then(|| remote.to_owned())
         }));
     }
     Ok(found)
+}
+
+/// Answers that were lost on the links of the two sides. It is the only loss that a side hears of.
+fn lost(rig: &Rig) -> Result<u64> {
+    let of = |ns: &Ns| {
+        let shown: serde_json::Value = serde_json::from_str(&ns.ip("-j -s link show eth0")?)?;
+        shown[0]["stats64"]["tx"]["dropped"].as_u64().context("no count of what was dropped")
+    };
+    Ok(of(&rig.lab.a)? + of(&rig.lab.b)?)
 }
 
 /// Sends the SYN of each connection of a round.
@@ -100,7 +122,7 @@ fn round(rig: &Rig, sender: &mut Box<dyn DataLinkSender>, mac: [u8; 6], round: u
         .into_iter()
         .flat_map(|ns| service().map(|family| listener(ns, family)))
         .collect::<Result<_>>()?;
-    let before = segments(rig)?;
+    let (before, lost_before) = (segments(rig)?, lost(rig)?);
     let stop = AtomicBool::new(false);
     let switches = std::thread::scope(|scope| {
         let switching = scope.spawn(|| switch_until(rig, &stop));
@@ -116,11 +138,14 @@ fn round(rig: &Rig, sender: &mut Box<dyn DataLinkSender>, mac: [u8; 6], round: u
     }
     let came = segments(rig)? - before;
     ensure!(came == 4 * i64::from(CONNECTIONS), "{came} SYNs of {} came to one side", 4 * CONNECTIONS);
-    let (of_a, of_b) = (waiting(a)?, waiting(b)?);
+    let (of_a, of_b) = (waiting(a, round)?, waiting(b, round)?);
     let both = of_a.intersection(&of_b).count();
     ensure!(both == 0, "{both} connections are answered by both sides, {switches} switches");
-    // A kernel that is short of room for an answer that it sends again forgets the connection: some are missing.
-    let answered = of_a.len() + of_b.len();
+    // A kernel that has no room for an answer that it sends again forgets the connection, and for no other reason.
+    let (answered, lost) = (of_a.len() + of_b.len(), lost(rig)? - lost_before);
+    let missing = (2 * CONNECTIONS as usize).saturating_sub(answered);
+    println!("round {round}: {missing} are missing, {lost} answers lost, {switches} switches");
+    ensure!(missing as u64 <= lost, "{missing} connections are not there, and {lost} answers were lost");
     ensure!(answered > CONNECTIONS as usize, "{answered} of {} connections are there", 2 * CONNECTIONS);
     ensure!(of_a.len() > 100 && of_b.len() > 100, "one side has all of them: {switches} switches");
     Ok(switches)
@@ -161,6 +186,8 @@ fn furnish(rig: &Rig) -> Result<()> {
         ns.sysctl("net/core/somaxconn", &room)?;
         ns.sysctl("net/ipv4/tcp_max_syn_backlog", &room)?;
         ns.sysctl("net/ipv4/tcp_syncookies", "0")?;
+        // An answer is sent again for longer than a round takes.
+        ns.sysctl("net/ipv4/tcp_synack_retries", "20")?;
     }
     routes(rig)
 }

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::ask::{Asking, who};
 use crate::group;
+use crate::icmp::echoes;
 use crate::repairs::Repairs;
 use crate::rig::{ECHO, Load, NAME, PORT, Rig, Server, echo_in, ends, load, spec};
 use crate::udp::clients;
@@ -163,18 +164,30 @@ fn datagrams_and_pings_under_way_stay() {
     rig.attach_spec(Spec { hook: Some(HookKind::Xdp), ..spec(IDLE).unwrap() }).unwrap();
     let datagrams = || Settings { rate: 0.0, udp_rate: 100.0, udp_port: Some(ECHO), ..load() };
     let old = Load::start(&rig.lab.client, datagrams());
+    let directory = tempfile::tempdir().unwrap();
+    let output = |address: &str| directory.path().join(address.replace(':', "_"));
     let pings = SERVICE.map(|address| {
-        let argv = ["ping", "-n", "-q", "-i", "0.05", "-c", "60", "-W", "2", address];
-        rig.lab.client.spawn(&argv, None).unwrap()
+        let argv = ["ping", "-n", "-q", "-i", "0.05", "-c", "120", "-W", "2", address];
+        rig.lab.client.spawn(&argv, Some(&output(address))).unwrap()
     });
     rig.with(async |attachment| Ok(attachment.learn()?)).unwrap();
     std::thread::sleep(IDLE);
     rig.with(async |attachment| Ok(attachment.switch(Slot::B).await?)).unwrap();
+    let at_switch = echoes(&rig.lab.a);
     let new = Load::start(&rig.lab.client, datagrams());
-    for ping in pings {
-        // It fails unless all are answered only if none is: the loss of one is told by the counters below.
+    for (ping, address) in pings.into_iter().zip(SERVICE) {
         assert!(ping.wait(Duration::from_secs(30)).unwrap().success());
+        // Its success says only that one of them was answered.
+        let text = std::fs::read_to_string(output(address)).unwrap();
+        assert!(text.contains("120 packets transmitted, 120 received, 0% packet loss"), "{text}");
     }
+    // All by the old partition, and some of them after the switch.
+    assert!((1..240).contains(&at_switch), "{at_switch} echoes before the switch");
+    assert_eq!((echoes(&rig.lab.a), echoes(&rig.lab.b)), (240, 0));
+    for address in SERVICE {
+        rig.lab.client.run(&["ping", "-n", "-q", "-c", "1", "-W", "2", address]).unwrap();
+    }
+    assert_eq!((echoes(&rig.lab.a), echoes(&rig.lab.b)), (240, 2), "a new one moves");
     for (load, who) in [(old, "a"), (new, "b")] {
         let run = load.stop().unwrap();
         assert_eq!(run.failures, [], "of {who}");

@@ -21,6 +21,7 @@ use patchswitch_common::maps::{
 };
 use patchswitch_common::verdict::{EVENTS, HOOKS, Hook, VERDICTS, counter};
 use patchswitch_common::word::Word;
+use patchswitch_tests::any_frame;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 
 use crate::frame::ETHERNET;
@@ -361,6 +362,7 @@ impl Bench {
 
     fn run_with(&mut self, hook: Hook, context: [u8; CONTEXT], frame: &[u8]) -> anyhow::Result<Seen> {
         let name = program(hook);
+        any_frame::check(frame);
         keep_as_seed(frame)?;
         let before = self.counters()?;
         let (mut out, mut context_out) = (vec![0; frame.len() + 256], [0; CONTEXT]);

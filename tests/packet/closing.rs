@@ -9,7 +9,8 @@ use patchswitch_tests::observe::tcp_sockets_in;
 use patchswitch_tests::programs;
 
 use crate::bench::{Bench, PORT, REDIRECT, families};
-use crate::steer::{ACK, DRAINING, FIN, RST, SYN, check, connection, listener, segment};
+use crate::direction::DIRECTIONS;
+use crate::steer::{ACK, FIN, RST, SYN, check, connection, listener, segment};
 
 /// Who closes its half, in their order; between them the server's FINs may be lost.
 #[derive(Clone, Copy, Debug)]
@@ -53,49 +54,60 @@ fn wait_for(ns: &Ns, port: u16, state: &str) -> anyhow::Result<()> {
 
 #[test]
 fn a_connection_that_closes_is_its_owners_until_it_is_gone() {
-    let mut bench = Bench::new("closing").unwrap();
-    bench.word(DRAINING).unwrap();
-    let (ns, kept) = (bench.lab.a.clone(), &["to_a", "kept_by_retiring"][..]);
-    for family in families() {
-        let listening = listener(&ns, family).unwrap();
-        let mut held = Vec::new();
-        for (number, (state, acts)) in STATES.into_iter().enumerate() {
-            let port = 1000 + number as u16;
-            let [client, server] = connection(&ns, &listening, family, port).unwrap();
-            for act in acts {
-                match act {
-                    Act::Client => client.shutdown(Shutdown::Write).unwrap(),
-                    Act::Server => server.shutdown(Shutdown::Write).unwrap(),
-                    Act::Lose => lose_fins(&ns, true).unwrap(),
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("closing").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        let kept = way.kept();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let mut held = Vec::new();
+            for (number, (state, acts)) in STATES.into_iter().enumerate() {
+                let port = 1000 + number as u16;
+                let [client, server] = connection(&retiring, &listening, family, port).unwrap();
+                for act in acts {
+                    match act {
+                        Act::Client => client.shutdown(Shutdown::Write).unwrap(),
+                        Act::Server => server.shutdown(Shutdown::Write).unwrap(),
+                        Act::Lose => lose_fins(&retiring, true).unwrap(),
+                    }
                 }
+                wait_for(&retiring, port, state).unwrap();
+                for flags in [ACK, ACK | FIN, SYN, RST | ACK] {
+                    let seen = bench.client(&segment(family, port, flags)).unwrap();
+                    check(&seen, REDIRECT, kept, &format!("{state}, flags {flags:#x}"));
+                }
+                wait_for(&retiring, port, state).unwrap();
+                lose_fins(&retiring, false).unwrap();
+                held.push((client, server));
             }
-            wait_for(&ns, port, state).unwrap();
-            for flags in [ACK, ACK | FIN, SYN, RST | ACK] {
-                let seen = bench.client(&segment(family, port, flags)).unwrap();
-                check(&seen, REDIRECT, kept, &format!("{state}, flags {flags:#x}"));
-            }
-            wait_for(&ns, port, state).unwrap();
-            lose_fins(&ns, false).unwrap();
-            held.push((client, server));
         }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 #[test]
 fn connections_outlive_their_listener() {
-    let mut bench = Bench::new("outlive").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        drop(listening);
-        let kept = &["to_a", "kept_by_retiring"][..];
-        for flags in [ACK, ACK | FIN, SYN] {
-            check(&bench.client(&segment(family, 1000, flags)).unwrap(), REDIRECT, kept, "of the connection");
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("outlive").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let _ends = connection(&retiring, &listening, family, 1000).unwrap();
+            drop(listening);
+            let kept = way.kept();
+            for flags in [ACK, ACK | FIN, SYN] {
+                check(
+                    &bench.client(&segment(family, 1000, flags)).unwrap(),
+                    REDIRECT,
+                    kept,
+                    "of the connection",
+                );
+            }
+            let nothing = way.nothing();
+            check(&bench.client(&segment(family, 1001, ACK)).unwrap(), REDIRECT, nothing, "of another one");
         }
-        let nothing = &["to_b", "nothing_in_retiring"][..];
-        check(&bench.client(&segment(family, 1001, ACK)).unwrap(), REDIRECT, nothing, "of another one");
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }

@@ -8,6 +8,7 @@ mod closing;
 mod cost;
 #[cfg(test)]
 mod datagrams;
+mod direction;
 #[cfg(test)]
 mod empty;
 #[cfg(test)]

@@ -122,9 +122,11 @@ fn the_programs_do_what_the_model_says() {
             bench.renew_fragments().unwrap();
         }
         let made = strategy.new_tree(&mut runner).unwrap().current();
-        let word = match number % 4 {
+        let word = match number % 5 {
             0 => Word::steady(Slot::A, 1),
             1 => Word::steady(Slot::A, 1).shared(50),
+            // A rollback.
+            2 => DRAINING.taken_over_by(Slot::A),
             _ => DRAINING,
         };
         bench.word(word).unwrap();

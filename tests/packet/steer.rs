@@ -11,6 +11,7 @@ use patchswitch_tests::observe::tcp_sockets_in;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
 use crate::bench::{Bench, Family, NEXT, PORT, REDIRECT, Seen, families, key, service};
+use crate::direction::{DIRECTIONS, Retiring};
 use crate::frame::{self, Ip, Place, ethernet, icmp, sctp, tcp, udp};
 
 pub(crate) const SYN: u8 = 2;
@@ -188,53 +189,59 @@ fn neighbour_discovery_is_the_hosts() {
 
 #[test]
 fn a_connection_is_its_owners() {
-    let mut bench = Bench::new("owner").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        let _other = listener(&bench.lab.b, family).unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        for flags in [ACK, ACK | FIN, SYN, RST, SYN | ACK, 0] {
-            let seen = bench.client(&segment(family, 1000, flags)).unwrap();
-            check(&seen, REDIRECT, kept, &format!("rule 1, flags {flags:#x}"));
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("owner").unwrap();
+        let [retiring, serving] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let _ends = connection(&retiring, &listening, family, 1000).unwrap();
+            let _other = listener(&serving, family).unwrap();
+            let kept = way.kept();
+            for flags in [ACK, ACK | FIN, SYN, RST, SYN | ACK, 0] {
+                let seen = bench.client(&segment(family, 1000, flags)).unwrap();
+                check(&seen, REDIRECT, kept, &format!("rule 1, flags {flags:#x}"));
+            }
+            for flags in [ACK, SYN, RST, ACK | FIN] {
+                let seen = bench.client(&segment(family, 1001, flags)).unwrap();
+                check(&seen, REDIRECT, way.moved(), &format!("rules 2, 4 and 5, flags {flags:#x}"));
+            }
+            // The same with the roles exchanged: a flow of the active one needs no question.
+            bench.word(Retiring(way.0.other()).word()).unwrap();
+            for port in [1000, 1001] {
+                let seen = bench.client(&segment(family, port, ACK)).unwrap();
+                check(&seen, REDIRECT, Retiring(way.0.other()).moved(), "given back");
+            }
+            bench.word(way.word()).unwrap();
         }
-        for flags in [ACK, SYN, RST, ACK | FIN] {
-            let seen = bench.client(&segment(family, 1001, flags)).unwrap();
-            check(&seen, REDIRECT, &["to_b"], &format!("rules 2, 4 and 5, flags {flags:#x}"));
-        }
-        // The same with the roles exchanged: a flow of the active one needs no question.
-        bench.word(Word::steady(Slot::B, 1).taken_over_by(Slot::A)).unwrap();
-        for port in [1000, 1001] {
-            let seen = bench.client(&segment(family, port, ACK)).unwrap();
-            check(&seen, REDIRECT, &["to_a"], "given back");
-        }
-        bench.word(DRAINING).unwrap();
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 #[test]
 fn options_and_extension_headers_change_nothing() {
-    let mut bench = Bench::new("options").unwrap();
-    bench.word(DRAINING).unwrap();
-    let kept = &["to_a", "kept_by_retiring"][..];
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        let plain = segment(family, 1000, ACK);
-        let variants: Vec<Ip> = if family.client.is_ipv4() {
-            [4, 8, 40].map(|length| Ip { options: vec![1; length], ..plain.clone() }).into()
-        } else {
-            [vec![0], vec![60], vec![0, 60], vec![43], vec![51, 60]]
-                .map(|extensions| Ip { extensions, ..plain.clone() })
-                .into()
-        };
-        for variant in variants {
-            check(&bench.client(&variant).unwrap(), REDIRECT, kept, "options");
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("options").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        let kept = way.kept();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let _ends = connection(&retiring, &listening, family, 1000).unwrap();
+            let plain = segment(family, 1000, ACK);
+            let variants: Vec<Ip> = if family.client.is_ipv4() {
+                [4, 8, 40].map(|length| Ip { options: vec![1; length], ..plain.clone() }).into()
+            } else {
+                [vec![0], vec![60], vec![0, 60], vec![43], vec![51, 60]]
+                    .map(|extensions| Ip { extensions, ..plain.clone() })
+                    .into()
+            };
+            for variant in variants {
+                check(&bench.client(&variant).unwrap(), REDIRECT, kept, "options");
+            }
         }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 /// What the network header says besides whose packet it is.
@@ -285,25 +292,28 @@ fn other_fields_of_the_header_change_nothing() {
 
 #[test]
 fn a_connection_that_the_partition_opens_is_its_own() {
-    let mut bench = Bench::new("synsent").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        // Nobody answers at the host's address: the socket stays in SYN_SENT.
-        let remote = SocketAddr::new(family.stranger, 443);
-        let opening = bench.lab.a.enter(|| {
-            let via = if family.client.is_ipv4() { "10.66.6.0/24" } else { "fd66::/64" };
-            bench.lab.a.ip(&format!("route add {via} dev eth0"))?;
-            let socket = tcp_socket(family, SocketAddr::new(family.service, 5555))?;
-            rustix::io::ioctl_fionbio(&socket, true)?;
-            let connected = connect(&socket, &remote);
-            anyhow::ensure!(connected == Err(rustix::io::Errno::INPROGRESS), "{connected:?}");
-            Ok(socket)
-        });
-        let _opening = opening.unwrap();
-        let answer = tcp((family.stranger, 443), (family.service, 5555), SYN | ACK, b"");
-        check(&bench.client(&answer).unwrap(), REDIRECT, &["to_a", "kept_by_retiring"], "SYN_SENT");
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("synsent").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            // Nobody answers at the host's address: the socket stays in SYN_SENT.
+            let remote = SocketAddr::new(family.stranger, 443);
+            let opening = retiring.enter(|| {
+                let via = if family.client.is_ipv4() { "10.66.6.0/24" } else { "fd66::/64" };
+                retiring.ip(&format!("route add {via} dev eth0"))?;
+                let socket = tcp_socket(family, SocketAddr::new(family.service, 5555))?;
+                rustix::io::ioctl_fionbio(&socket, true)?;
+                let connected = connect(&socket, &remote);
+                anyhow::ensure!(connected == Err(rustix::io::Errno::INPROGRESS), "{connected:?}");
+                Ok(socket)
+            });
+            let _opening = opening.unwrap();
+            let answer = tcp((family.stranger, 443), (family.service, 5555), SYN | ACK, b"");
+            check(&bench.client(&answer).unwrap(), REDIRECT, way.kept(), "SYN_SENT");
+        }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 /// Makes the remains of a connection on the server's side.
@@ -325,181 +335,210 @@ pub(crate) fn time_wait(ns: &Ns, listening: &TcpListener, family: Family, port: 
 
 #[test]
 fn remains_of_a_connection_keep_all_but_a_new_one() {
-    let mut bench = Bench::new("timewait").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        time_wait(&bench.lab.a, &listening, family, 1000).unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        check(&bench.client(&segment(family, 1000, ACK | FIN)).unwrap(), REDIRECT, kept, "a repeated FIN");
-        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "an ACK");
-        check(
-            &bench.client(&segment(family, 1000, SYN)).unwrap(),
-            REDIRECT,
-            &["to_b"],
-            "the tuple used again",
-        );
-        let other = listener(&bench.lab.b, family).unwrap();
-        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "a listener is no socket");
-        let _ends = connection(&bench.lab.b, &other, family, 1000).unwrap();
-        for flags in [ACK, ACK | FIN, RST] {
-            check(&bench.client(&segment(family, 1000, flags)).unwrap(), REDIRECT, &["to_b"], "its segments");
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("timewait").unwrap();
+        let [retiring, serving] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            time_wait(&retiring, &listening, family, 1000).unwrap();
+            let kept = way.kept();
+            check(
+                &bench.client(&segment(family, 1000, ACK | FIN)).unwrap(),
+                REDIRECT,
+                kept,
+                "a repeated FIN",
+            );
+            check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "an ACK");
+            check(
+                &bench.client(&segment(family, 1000, SYN)).unwrap(),
+                REDIRECT,
+                way.moved(),
+                "the tuple used again",
+            );
+            let other = listener(&serving, family).unwrap();
+            check(
+                &bench.client(&segment(family, 1000, ACK)).unwrap(),
+                REDIRECT,
+                kept,
+                "a listener is no socket",
+            );
+            let _ends = connection(&serving, &other, family, 1000).unwrap();
+            for flags in [ACK, ACK | FIN, RST] {
+                check(
+                    &bench.client(&segment(family, 1000, flags)).unwrap(),
+                    REDIRECT,
+                    way.moved(),
+                    "its segments",
+                );
+            }
         }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 #[test]
 fn datagrams_follow_a_connected_socket_or_what_was_learned() {
-    let mut bench = Bench::new("datagram").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let (client, to) = ((family.client, 1000), (family.service, PORT));
-        let packet = udp(client, to, b"question");
-        let flow = key(client, PORT, frame::UDP);
-        let any: IpAddr = if family.client.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
-        let wild = bench.lab.a.enter(|| Ok(UdpSocket::bind((any, PORT))?)).unwrap();
-        check(&bench.client(&packet).unwrap(), REDIRECT, &["to_b"], "a wildcard socket tells nothing");
-        drop(wild);
-        let connected = bench.lab.a.enter(|| -> anyhow::Result<UdpSocket> {
-            let socket = UdpSocket::bind(service(family))?;
-            socket.connect(client)?;
-            Ok(socket)
-        });
-        let connected = connected.unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        check(&bench.client(&packet).unwrap(), REDIRECT, kept, "connected");
-        drop(connected);
-        for (what, local, slot, age_ns, counted) in [
-            ("learned", family.service, Slot::A, 0, kept),
-            ("learned of the active one", family.service, Slot::B, 0, &["to_b"]),
-            ("learned too long ago", family.service, Slot::A, 11_000_000_000, &["to_b"]),
-            ("learned of another address", family.own_a, Slot::A, 0, &["to_b"]),
-        ] {
-            bench.remember(flow, local, slot, age_ns).unwrap();
-            check(&bench.client(&packet).unwrap(), REDIRECT, counted, what);
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("datagram").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let (client, to) = ((family.client, 1000), (family.service, PORT));
+            let packet = udp(client, to, b"question");
+            let flow = key(client, PORT, frame::UDP);
+            let any: IpAddr = if family.client.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+            let wild = retiring.enter(|| Ok(UdpSocket::bind((any, PORT))?)).unwrap();
+            check(&bench.client(&packet).unwrap(), REDIRECT, way.moved(), "a wildcard socket tells nothing");
+            drop(wild);
+            let connected = retiring.enter(|| -> anyhow::Result<UdpSocket> {
+                let socket = UdpSocket::bind(service(family))?;
+                socket.connect(client)?;
+                Ok(socket)
+            });
+            let connected = connected.unwrap();
+            let kept = way.kept();
+            check(&bench.client(&packet).unwrap(), REDIRECT, kept, "connected");
+            drop(connected);
+            for (what, local, slot, age_ns, counted) in [
+                ("learned", family.service, way.0, 0, kept),
+                ("learned of the active one", family.service, way.0.other(), 0, way.moved()),
+                ("learned too long ago", family.service, way.0, 11_000_000_000, way.moved()),
+                ("learned of another address", way.own(family), way.0, 0, way.moved()),
+            ] {
+                bench.remember(flow, local, slot, age_ns).unwrap();
+                check(&bench.client(&packet).unwrap(), REDIRECT, counted, what);
+            }
+            bench.forget().unwrap();
+            check(&bench.client(&packet).unwrap(), REDIRECT, way.moved(), "unknown");
         }
-        bench.forget().unwrap();
-        check(&bench.client(&packet).unwrap(), REDIRECT, &["to_b"], "unknown");
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 #[test]
 fn echoes_and_other_protocols_follow_what_was_learned() {
-    let mut bench = Bench::new("echo").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let (request, protocol) =
-            if family.client.is_ipv4() { (8, frame::ICMP) } else { (128, frame::ICMPV6) };
-        let echo = |id: u8| icmp(family.client, family.service, request, [0, id, 0, 1], b"ping");
-        let other = Ip::new(family.client, family.service, 47, vec![0; 16]);
-        bench.remember(key((family.client, 7), 0, protocol), family.service, Slot::A, 0).unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        check(&bench.client(&echo(7)).unwrap(), REDIRECT, kept, "its identifier");
-        check(&bench.client(&echo(8)).unwrap(), REDIRECT, &["to_b"], "another one");
-        check(&bench.client(&other).unwrap(), REDIRECT, &["to_b"], "GRE");
-        bench.remember(key((family.client, 0), 0, 47), family.service, Slot::A, 0).unwrap();
-        check(&bench.client(&other).unwrap(), REDIRECT, kept, "GRE, learned");
-        // Protocols with ports: by the whole flow, and not all of a client's.
-        for number in [frame::SCTP, 33, 136] {
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("echo").unwrap();
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let (request, protocol) =
+                if family.client.is_ipv4() { (8, frame::ICMP) } else { (128, frame::ICMPV6) };
+            let echo = |id: u8| icmp(family.client, family.service, request, [0, id, 0, 1], b"ping");
+            let other = Ip::new(family.client, family.service, 47, vec![0; 16]);
+            bench.remember(key((family.client, 7), 0, protocol), family.service, way.0, 0).unwrap();
+            let kept = way.kept();
+            check(&bench.client(&echo(7)).unwrap(), REDIRECT, kept, "its identifier");
+            check(&bench.client(&echo(8)).unwrap(), REDIRECT, way.moved(), "another one");
+            check(&bench.client(&other).unwrap(), REDIRECT, way.moved(), "GRE");
+            bench.remember(key((family.client, 0), 0, 47), family.service, way.0, 0).unwrap();
+            check(&bench.client(&other).unwrap(), REDIRECT, kept, "GRE, learned");
+            // Protocols with ports: by the whole flow, and not all of a client's.
+            for number in [frame::SCTP, 33, 136] {
+                bench.forget().unwrap();
+                bench.remember(key((family.client, 1000), PORT, number), family.service, way.0, 0).unwrap();
+                let packet = |port, chunk: &[u8]| Ip {
+                    protocol: number,
+                    ..sctp((family.client, port), (family.service, PORT), chunk)
+                };
+                check(&bench.client(&packet(1000, b"data")).unwrap(), REDIRECT, kept, "its ports");
+                check(&bench.client(&packet(1001, b"data")).unwrap(), REDIRECT, way.moved(), "other ports");
+                let mut short = packet(1000, b"");
+                short.payload.truncate(7);
+                check(&bench.client(&short).unwrap(), NEXT, &["malformed"], "seven bytes");
+            }
             bench.forget().unwrap();
-            bench.remember(key((family.client, 1000), PORT, number), family.service, Slot::A, 0).unwrap();
-            let packet = |port, chunk: &[u8]| Ip {
-                protocol: number,
-                ..sctp((family.client, port), (family.service, PORT), chunk)
-            };
-            check(&bench.client(&packet(1000, b"data")).unwrap(), REDIRECT, kept, "its ports");
-            check(&bench.client(&packet(1001, b"data")).unwrap(), REDIRECT, &["to_b"], "other ports");
-            let mut short = packet(1000, b"");
-            short.payload.truncate(7);
-            check(&bench.client(&short).unwrap(), NEXT, &["malformed"], "seven bytes");
         }
-        bench.forget().unwrap();
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 #[test]
 fn errors_follow_the_packet_they_carry() {
-    let mut bench = Bench::new("errors").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        let v4 = family.client.is_ipv4();
-        let kinds: &[u8] = if v4 { &[3, 11, 12] } else { &[1, 2, 3, 4] };
-        let kept = &["to_a", "kept_by_retiring"][..];
-        let about = |inner: &Ip, length: usize| {
-            let mut quoted = inner.bytes();
-            quoted.truncate(length);
-            quoted
-        };
-        let (service, client) = ((family.service, PORT), |port| (family.client, port));
-        bench.remember(key(client(1000), PORT, frame::UDP), family.service, Slot::A, 0).unwrap();
-        let echo_protocol = if v4 { frame::ICMP } else { frame::ICMPV6 };
-        bench.remember(key((family.client, 7), 0, echo_protocol), family.service, Slot::A, 0).unwrap();
-        bench.remember(key(client(1000), PORT, frame::SCTP), family.service, Slot::A, 0).unwrap();
-        let (header, answer) = if v4 { (20, 0) } else { (40, 129) };
-        let later = Place { offset: 185, more: false, id: 9 };
-        for (what, inner, counted) in [
-            ("a segment", tcp(service, client(1000), ACK, b"data"), kept),
-            ("a segment of nobody", tcp(service, client(1001), ACK, b"data"), &["to_b"]),
-            ("a datagram", udp(service, client(1000), b"data"), kept),
-            ("a datagram of nobody", udp(service, client(1001), b"data"), &["to_b"]),
-            ("an echo", icmp(family.service, family.client, answer, [0, 7, 0, 1], b"pong"), kept),
-            (
-                "an echo of nobody",
-                icmp(family.service, family.client, answer, [0, 8, 0, 1], b"pong"),
-                &["to_b"],
-            ),
-            (
-                "a later fragment",
-                Ip { place: Some(later), ..udp(service, client(1000), b"data") },
-                &["to_both"],
-            ),
-            ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), &["to_b"]),
-            ("an association", sctp(service, client(1000), b"chunk"), kept),
-            ("an association of nobody", sctp(service, client(1001), b"chunk"), &["to_b"]),
-        ] {
-            for kind in kinds {
-                // Eight bytes of what follows the header are sure to be there (RFC 792), and no more.
-                for length in [header + 8, usize::MAX] {
-                    let quoted = about(&inner, length);
-                    let error = icmp(family.stranger, family.service, *kind, [0, 0, 5, 0], &quoted);
-                    let seen = bench.client(&error).unwrap();
-                    check(&seen, REDIRECT, counted, &format!("type {kind} about {what}, {length} bytes"));
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("errors").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let _ends = connection(&retiring, &listening, family, 1000).unwrap();
+            let v4 = family.client.is_ipv4();
+            let kinds: &[u8] = if v4 { &[3, 11, 12] } else { &[1, 2, 3, 4] };
+            let kept = way.kept();
+            let about = |inner: &Ip, length: usize| {
+                let mut quoted = inner.bytes();
+                quoted.truncate(length);
+                quoted
+            };
+            let (service, client) = ((family.service, PORT), |port| (family.client, port));
+            bench.remember(key(client(1000), PORT, frame::UDP), family.service, way.0, 0).unwrap();
+            let echo_protocol = if v4 { frame::ICMP } else { frame::ICMPV6 };
+            bench.remember(key((family.client, 7), 0, echo_protocol), family.service, way.0, 0).unwrap();
+            bench.remember(key(client(1000), PORT, frame::SCTP), family.service, way.0, 0).unwrap();
+            let (header, answer) = if v4 { (20, 0) } else { (40, 129) };
+            let later = Place { offset: 185, more: false, id: 9 };
+            for (what, inner, counted) in [
+                ("a segment", tcp(service, client(1000), ACK, b"data"), kept),
+                ("a segment of nobody", tcp(service, client(1001), ACK, b"data"), way.moved()),
+                ("a datagram", udp(service, client(1000), b"data"), kept),
+                ("a datagram of nobody", udp(service, client(1001), b"data"), way.moved()),
+                ("an echo", icmp(family.service, family.client, answer, [0, 7, 0, 1], b"pong"), kept),
+                (
+                    "an echo of nobody",
+                    icmp(family.service, family.client, answer, [0, 8, 0, 1], b"pong"),
+                    way.moved(),
+                ),
+                (
+                    "a later fragment",
+                    Ip { place: Some(later), ..udp(service, client(1000), b"data") },
+                    &["to_both"],
+                ),
+                ("another protocol", Ip::new(family.service, family.client, 47, vec![0; 8]), way.moved()),
+                ("an association", sctp(service, client(1000), b"chunk"), kept),
+                ("an association of nobody", sctp(service, client(1001), b"chunk"), way.moved()),
+            ] {
+                for kind in kinds {
+                    // Eight bytes of what follows the header are sure to be there (RFC 792), and no more.
+                    for length in [header + 8, usize::MAX] {
+                        let quoted = about(&inner, length);
+                        let error = icmp(family.stranger, family.service, *kind, [0, 0, 5, 0], &quoted);
+                        let seen = bench.client(&error).unwrap();
+                        check(&seen, REDIRECT, counted, &format!("type {kind} about {what}, {length} bytes"));
+                    }
                 }
             }
+            bench.forget().unwrap();
         }
-        bench.forget().unwrap();
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 /// What an error says of a path is passed on as it is, a lie as well: the partition's kernel knows the least.
 #[test]
 fn errors_pass_whatever_they_say_of_the_path() {
-    let mut bench = Bench::new("mtu").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let listening = listener(&bench.lab.a, family).unwrap();
-        let _ends = connection(&bench.lab.a, &listening, family, 1000).unwrap();
-        for (port, counted) in [(1000, &["to_a", "kept_by_retiring"][..]), (1001, &["to_b"])] {
-            let inner = tcp((family.service, PORT), (family.client, port), ACK, b"data").bytes();
-            for mtu in [0_u16, 68, 1279, 1280, 1500, 65535] {
-                let [high, low] = mtu.to_be_bytes();
-                // Fragmentation needed; packet too big.
-                let mut error = icmp(family.stranger, family.service, 2, [0, 0, high, low], &inner);
-                if family.client.is_ipv4() {
-                    (error.payload[0], error.payload[1]) = (3, 4);
-                    frame::seal(&mut error, 2);
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("mtu").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let listening = listener(&retiring, family).unwrap();
+            let _ends = connection(&retiring, &listening, family, 1000).unwrap();
+            for (port, counted) in [(1000, way.kept()), (1001, way.moved())] {
+                let inner = tcp((family.service, PORT), (family.client, port), ACK, b"data").bytes();
+                for mtu in [0_u16, 68, 1279, 1280, 1500, 65535] {
+                    let [high, low] = mtu.to_be_bytes();
+                    // Fragmentation needed; packet too big.
+                    let mut error = icmp(family.stranger, family.service, 2, [0, 0, high, low], &inner);
+                    if family.client.is_ipv4() {
+                        (error.payload[0], error.payload[1]) = (3, 4);
+                        frame::seal(&mut error, 2);
+                    }
+                    check(&bench.client(&error).unwrap(), REDIRECT, counted, &format!("MTU {mtu}"));
                 }
-                check(&bench.client(&error).unwrap(), REDIRECT, counted, &format!("MTU {mtu}"));
             }
         }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }
 
 /// What IPv6 has between the header that an error quotes and the ports.
@@ -594,20 +633,28 @@ fn a_namespace_that_is_not_known_owns_nothing() {
 
 #[test]
 fn a_port_that_nobody_has_any_more_is_counted() {
-    let mut bench = Bench::new("closed").unwrap();
-    bench.word(DRAINING).unwrap();
-    for family in families() {
-        let syn = segment(family, 1000, SYN);
-        let listening = listener(&bench.lab.a, family).unwrap();
-        check(&bench.client(&syn).unwrap(), REDIRECT, &["to_b"], "a listener is something");
-        drop(listening);
-        let nothing = &["to_b", "nothing_in_retiring"][..];
-        check(&bench.client(&syn).unwrap(), REDIRECT, nothing, "the port is closed");
-        // Of the serving one the programs ask only what they must, and this is not about it.
-        let listening = listener(&bench.lab.a, family).unwrap();
-        time_wait(&bench.lab.a, &listening, family, 1000).unwrap();
-        let kept = &["to_a", "kept_by_retiring"][..];
-        check(&bench.client(&segment(family, 1000, ACK)).unwrap(), REDIRECT, kept, "nothing in the other");
+    for way in DIRECTIONS {
+        let mut bench = Bench::new("closed").unwrap();
+        let [retiring, _] = way.spaces(&bench);
+        bench.word(way.word()).unwrap();
+        for family in families() {
+            let syn = segment(family, 1000, SYN);
+            let listening = listener(&retiring, family).unwrap();
+            check(&bench.client(&syn).unwrap(), REDIRECT, way.moved(), "a listener is something");
+            drop(listening);
+            let nothing = way.nothing();
+            check(&bench.client(&syn).unwrap(), REDIRECT, nothing, "the port is closed");
+            // Of the serving one the programs ask only what they must, and this is not about it.
+            let listening = listener(&retiring, family).unwrap();
+            time_wait(&retiring, &listening, family, 1000).unwrap();
+            let kept = way.kept();
+            check(
+                &bench.client(&segment(family, 1000, ACK)).unwrap(),
+                REDIRECT,
+                kept,
+                "nothing in the other",
+            );
+        }
+        bench.finish().unwrap();
     }
-    bench.finish().unwrap();
 }

@@ -215,6 +215,38 @@ fn what_governs_the_host_is_not_a_partitions_to_reach() {
     assert_eq!(judge(&loopback, false), FINE);
 }
 
+/// Sockets have addresses of IPv4 in IPv6, packets do not: a flow with one could not be told from one of IPv4.
+#[test]
+fn a_partition_sends_nothing_from_or_to_an_address_of_ipv4_in_ipv6() {
+    let mapped = text6("::ffff:198.51.100.7");
+    let own = text6("2001:db8::80");
+    for (from, to, expected) in [
+        (mapped, CLIENT6, Some(Verdict::Martian)),
+        (own, mapped, Some(Verdict::Martian)),
+        (mapped, mapped, Some(Verdict::Martian)),
+        (own, CLIENT6, FINE),
+        // Neighbours of that prefix, and where translators have addresses of IPv4.
+        (own, text6("::fffe:198.51.100.7"), FINE),
+        (own, text6("::1:ffff:198.51.100.7"), FINE),
+        (own, text6("::198.51.100.7"), FINE),
+        (own, text6("64:ff9b::198.51.100.7"), FINE),
+    ] {
+        for (number, payload) in [(6, [0; 24]), (17, [0; 24]), (58, [134; 24]), (59, [0; 24])] {
+            let mut packet = v6(from, number, &payload);
+            packet[24..40].copy_from_slice(&to);
+            // A router's advertisement is refused for what it is only where its addresses are in order.
+            let expected = expected.or((number == 58).then_some(Verdict::ForgedControl));
+            assert_eq!(judge(&packet, false), expected, "{number} from {from:02x?} to {to:02x?}");
+            // Of a later fragment as well.
+            let fragment = [&[number, 0, 0, 8, 0, 0, 0, 9], &payload[..]].concat();
+            let mut packet = v6(from, 44, &fragment);
+            packet[24..40].copy_from_slice(&to);
+            let expected = expected.filter(|verdict| *verdict == Verdict::Martian);
+            assert_eq!(judge(&packet, false), expected, "a fragment from {from:02x?} to {to:02x?}");
+        }
+    }
+}
+
 fn is_governing(to: [u8; 4]) -> bool {
     to[0] == 127 || to[..2] == [169, 254]
 }

@@ -107,7 +107,8 @@ mod tests {
             assert_eq!(lost(&socket(protocol, local, device)), count, "{protocol:?} {local} {device}");
         }
         // A flow of its own, which is looked up.
-        let connected = Socket { state: 1, ..socket(Protocol::Udp, "192.0.2.80:80", 2) };
+        let mut connected = socket(Protocol::Udp, "192.0.2.80:80", 2);
+        connected.state = 1;
         assert_eq!(lost(&connected), 1);
     }
 }

@@ -241,10 +241,12 @@ pub enum Event {
     ResetA = 14,
     /// Slot B reset a connection or refused one.
     ResetB = 15,
+    /// A standby sent a packet with the service's address, before it serves.
+    TooEarly = 16,
 }
 
 /// All events, in the order of their counters.
-pub const EVENTS: [Event; 16] = [
+pub const EVENTS: [Event; 17] = [
     Event::Learned,
     Event::LearnFull,
     Event::RewrittenV4,
@@ -261,6 +263,7 @@ pub const EVENTS: [Event; 16] = [
     Event::AnsweredB,
     Event::ResetA,
     Event::ResetB,
+    Event::TooEarly,
 ];
 
 impl Event {
@@ -283,6 +286,7 @@ impl Event {
             Self::AnsweredB => "answered_b",
             Self::ResetA => "reset_a",
             Self::ResetB => "reset_b",
+            Self::TooEarly => "too_early",
         }
     }
 

@@ -218,10 +218,11 @@ fn origin(slot: Slot, network: &Network) -> Origin {
 fn quarantine(ctx: &TcContext, slot: Slot, network: &Network) -> i32 {
     if answers_probe(ctx, slot, network) {
         exit(Hook::FromPartition, Verdict::Probe, NEXT)
-    } else if maps::is_service(&network.source) {
-        // It should not know yet that it may.
-        exit_told(Hook::FromPartition, Verdict::Quarantined, DROP, &network.source)
     } else {
+        if maps::is_service(&network.source) {
+            // The rest of what a standby sends before it serves is to be expected.
+            trouble(Event::TooEarly, &network.source);
+        }
         exit(Hook::FromPartition, Verdict::Quarantined, DROP)
     }
 }

@@ -76,7 +76,10 @@ pub extern "C" fn ps_say(index: u32, high: u64, low: u64) -> i32 {
             warn!((), "the table of learned flows is full: {:i} would be lost by a switch", address)
         }
         REWRITE_FAILED => warn!((), "an answer to {:i} was not rewritten and is lost", address),
-        _ => warn!((), "a partition sent a packet from {:i}, which it may not use now: dropped", address),
+        _ => warn!(
+            (),
+            "a partition sent a packet from {:i}, which is not its address, or not yet: dropped", address
+        ),
     }
     0
 }

@@ -1,10 +1,11 @@
 //! A database moves from one partition to the other, while it is written to.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use patchswitch_tests::netlab::{Ns, SERVICE};
-use patchswitch_tests::postgres::{Database, Manner, Writer};
+use patchswitch_tests::postgres::{Database, Manner, PORT, Writer};
 use patchswitch_tests::programs::{self, Output};
 
 use crate::rig::{NAME, Rig};
@@ -20,10 +21,11 @@ fn moved(rig: &Rig, database: &Database, (from, to): (&Ns, &Ns)) -> anyhow::Resu
         format!("PATCHSWITCH={}", programs::built("patchswitch")?.display()),
         format!("DATA={}", database.data()),
         format!("SOCKET={}", database.path()),
+        format!("LOG={}/log", database.path()),
         format!("FROM={}", from.name()),
         format!("TO={}", to.name()),
         // A machine may be slow: what has begun is to end by itself.
-        "YOUNG=0.8".to_owned(),
+        "YOUNG=3".to_owned(),
         "FINISH=10".to_owned(),
     ];
     let mut argv = vec!["env"];
@@ -62,7 +64,7 @@ fn no_connection_is_refused_and_no_row_is_lost() {
         .map(|(table, manner)| Writer::start(&rig.lab.client, SERVICE[0].parse().unwrap(), table, manner));
     let log = Path::new(database.path()).join("pgbench");
     let load =
-        rig.lab.client.spawn(&bench(&["-C", "-n", "-c", "4", "-j", "4", "-T", "12"]), Some(&log)).unwrap();
+        rig.lab.client.spawn(&bench(&["-C", "-n", "-c", "4", "-j", "4", "-T", "15"]), Some(&log)).unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let (a, b) = (&rig.lab.a, &rig.lab.b);
     for (from, to) in [(a, b), (b, a), (a, b)] {
@@ -86,6 +88,28 @@ fn no_connection_is_refused_and_no_row_is_lost() {
         written.check(database.rows(table).unwrap()).unwrap();
     }
     println!("the server's own stop and start: {:?}", own_pause(&database, b).unwrap());
+    drop(database);
+    rig.finish().unwrap();
+}
+
+/// Its port is somebody else's there.
+#[test]
+fn a_server_that_does_not_begin_there_is_put_back() {
+    let (rig, database) = served("pgback").unwrap();
+    let (table, manner) = TABLES[0];
+    let writer = Writer::start(&rig.lab.client, SERVICE[0].parse().unwrap(), table, manner);
+    std::thread::sleep(Duration::from_secs(1));
+    let _taken = rig.lab.b.enter(|| Ok(TcpListener::bind(("::", PORT))?)).unwrap();
+    let output = moved(&rig, &database, (&rig.lab.a, &rig.lab.b)).unwrap();
+    assert_eq!(output.status.code(), Some(22), "{output:?}");
+    assert!(output.stderr.contains("it goes back to"), "{output:?}");
+    std::thread::sleep(Duration::from_secs(1));
+    let written = writer.stop().unwrap();
+    assert_eq!(written.refused, Vec::<String>::new(), "{output:?}");
+    assert!(written.sessions == 2 && written.acknowledged.len() > 50, "{written}");
+    written.check(database.rows(table).unwrap()).unwrap();
+    let status = rig.ok(&["status", NAME]).unwrap();
+    assert_eq!(status["attachments"][0]["partitions"][0]["role"], "active", "{status}");
     drop(database);
     rig.finish().unwrap();
 }

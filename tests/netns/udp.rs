@@ -446,7 +446,7 @@ fn a_partition_that_forges_its_source_is_named_in_a_few_lines() {
     // The 1st, 2nd, 4th … of each processor.
     let most = 10 * std::thread::available_parallelism().unwrap().get();
     assert!((1..=most).contains(&lines.len()), "{lines:#?}");
-    let wanted = "a partition sent a packet from 10.99.0.9, which it may not use now: dropped";
+    let wanted = "a partition sent a packet from 10.99.0.9, which is not its address, or not yet: dropped";
     assert!(lines.iter().all(|text| text.ends_with(wanted)), "{lines:#?}");
     assert_eq!(rig.counter(&["packets", "from_partition", "spoofed"]).unwrap(), 1000);
     rig.lab.a.ip("addr del 10.99.0.9/32 dev eth0").unwrap();

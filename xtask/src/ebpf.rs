@@ -63,6 +63,7 @@ fn build(out: &Path) -> Result<()> {
     let digest = source_digest(root())?;
     let target_dir = crate::paths::target().join("ebpf");
     let (source, _alone) = one_name_of_source()?;
+    only_of_this_clone(&target_dir)?;
     let tool = compiler()?.env("CARGO_ENCODED_RUSTFLAGS", flags(&source)?.join("\u{1f}"));
     let tool = tool.args(["--release", "--locked", "--target", TARGET, "--target-dir"]).arg(&target_dir);
     let tool = tool.arg("--manifest-path").arg(source.join("patchswitch-ebpf/Cargo.toml"));
@@ -75,8 +76,21 @@ fn build(out: &Path) -> Result<()> {
     Ok(fs::write(out.join(DIGEST), format!("{digest}\n"))?)
 }
 
-/// The same path for every clone on a machine: cargo makes the names of functions from the path of their crate, and these are
-/// in the object. So two clones of one source make the same object, byte for byte, which is what CI asks. Nobody else may
+/// Clones that share a target directory have one path of their source as well: what cargo has there of another one would count
+/// as this one's.
+fn only_of_this_clone(target_dir: &Path) -> Result<()> {
+    let mark = target_dir.join("clone");
+    let this = root().to_string_lossy();
+    if target_dir.is_dir() && fs::read_to_string(&mark).ok().as_deref() != Some(&*this) {
+        fs::remove_dir_all(target_dir)
+            .with_context(|| format!("failed to remove {}", target_dir.display()))?;
+    }
+    fs::create_dir_all(target_dir).with_context(|| format!("failed to make {}", target_dir.display()))?;
+    fs::write(&mark, &*this).with_context(|| format!("failed to write {}", mark.display()))
+}
+
+/// The same path for every clone of a user: cargo makes the names of functions from the path of their crate, and these are
+/// in the object. So two clones of one source make the same object, byte for byte, and CI need not test it twice. Nobody else may
 /// give the path another meaning while the lock is held.
 fn one_name_of_source() -> Result<(PathBuf, File)> {
     let place = Cache::open()?.work_dir("ebpf")?;

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use patchswitch_common::Slot;
 
 use super::record::{Record, SlotRecord};
-use super::{AttachError, SwitchOptions};
+use super::{AttachError, SwitchOptions, flows};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::sockets::{Protocol, Socket};
 use crate::host::linux::{counters, netns};
@@ -41,13 +41,18 @@ pub(super) fn bound_to_device(
 }
 
 /// Sockets of the service that only packets of a device find. Unconnected ones of UDP are nobody's flow: what they answer is
-/// remembered.
+/// remembered. A connected one is the service's if others wait for its clients at the same port; else the partition itself
+/// asks somebody.
 fn lost<'a>(
     sockets: &'a [Socket],
     addresses: &'a [IpAddr],
     link: u32,
 ) -> impl Iterator<Item = SocketAddr> + 'a {
-    let is_asked = |socket: &&Socket| socket.protocol == Protocol::Tcp || socket.is_connected();
+    let served = flows::ports(sockets, addresses).udp;
+    let is_asked = move |socket: &&Socket| {
+        let is_served = socket.is_connected() && served.contains(&socket.local.port());
+        socket.protocol == Protocol::Tcp || is_served
+    };
     let bound = sockets.iter().filter(is_asked).filter(|socket| socket.device() != 0);
     let ours = move |socket: &&Socket| {
         let local = socket.local.ip();
@@ -109,6 +114,8 @@ mod tests {
         // A flow of its own, which is looked up.
         let mut connected = socket(Protocol::Udp, "192.0.2.80:80", 2);
         connected.state = 1;
-        assert_eq!(lost(&connected), 1);
+        assert_eq!(lost(&connected), 0, "it asks somebody");
+        let served = [connected, socket(Protocol::Udp, "0.0.0.0:80", 0)];
+        assert_eq!(super::lost(&served, &addresses, 2).count(), 1);
     }
 }

@@ -40,15 +40,12 @@ impl Record {
         (is_here && link_index(&entry.link).is_none()).then_some(Gone::Link)
     }
 
-    /// What to type when the partition that serves is gone and the other one is there. A job of a service that runs then
-    /// gives back by itself.
+    /// What to type when the partition that serves is gone and the other one is there. Of a service its job decides.
     pub fn way_back(&self, active: Slot) -> Option<String> {
         let other = self.slots[active.other() as usize].as_ref()?;
         let is_needed = self.gone(active).is_some() && self.gone(active.other()).is_none();
-        is_needed.then(|| match self.of_service {
-            true => format!("patchswitch rollback {}", self.name),
-            false => format!("patchswitch switch {} --to {}", self.name, other.netns),
-        })
+        (is_needed && !self.of_service)
+            .then(|| format!("patchswitch switch {} --to {}", self.name, other.netns))
     }
 }
 

@@ -84,8 +84,8 @@ impl Attachment {
         Err(AttachError::Unmended { name, causes: errors.iter().map(remove::text).collect() })
     }
 
-    /// With the notice off no flow is remembered: who was killed between the two has left them, and the next switch would take
-    /// them for its own.
+    /// Once a switch is over no flow is remembered. Who was killed after the word said so, and before he forgot them, has left
+    /// them, and the next switch would take them for its own.
     fn reassert_forgotten(&self) -> Result<Option<String>, AttachError> {
         let word = self.plane.word();
         let is_over = word.phase() == Phase::Steady && !word.notice() && !word.learns();

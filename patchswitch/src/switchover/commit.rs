@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::context::{Failure, Phase, at};
+use super::serves::Serves;
 use super::{Context, Loss, recount};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, slot_of};
@@ -62,15 +63,6 @@ async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
         return Ok(());
     }
     let new = job.manager.active(&job.service).map_err(at(Phase::Retire))?;
-    if !job.manager.is_running(&new).map_err(at(Phase::Retire))? {
-        let reason = format!(
-            "{} does not run, so {} is the only one that could serve; `patchswitch rollback {}` gives it back",
-            new.name(),
-            old.name(),
-            job.service.name
-        );
-        return Err(Failure { phase: Phase::Retire, reason, code: ExitCode::Failed });
-    }
     let service = Some(&job.service);
     let retired = job.manager.retire_drained(&mut job.attachment, &new, old, service).await;
     if retired.map_err(at(Phase::Retire))? {
@@ -85,6 +77,13 @@ async fn retire(job: &mut Context<'_>, old: &Machine) -> Result<(), Failure> {
 pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     let service = job.service.name.clone();
     let new = job.manager.active(&job.service).map_err(at(Phase::Commit))?;
+    // The old one's disk is the only other way to serve.
+    if let Some(lost) = Serves::of(job, &new).lost() {
+        let reason = format!(
+            "{lost}: nothing was merged; `patchswitch up` starts it again, `patchswitch rollback {service}` gives back"
+        );
+        return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
+    }
     let intent = json!({"clones": new.clones()});
     (job.say)("commit …");
     let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent).map_err(at(Phase::Commit))?;

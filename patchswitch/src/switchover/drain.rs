@@ -2,22 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use patchswitch_common::Slot;
 use serde_json::json;
 
-use super::clone::Clone;
 use super::commit;
 use super::context::{Failure, Phase, at};
 use super::observe::Observed;
+use super::serves::Serves;
 use super::take_over::TakenOver;
 use super::verify::inside;
 use super::{Context, undo};
-use crate::attachment::{DrainOptions, DrainReport, Record};
+use crate::attachment::{DrainOptions, DrainReport};
 use crate::config::OnDeadline;
 use crate::exit::ExitCode;
 use crate::manager::Machine;
-use crate::names::Name;
-use crate::partition::lifecycle::{self, State};
 
 /// The old partition has no flow left.
 #[derive(Debug)]
@@ -73,7 +70,7 @@ impl Observed {
                 let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: wait };
                 // Ends early if somebody wants it, if a clone is about to run out of room, or if nobody serves any more.
                 let (stop, watched) = (job.stop, job.watched.clone());
-                let serves = Serves::of(job, &self.0.clone);
+                let serves = Serves::of(job, &self.0.clone.standby);
                 let end = || {
                     stop() || watched.iter().any(|clone| !Context::has_room(clone)) || serves.lost().is_some()
                 };
@@ -107,30 +104,6 @@ impl Observed {
             Err(failure) if failure.code == ExitCode::Done => Err(Undrained::Kept(failure)),
             Err(failure) => Err(Undrained::GiveBack(Box::new(self.0), failure)),
         }
-    }
-}
-
-/// Who took over. Nobody probes the service any more by then; this is what can be told without probes.
-#[derive(Debug)]
-struct Serves {
-    record: Record,
-    slot: Slot,
-    name: Name,
-}
-
-impl Serves {
-    fn of(job: &Context<'_>, clone: &Clone) -> Self {
-        Self { record: job.attachment.record().clone(), slot: clone.slot, name: clone.standby.name().clone() }
-    }
-
-    /// What is lost of it, in words; nothing if it is there, or if that cannot be told.
-    fn lost(&self) -> Option<String> {
-        if let Some(gone) = self.record.gone(self.slot) {
-            return Some(format!("the {} of {}, which serves, is gone", gone.name(), self.name));
-        }
-        let has_ended =
-            lifecycle::state(&self.name).is_ok_and(|state| !matches!(state, State::Running { .. }));
-        has_ended.then(|| format!("{}, which serves, has ended", self.name))
     }
 }
 

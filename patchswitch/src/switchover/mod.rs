@@ -25,6 +25,7 @@ mod plan;
 mod recount;
 mod report;
 mod rollback;
+mod serves;
 mod stop;
 mod take_over;
 mod turn;

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::drain::Ask;
+use super::serves::Serves;
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::turn::{Turn, turn};
 use super::verify::inside;
@@ -64,6 +65,7 @@ impl TakenOver {
     pub(super) async fn give_back(self, job: &mut Context<'_>, failure: Failure) -> SwitchError {
         let new = self.clone.standby.name().clone();
         let old = self.clone.active.name().clone();
+        let standby = self.clone.standby.clone();
         match self.reverse(job).await {
             Ok(lossy) => {
                 job.report.outcome = "given_back".to_owned();
@@ -81,7 +83,12 @@ impl TakenOver {
                 // Once the old side serves again, all that is left is to take the clone away.
                 job.unfinished = serving == old;
                 let next = if job.unfinished { "; `patchswitch up` goes on with it" } else { "" };
-                let now = format!("{serving} serves; putting back failed: {}{next}", second.reason);
+                let lost = Serves::of(job, &standby).lost().filter(|_| serving == *standby.name());
+                let serves = match lost {
+                    Some(lost) => format!("nobody serves ({lost}); `patchswitch up` starts it again"),
+                    None => format!("{serving} serves"),
+                };
+                let now = format!("{serves}; putting back failed: {}{next}", second.reason);
                 undo::error(failure, now, serving, second.code)
             }
         }
@@ -137,7 +144,10 @@ const ACCEPT: Duration = Duration::from_secs(2);
 
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
 async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Failure> {
-    let options = DrainOptions { deadline: Some(job.service.drain.deadline), on_deadline: OnDeadline::Reset };
+    // One that is lost ends no flow any more.
+    let is_lost = Serves::of(job, new).lost().is_some();
+    let deadline = if is_lost { Duration::ZERO } else { job.service.drain.deadline };
+    let options = DrainOptions { deadline: Some(deadline), on_deadline: OnDeadline::Reset };
     // It fails: the sooner its connections end, the better.
     let ask = Ask { after: Duration::ZERO, accept: Some(ACCEPT) };
     // Whoever called the job off has asked for this: it is gone through with.

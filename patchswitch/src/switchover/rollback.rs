@@ -9,6 +9,7 @@ use serde_json::json;
 use super::context::{Failure, Phase, SwitchError, at};
 use super::drain::Ask;
 use super::report::{AtSwitch, Report};
+use super::serves::Serves;
 use super::take_over::arm;
 use super::turn::{Turn, turn};
 use super::verify::inside;
@@ -72,7 +73,10 @@ async fn reverse(
     let lossy = agreed(job, &new, last)?;
     // Whoever rolls back has a reason to: flows for which there was no room are cut, which is said.
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-    let slot = match still_serving(job, &old)? {
+    let is_lost = Serves::of(job, &new).lost().is_some();
+    let slot = match still_serving(job, &old, is_lost)? {
+        // Who is lost answers nothing that would have to be remembered, and somebody waits.
+        Some(slot) if is_lost => slot,
         Some(slot) => {
             remembered(job).await?;
             slot
@@ -96,10 +100,10 @@ async fn reverse(
     Ok(lossy)
 }
 
-/// The slot of the old partition, if it still has flows and so has served all the time. One that died meanwhile has
-/// none; it is started and checked like one that was stopped.
-fn still_serving(job: &mut Context<'_>, old: &Machine) -> Result<Option<Slot>, Failure> {
-    if job.attachment.plane().word().phase() != WordPhase::Draining {
+/// The slot of the old partition, if it still has flows, or at least runs and the new one is lost, and so has served all the
+/// time. One that died meanwhile has none; it is started and checked like one that was stopped.
+fn still_serving(job: &mut Context<'_>, old: &Machine, is_lost: bool) -> Result<Option<Slot>, Failure> {
+    if job.attachment.plane().word().phase() != WordPhase::Draining && !is_lost {
         return Ok(None);
     }
     let slot = slot_of(&job.attachment, old);

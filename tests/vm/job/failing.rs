@@ -100,5 +100,14 @@ fn who_is_lost_while_the_other_drains_is_given_back() {
         assert_eq!(old.who().unwrap(), "v1");
     }
     stage.nothing_of_a_job_left(&before);
+
+    // Nothing is merged beside a side that does not run: the old one's disk is the only other way to serve.
+    stage.ok(&["apply", SERVICE]);
+    dies(&stage, "web-b");
+    let said = stage.ends_with(1, &["commit", SERVICE]);
+    assert!(said.contains("web-b, which serves, has ended: nothing was merged"), "{said}");
+    stage.ok(&["up"]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-b"));
+    stage.ok(&["commit", SERVICE]);
     stage.finish();
 }

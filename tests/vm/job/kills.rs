@@ -8,9 +8,10 @@ use std::time::Duration;
 use patchswitch::names::{Name, host_link};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
+use patchswitch_tests::observe::Counters;
 use rustix::process::Signal;
 
-use super::client::Client;
+use super::client::{Client, Datagrams, Kept};
 use super::stage::{SERVICE, Settings, Stage, wait_until};
 
 /// How long each phase of the last job took.
@@ -72,11 +73,18 @@ fn a_job_that_is_killed_before_the_switch_is_undone() {
     stage.ok(&["apply", SERVICE]);
     let usual = durations(&stage);
     stage.ok(&["rollback", SERVICE]);
+    let reset = || Counters::of(&stage.client).unwrap().trouble().unwrap().established_reset;
+    let reset_before = reset();
     for (phase, part) in BEFORE {
         println!("killed in {phase} at {part}");
+        let (mut kept, datagrams) = (Kept::begin(&stage.client), Datagrams::begin(&stage.client, "web-a"));
         // It begins: the patch is not applied, and nothing of the last clone is in the way.
         let job = kill(&stage, &["apply", SERVICE], phase, Duration::from_secs_f64(usual[phase] * part));
+        // Nobody is there now who could do anything for them.
+        assert_eq!(kept.who().unwrap(), "v1", "{phase}");
+        datagrams.ask();
         let said = recover(&stage);
+        assert_eq!(kept.who().unwrap(), "v1", "{phase}");
         if stage.who() == "v2" {
             // The machine may have been slower when the times were taken.
             assert!(
@@ -87,9 +95,10 @@ fn a_job_that_is_killed_before_the_switch_is_undone() {
         } else {
             assert!(said.contains("web-a serves, it was not touched"), "{said}");
         }
-        assert_eq!(stage.who(), "v1");
+        assert_eq!((stage.who().as_str(), kept.who().unwrap().as_str()), ("v1", "v1"));
     }
     assert_eq!(stage.active(), "web-a");
+    assert_eq!(reset(), reset_before);
     client.all_answered();
     stage.nothing_of_a_job_left(&before);
     stage.finish();

@@ -34,7 +34,7 @@ move() {
 
 # move_by NAME VARIABLE…: has connections of an attachment wait for the move, which is given these variables.
 move_by() {
-    local name=$1 settings code=0
+    local name=$1 code=0
     shift
     settings=$(mktemp)
     trap 'rm -f "$settings"' EXIT

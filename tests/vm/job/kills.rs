@@ -82,7 +82,10 @@ fn a_job_that_is_killed_before_the_switch_is_undone() {
         let job = kill(&stage, &["apply", SERVICE], phase, Duration::from_secs_f64(usual[phase] * part));
         // Nobody is there now who could do anything for them.
         assert_eq!(kept.who().unwrap(), "v1", "{phase}");
-        datagrams.ask();
+        if stage.who() == "v1" {
+            // Else it was silent for longer than a flow is remembered.
+            datagrams.ask();
+        }
         let said = recover(&stage);
         assert_eq!(kept.who().unwrap(), "v1", "{phase}");
         if stage.who() == "v2" {

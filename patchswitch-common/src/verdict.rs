@@ -290,7 +290,7 @@ impl Event {
         }
     }
 
-    /// Whether it tells how one of the two sides does.
+    /// Whether it tells what one of the two sides does.
     pub const fn compares(self) -> bool {
         self as u32 >= Self::AskedA as u32
     }

@@ -106,7 +106,9 @@ impl Partitions {
             return if self.answers_probe(slot, &network, frame) {
                 Expected::plain(Verdict::Probe, NEXT, probe_mark(slot), frame)
             } else {
+                let early = self.is_service(&network.source).then(|| Event::TooEarly.name());
                 Expected::plain(Verdict::Quarantined, DROP, mark, frame)
+                    .with(Vec::new(), early.into_iter().collect())
             };
         }
         let expected = Expected::plain(Verdict::Out, REDIRECT, mark, frame);

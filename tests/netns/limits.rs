@@ -43,9 +43,48 @@ fn a_service_that_is_bound_to_a_device_is_not_switched() {
     rig.with(async |attachment| Ok(attachment.switch(Slot::A).await?)).unwrap();
     drop(listener);
     // One that is bound to another device has never had a packet of the service.
-    let _other = bound(&rig.lab.a, "lo").unwrap();
+    let other = bound(&rig.lab.a, "lo").unwrap();
     rig.with(async |attachment| Ok(attachment.switch(Slot::B).await?)).unwrap();
     assert_eq!(rig.with(async |attachment| Ok(active(attachment))).unwrap(), Slot::B);
+    drop(other);
+    rig.finish_owned().unwrap();
+}
+
+/// A datagram socket, of one device or of any; with a client that it has to itself, or with whoever comes.
+fn datagrams(ns: &Ns, device: Option<&str>, service: &str, client: Option<&str>) -> anyhow::Result<Socket> {
+    ns.enter(|| {
+        let service: SocketAddr = service.parse()?;
+        let socket = Socket::new(Domain::for_address(service), Type::DGRAM, None)?;
+        socket.bind_device(device.map(str::as_bytes))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&service.into())?;
+        if let Some(client) = client {
+            socket.connect(&client.parse::<SocketAddr>()?.into())?;
+        }
+        Ok(socket)
+    })
+}
+
+/// As servers of QUIC and DTLS have them: a socket for each client beside the one for whoever comes.
+#[test]
+fn a_datagram_flow_that_is_bound_to_a_device_is_not_cut() {
+    let rig = Rig::new("flows").unwrap();
+    rig.attach_owned(Duration::from_secs(125)).unwrap();
+    for [service, client] in [["10.77.0.10:4433", "10.77.0.2:50000"], ["[fd77::10]:4433", "[fd77::2]:50000"]]
+    {
+        let _others = datagrams(&rig.lab.a, None, service, None).unwrap();
+        let flow = datagrams(&rig.lab.a, Some("eth0"), service, Some(client)).unwrap();
+        let said = rig.refused(&["switch", NAME], 1).unwrap();
+        assert!(said.contains(service) && said.contains("SO_BINDTODEVICE"), "{said}");
+        assert!(said.contains("nothing was switched"), "{said}");
+        drop(flow);
+        // One that every packet finds is no reason.
+        let _free = datagrams(&rig.lab.a, None, service, Some(client)).unwrap();
+        for _ in 0..2 {
+            let ended = rig.run(&["switch", NAME]).unwrap();
+            assert_eq!(ended.code, Some(0), "{ended:?}");
+        }
+    }
     rig.finish_owned().unwrap();
 }
 

@@ -11,6 +11,7 @@ mod failing;
 mod good;
 mod inputs;
 mod kills;
+mod lost;
 mod mend;
 mod power;
 mod rollbacks;

@@ -32,6 +32,10 @@ pub(super) async fn build(
         let link = host.link(uplink).await?;
         plane.add_uplink(link.index, link.mac)?;
     }
+    let (smallest, largest) = mtus(host, &record.uplinks).await?;
+    if smallest < largest {
+        tracing::warn!("the uplinks have MTUs from {smallest} to {largest}; partitions get {smallest}");
+    }
     for wanted in wiring::settings(record, links) {
         settings.set(&record.name, &wanted)?;
     }
@@ -80,15 +84,17 @@ pub(super) fn map_settings(name: &Name, udp_idle: Duration, datagrams: &Datagram
 
 /// The largest packet that passes every uplink.
 pub(super) async fn mtu(host: &Netlink, uplinks: &[String]) -> Result<u32, AttachError> {
+    Ok(mtus(host, uplinks).await?.0)
+}
+
+/// The smallest and the largest MTU.
+async fn mtus(host: &Netlink, uplinks: &[String]) -> Result<(u32, u32), AttachError> {
     let (mut smallest, mut largest) = (u32::from(u16::MAX), 0);
     for uplink in uplinks {
         let mtu = host.link(uplink).await?.mtu;
         (smallest, largest) = (smallest.min(mtu), largest.max(mtu));
     }
-    if smallest < largest {
-        tracing::warn!("the uplinks have MTUs from {smallest} to {largest}; partitions get {smallest}");
-    }
-    Ok(smallest)
+    Ok((smallest, largest))
 }
 
 /// Puts a partition into an empty slot.

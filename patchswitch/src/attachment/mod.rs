@@ -329,11 +329,19 @@ impl Attachment {
         if word.active() == slot || word.phase() != Phase::Steady {
             return Err(AttachError::Refused("a partition that serves or drains cannot leave".to_owned()));
         }
-        let Some(entry) = self.record.slots[slot as usize].clone() else { return Ok(()) };
+        if self.record.slots[slot as usize].is_none() {
+            return Ok(());
+        }
         // A switch that was killed may have left the host's route to the link that goes.
         if let Err(error) = self.reassert().await {
             tracing::warn!("{error}");
         }
+        self.clear(slot).await
+    }
+
+    /// Takes everything of a slot away.
+    async fn clear(&mut self, slot: Slot) -> Result<(), AttachError> {
+        let Some(entry) = self.record.slots[slot as usize].clone() else { return Ok(()) };
         self.plane.set_slot(slot, &SlotEntry::default())?;
         self.plane.fence()?;
         let mut errors = Vec::new();
@@ -345,6 +353,27 @@ impl Attachment {
         remove::removal(&self.record.name, &errors)?;
         self.record.hooks.retain(|hook| hook.link != entry.link);
         self.record.slots[slot as usize] = None;
+        Ok(self.record.save()?)
+    }
+
+    /// Gives a partition whose link or namespace is gone another one, in the slot that it has. Who is in the other slot
+    /// is not touched, nor are its flows; those of the slot itself went with the link.
+    ///
+    /// # Errors
+    /// [`AttachError`]; from the first change on the attachment is of no use then, and counts as one whose maker was
+    /// killed.
+    pub async fn renew(&mut self, slot: Slot, partition: &Partition) -> Result<(), AttachError> {
+        // An uplink that is gone is no reason to cut what passes the others.
+        let _ = build::mtu(&self.host, &self.record.uplinks).await?;
+        self.record.ready = false;
+        self.record.save()?;
+        self.clear(slot).await?;
+        preflight::check_join(&self.record, &Netns::own()?, &self.host, partition).await?;
+        build::join(&mut self.record, &self.plane, &self.host, slot, partition).await?;
+        build::self_test(&self.record, &self.plane)?;
+        // The host's route went with the link.
+        let _ = self.reassert_own().await?;
+        self.record.ready = true;
         Ok(self.record.save()?)
     }
 

@@ -36,7 +36,7 @@ impl Attachment {
         Ok(mended)
     }
 
-    async fn reassert_own(&mut self) -> Result<Vec<String>, AttachError> {
+    pub(super) async fn reassert_own(&mut self) -> Result<Vec<String>, AttachError> {
         let (mut mended, mut errors) = (Vec::new(), Vec::new());
         match self.end_hold().await {
             Ok(true) => mended.push("packets that waited go on".to_owned()),

@@ -18,6 +18,8 @@ mod size;
 mod status;
 mod watch;
 
+use std::io::IsTerminal as _;
+
 use clap::{Parser, Subcommand};
 use patchswitch::attachment::AttachError;
 use patchswitch::exit::ExitCode;
@@ -154,7 +156,10 @@ fn log(verbose: u8) {
         1 => "patchswitch=info",
         _ => "patchswitch=debug",
     };
-    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).without_time().init();
+    // As every other line for people: no module's name, and colours for a terminal only.
+    let colours = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours);
+    lines.with_env_filter(level).with_target(false).without_time().init();
 }
 
 /// The exit code of an error: that of the first cause that has one.

@@ -7,7 +7,7 @@ use patchswitch_common::Slot;
 
 use super::{Machine, Manager, ManagerError, chain};
 use crate::attachment::{
-    ANNOUNCE_AGAIN, AttachError, Attachment, Inside, Partition, Record, RecordError, Spec,
+    ANNOUNCE_AGAIN, AttachError, Attachment, Gone, Inside, Partition, Record, RecordError, Spec,
 };
 use crate::config::Service;
 use crate::dataplane::DataplaneError;
@@ -113,6 +113,7 @@ impl Manager {
         self.ensure_running(&machine)?;
         let mut mended = Vec::new();
         if let Some(mut attachment) = attachment {
+            mended.extend(renewed(&mut attachment, &machine).await?);
             let Some(reason) = self.outdated(&attachment, service).await? else {
                 mended.extend(attachment.reassert().await?);
                 // Last: if it is, all else is well, and whoever goes back to other settings need not take it back.
@@ -150,8 +151,8 @@ impl Manager {
         attachment: &Attachment,
         service: &Service,
     ) -> Result<Option<&'static str>, ManagerError> {
-        if !attachment.is_current(attachment.plane().word().active())? {
-            return Ok(Some("its partition has another network namespace now"));
+        if !attachment.record().ready {
+            return Ok(Some("its partition could not get a new link"));
         }
         if !attachment.record().is_of(&spec(service)) && self.other(&service.name)?.is_none() {
             return Ok(Some("its addresses or uplinks have changed"));
@@ -248,6 +249,24 @@ impl Manager {
             return Ok(false);
         }
         detach(name).await.map(|()| true)
+    }
+}
+
+/// Gives the partition that serves a new link if its own is gone, with its namespace or without; what was done. If that
+/// was begun and cannot be, the attachment is not ready any more.
+async fn renewed(attachment: &mut Attachment, machine: &Machine) -> Result<Option<String>, ManagerError> {
+    let active = attachment.plane().word().active();
+    let what = match attachment.record().gone(active) {
+        Some(gone) => gone,
+        None if attachment.is_current(active)? => return Ok(None),
+        None => Gone::Namespace,
+    };
+    match attachment.renew(active, &attachable(machine)).await {
+        Ok(()) => Ok(Some(format!("{} got a new {}", machine.name(), what.name()))),
+        Err(error) => {
+            tracing::warn!(partition = %machine.name(), "failed to give it a new {}: {}", what.name(), chain(&error));
+            Ok(None)
+        }
     }
 }
 

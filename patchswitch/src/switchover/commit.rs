@@ -80,7 +80,7 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     // The old one's disk is the only other way to serve.
     if let Some(lost) = Serves::of(job, &new).lost() {
         let reason = format!(
-            "{lost}: nothing was merged; `patchswitch up` starts it again, `patchswitch rollback {service}` gives back"
+            "{lost}: nothing was merged; `patchswitch up` puts that right, `patchswitch rollback {service}` gives back"
         );
         return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
     }

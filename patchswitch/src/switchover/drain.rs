@@ -107,6 +107,14 @@ impl Observed {
     }
 }
 
+/// Flows of a side that is to be taken away may end, for as long as the service's own drain may take; one that is lost ends
+/// no flow any more.
+pub(super) fn until_reset(job: &Context<'_>, machine: &Machine) -> DrainOptions {
+    let is_lost = Serves::of(job, machine).lost().is_some();
+    let deadline = if is_lost { Duration::ZERO } else { job.service.drain.deadline };
+    DrainOptions { deadline: Some(deadline), on_deadline: crate::attachment::OnDeadline::Reset }
+}
+
 /// Waits for the flows of a partition that gets no new ones, and runs the service's drain command in it if some are
 /// left then. Ends early when `stop` says so.
 ///

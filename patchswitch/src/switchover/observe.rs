@@ -11,7 +11,7 @@ use super::take_over::{TakenOver, loss_of_new_side};
 use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
-use crate::attachment::{DrainOptions, OnDeadline, SwitchOptions};
+use crate::attachment::SwitchOptions;
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
 use crate::manager::Machine;
@@ -85,7 +85,7 @@ impl TakenOver {
                 let next = if job.unfinished { "; `patchswitch up` goes on with it" } else { "" };
                 let lost = Serves::of(job, &standby).lost().filter(|_| serving == *standby.name());
                 let serves = match lost {
-                    Some(lost) => format!("nobody serves ({lost}); `patchswitch up` starts it again"),
+                    Some(lost) => format!("nobody serves ({lost}); `patchswitch up` puts that right"),
                     None => format!("{serving} serves"),
                 };
                 let now = format!("{serves}; putting back failed: {}{next}", second.reason);
@@ -144,10 +144,7 @@ const ACCEPT: Duration = Duration::from_secs(2);
 
 /// What the discarded side still answers may end, for as long as the service's own drain may take.
 async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Failure> {
-    // One that is lost ends no flow any more.
-    let is_lost = Serves::of(job, new).lost().is_some();
-    let deadline = if is_lost { Duration::ZERO } else { job.service.drain.deadline };
-    let options = DrainOptions { deadline: Some(deadline), on_deadline: OnDeadline::Reset };
+    let options = drain::until_reset(job, new);
     // It fails: the sooner its connections end, the better.
     let ask = Ask { after: Duration::ZERO, accept: Some(ACCEPT) };
     // Whoever called the job off has asked for this: it is gone through with.

@@ -14,7 +14,7 @@ use super::take_over::arm;
 use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
-use crate::attachment::{DrainOptions, OnDeadline, SwitchOptions};
+use crate::attachment::SwitchOptions;
 use crate::exit::ExitCode;
 use crate::host::linux::priority::Priority;
 use crate::manager::{Machine, Manager, ManagerError, attachable, chain, slot_of};
@@ -127,9 +127,8 @@ async fn remembered(job: &mut Context<'_>) -> Result<(), Failure> {
 async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(), Failure> {
     job.unfinished = true;
     job.step_to_the_end(Phase::Drain, json!({}), async |job| {
-        let settings = job.service.drain.clone();
-        let options = DrainOptions { deadline: Some(settings.deadline), on_deadline: OnDeadline::Reset };
-        let ask = Ask { after: settings.command_after, accept: None };
+        let options = drain::until_reset(job, new);
+        let ask = Ask { after: job.service.drain.command_after, accept: None };
         let report = drain::wait_for(job, new, ask, options, &|| false).await?;
         job.report.drain = Some(report);
         undo::discard(job).await.map_err(at(Phase::Drain))?;

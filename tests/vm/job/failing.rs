@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
 
-use super::client::{Client, Datagrams, Kept};
-use super::mend::dies;
+use super::client::{Client, Datagrams};
 use super::stage::{SERVICE, Settings, Stage, path};
 
 /// Runs a job that must end with this code before the switch; what it said.
@@ -74,40 +73,4 @@ fn breaks_after_the_switch(stage: &Stage) {
     assert_eq!(status.code(), Some(22), "{said}");
     assert!(said.contains("web-a serves again"), "{said}");
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
-}
-
-/// Nobody probes the service any more while the old side drains; but who took over may die, or lose its link.
-#[test]
-fn who_is_lost_while_the_other_drains_is_given_back() {
-    let stage = Stage::new(&Settings { observe: "0s", ..Settings::default() });
-    let before = Snapshot::take().unwrap();
-    for (number, said_of) in
-        [(1, "web-b, which serves, has ended"), (2, "the link of web-b, which serves, is gone")]
-    {
-        stage.says(&format!("v{}", number + 1));
-        let mut old = Kept::begin(&stage.client);
-        assert_eq!(old.who().unwrap(), "v1");
-        let apply = stage.start_until(&["apply", SERVICE, "--commit"], "drain");
-        match number {
-            1 => dies(&stage, "web-b"),
-            _ => drop(stage.host_ip("-n ps-web-b link del eth0")),
-        }
-        let status = apply.wait(Duration::from_secs(60)).unwrap();
-        let said = fs::read_to_string(path("said")).unwrap();
-        assert_eq!(status.code(), Some(22), "{said}");
-        assert!(said.contains(said_of) && said.contains("web-a serves again"), "{said}");
-        assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
-        assert_eq!(old.who().unwrap(), "v1");
-    }
-    stage.nothing_of_a_job_left(&before);
-
-    // Nothing is merged beside a side that does not run: the old one's disk is the only other way to serve.
-    stage.ok(&["apply", SERVICE]);
-    dies(&stage, "web-b");
-    let said = stage.ends_with(1, &["commit", SERVICE]);
-    assert!(said.contains("web-b, which serves, has ended: nothing was merged"), "{said}");
-    stage.ok(&["up"]);
-    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-b"));
-    stage.ok(&["commit", SERVICE]);
-    stage.finish();
 }

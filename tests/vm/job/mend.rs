@@ -139,7 +139,7 @@ fn what_dies_between_jobs_is_put_right() {
     dies(&stage, "web-a");
     stage.host_ip("netns del ps-web-a");
     let said = stage.ok(&["up"]);
-    assert!(said.contains("attached anew: its partition has another network namespace"), "{said}");
+    assert!(said.contains("web-a got a new network namespace"), "{said}");
     comes(&stage, netlab::SERVICE);
     nothing_to_do(&stage);
 

@@ -15,7 +15,7 @@ use super::mend::{dies, last_report, nothing_to_do};
 use super::stage::{SERVICE, Settings, Stage, path};
 
 /// A job that was killed after its switch, and put right while the old side still has a flow, which is returned.
-fn switched(stage: &Stage) -> Kept {
+pub(super) fn switched(stage: &Stage) -> Kept {
     let mut old = Kept::begin(&stage.client);
     assert_eq!(old.who().unwrap(), "v1");
     let job = stage.start_until(&["apply", SERVICE], "observe");
@@ -77,7 +77,7 @@ fn a_rollback_keeps_flows_that_nobody_remembered_and_starts_a_side_that_died() {
     let client = Client::start(&stage.client);
 
     let mut old = switched(&stage);
-    forgets(&Dataplane::open(&SERVICE.parse().unwrap()).unwrap());
+    forgets();
     let said = roll_back_under(&stage, Flows::begin(&stage));
     assert!(said.contains("arm …") && !said.contains("boot …"), "{said}");
     assert_eq!(old.who().unwrap(), "v1");
@@ -97,7 +97,8 @@ fn a_rollback_keeps_flows_that_nobody_remembered_and_starts_a_side_that_died() {
 }
 
 /// As a kill leaves it between the store of the word and what is done at once afterwards.
-fn forgets(plane: &Dataplane) {
+pub(super) fn forgets() {
+    let plane = Dataplane::open(&SERVICE.parse().unwrap()).unwrap();
     let word = plane.word();
     assert!(word.learns(), "{word:?}");
     plane.store(word, word.with_learning(false)).unwrap();

@@ -9,4 +9,4 @@ mod limits;
 mod mounts;
 mod patches;
 
-pub(crate) use lab::small_root;
+pub(crate) use lab::{put_programs, small_root};

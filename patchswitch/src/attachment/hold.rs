@@ -279,6 +279,19 @@ impl Attachment {
         Ok(shortest.map_or(BURST, |room| (room / 2).clamp(LEAST, MOST)))
     }
 
+    /// As soon as its time is over, ends a hold that somebody began who was killed; waits for that.
+    ///
+    /// # Errors
+    /// [`AttachError`].
+    pub async fn await_hold(&mut self) -> Result<(), AttachError> {
+        loop {
+            match self.end_hold().await {
+                Err(AttachError::Waiting { left, .. }) => tokio::time::sleep(left).await,
+                ended => return ended.map(drop),
+            }
+        }
+    }
+
     /// Ends a hold that somebody began who was killed, as soon as its time is over. Nothing to do if there is none.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use patchswitch::exit::ExitCode;
 use patchswitch::manager::{Definition, Manager, Origin, Source};
 use patchswitch::names::Name;
 use patchswitch::partition::lifecycle;
-use patchswitch::partition::spec::{Disk, Init, PartitionSpec, Service};
+use patchswitch::partition::spec::{Disk, Init, PartitionSpec, Policy, Service};
 use patchswitch::patch::wire::Identity;
 use serde_json::json;
 
@@ -103,8 +103,9 @@ pub(crate) struct Define {
     /// full.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "standby")]
     store: Option<u64>,
-    /// Further disks, e.g. data:512M:/srv/data, with :ro at the end to be read only.
-    #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT")]
+    /// Further disks, e.g. data:512M:/srv/data. With :ro at the end it can only be read; with :move it has one writer at a
+    /// time, and goes to the patched partition itself instead of being cloned (a service with strategy quiesce).
+    #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT[:ro|:move]")]
     disks: Vec<String>,
     /// Percent of one processor.
     #[arg(long, default_value_t = 100, value_name = "PERCENT")]
@@ -171,16 +172,21 @@ impl Define {
 
 fn disk(text: &str) -> anyhow::Result<Disk> {
     let mut parts = text.split(':');
-    let bad = || anyhow::anyhow!("{text:?} is no disk: give NAME:SIZE:MOUNT, e.g. data:512M:/srv/data");
+    let bad = || {
+        anyhow::anyhow!(
+            "{text:?} is no disk: give NAME:SIZE:MOUNT, e.g. data:512M:/srv/data, perhaps with :ro or :move"
+        )
+    };
     let (name, bytes, mount) =
         (parts.next().ok_or_else(bad)?, parts.next().ok_or_else(bad)?, parts.next().ok_or_else(bad)?);
-    let read_only = match parts.next() {
-        None => false,
-        Some("ro") => true,
-        Some(_) => return Err(bad()),
+    let (read_only, policy) = match (parts.next(), parts.next()) {
+        (None, None) => (false, Policy::Snapshot),
+        (Some("ro"), None) => (true, Policy::Snapshot),
+        (Some("move"), None) => (false, Policy::Move),
+        _ => return Err(bad()),
     };
     let size = size::parse(bytes).map_err(anyhow::Error::msg)?;
-    Ok(Disk { name: Name::new(name)?, size, mount: mount.to_owned(), read_only })
+    Ok(Disk { name: Name::new(name)?, size, mount: mount.to_owned(), read_only, policy })
 }
 
 impl Verb {

@@ -94,6 +94,24 @@ pub(crate) fn story(report: &Value) -> String {
     if let Some(flip) = number("/switch/flip_us") {
         text += &format!("\n  new flows moved with one store ({flip:.1} µs)");
     }
+    for (key, what) in [("waited", "the switch"), ("waited_back", "the switch back")] {
+        let part =
+            |name: &str| report.pointer(&format!("/{key}/{name}")).and_then(Value::as_f64).unwrap_or(0.0);
+        if report[key].is_object() {
+            text += &format!(
+                "\n  new flows waited {:.0} ms for {what}: stop {:.0}, move {:.0}, start {:.0}, check {:.0}; {} packets, {} of \
+                 them new connections ({} sent twice)",
+                part("flows/held_ms"),
+                part("stop_ms"),
+                part("move_ms"),
+                part("start_ms"),
+                part("check_ms"),
+                part("flows/frames"),
+                part("flows/connections"),
+                part("flows/repeats"),
+            );
+        }
+    }
     if let Some(freeze) = number("/freeze_ms") {
         text += &format!("\n  writers waited {freeze:.0} ms for the clone");
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::duration::format;
 use super::place::Place;
-use super::{Config, ConfigError, Probe, Service};
+use super::{Config, ConfigError, Probe, Service, Strategy};
 
 /// Finds the place of a key, if a file sets it.
 type Where<'a> = &'a dyn Fn(&str) -> Option<Place>;
@@ -53,6 +53,14 @@ pub(super) fn service(service: &Service, place_of: Where<'_>) -> Result<(), Conf
     }
     for (index, probe) in service.probes.iter().enumerate() {
         check_probe(&format!("probe[{index}]"), probe, place_of)?;
+    }
+    if let Strategy::Quiesce(quiesce) = &service.strategy {
+        shell(place_of, "quiesce.stop", &quiesce.stop)?;
+        shell(place_of, "quiesce.start", &quiesce.start)?;
+        if let Some(finish) = &quiesce.finish {
+            shell(place_of, "quiesce.finish", finish)?;
+        }
+        positive(place_of, "quiesce.hold", quiesce.hold)?;
     }
     match &service.drain.command {
         Some(command) => shell(place_of, "drain.command", command),

@@ -58,6 +58,8 @@ pub use place::Place;
 
 /// `udp_idle` of a service that does not say: what most resolvers and NATs allow a silent flow.
 const DEFAULT_UDP_IDLE: Duration = Duration::from_secs(30);
+/// How long new flows may wait: less than clients of TCP do, and more than a database that is well needs.
+const DEFAULT_HOLD: Duration = Duration::from_secs(30);
 
 /// The whole configuration, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,6 +161,9 @@ pub struct Service {
     pub may_lose: Vec<String>,
     /// What the automatic give-back does if it would lose writes.
     pub lossy_give_back: LossyGiveBack,
+    /// `strategy` and `[service.quiesce]`: how another partition gets it.
+    #[serde(default)]
+    pub strategy: Strategy,
     /// `[service.gate]`: the checks before the switch.
     pub gate: Gate,
     /// `[service.observe]`: the checks after it.
@@ -187,6 +192,32 @@ pub enum LossyGiveBack {
     Refuse,
     /// It happens, and the loss is counted and reported.
     Allow,
+}
+
+/// How another partition gets a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Strategy {
+    /// New flows go to the new partition, those that there are stay with the old one. The default.
+    #[default]
+    Takeover,
+    /// New flows wait while the old partition ends its work and gives its disk to the new one.
+    Quiesce(Quiesce),
+}
+
+/// `[service.quiesce]`: what is done with a single writer while new flows wait. The commands are of the shell, and are
+/// run inside the partition. What they are for may be so already: then they have nothing to do and end with 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quiesce {
+    /// Ends what clients do, and returns when that has ended; nothing: `stop` does that as well.
+    pub finish: Option<String>,
+    /// Ends the server, and returns when it has ended: nothing of it may have the disk open.
+    pub stop: String,
+    /// Begins it, and returns when it serves.
+    pub start: String,
+    /// How long new flows may wait for all of this.
+    #[serde(with = "duration")]
+    pub hold: Duration,
 }
 
 /// `[gate]`: all probes must succeed several times in a row.

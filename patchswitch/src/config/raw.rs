@@ -12,7 +12,7 @@ use super::duration::Span;
 use super::place::{Place, Source};
 use super::{
     Config, ConfigError, Datagrams, Drain, Gate, LossyGiveBack, Observe, OnDeadline, Policy, Probe, Quic,
-    Runtime, Service, Uplink, check,
+    Quiesce, Runtime, Service, Strategy, Uplink, check,
 };
 use crate::names::Name;
 
@@ -65,6 +65,22 @@ struct RawScan {
     on_failure: Opt<Policy>,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawStrategy {
+    Takeover,
+    Quiesce,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawQuiesce {
+    finish: Opt<String>,
+    stop: Spanned<String>,
+    start: Spanned<String>,
+    hold: Opt<Span>,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawQuic {
@@ -114,6 +130,8 @@ struct RawService {
     quic: Opt<RawQuic>,
     may_lose: Opt<Vec<Spanned<String>>>,
     lossy_give_back: Opt<LossyGiveBack>,
+    strategy: Opt<RawStrategy>,
+    quiesce: Opt<RawQuiesce>,
     #[serde(default)]
     gate: RawGate,
     #[serde(default)]
@@ -269,6 +287,7 @@ fn service(
         datagrams: Datagrams::default(),
         may_lose: Vec::new(),
         lossy_give_back: LossyGiveBack::Refuse,
+        strategy: Strategy::Takeover,
         gate: gate.clone(),
         observe: observe.clone(),
         drain: drain.clone(),
@@ -287,6 +306,7 @@ fn service(
         set.note("quic", quic.span());
         service.datagrams.quic = Some(quic_of(&quic, set.source)?);
     }
+    service.strategy = strategy(raw.strategy, raw.quiesce, set)?;
     set.gate(&mut service.gate, raw.gate);
     set.observe(&mut service.observe, raw.observe);
     set.drain(&mut service.drain, raw.drain);
@@ -295,6 +315,37 @@ fn service(
         service.probes.push(probe(raw, set.source, &format!("probe[{index}]"), set.places, &set.table)?);
     }
     Ok(service)
+}
+
+/// The table is there if it is needed, and only then.
+fn strategy(
+    kind: Opt<RawStrategy>,
+    quiesce: Opt<RawQuiesce>,
+    set: &mut Setter<'_>,
+) -> Result<Strategy, ConfigError> {
+    let quiesces = kind.as_ref().is_some_and(|kind| *kind.get_ref() == RawStrategy::Quiesce);
+    let (span, message) = match (kind, quiesce) {
+        (None, Some(raw)) => (raw.span(), "only strategy = \"quiesce\" has this table"),
+        (Some(_), Some(raw)) if !quiesces => (raw.span(), "only strategy = \"quiesce\" has this table"),
+        (Some(kind), None) if quiesces => {
+            (kind.span(), "it needs a table [service.quiesce] with stop and start")
+        }
+        (_, None) => return Ok(Strategy::Takeover),
+        (_, Some(raw)) => {
+            let RawQuiesce { finish, stop, start, hold } = raw.into_inner();
+            set.note("quiesce.stop", stop.span());
+            set.note("quiesce.start", start.span());
+            let (stop, start) = (stop.into_inner(), start.into_inner());
+            let mut quiesce = Quiesce { finish: None, stop, start, hold: super::DEFAULT_HOLD };
+            if let Some(finish) = finish {
+                set.note("quiesce.finish", finish.span());
+                quiesce.finish = Some(finish.into_inner());
+            }
+            set.set("quiesce.hold", &mut quiesce.hold, hold);
+            return Ok(Strategy::Quiesce(quiesce));
+        }
+    };
+    Err(ConfigError::Text { place: set.source.place(span), message: message.to_owned() })
 }
 
 fn quic_of(raw: &Spanned<RawQuic>, source: &Source) -> Result<Quic, ConfigError> {

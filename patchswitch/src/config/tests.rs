@@ -80,12 +80,18 @@ partition = "web-a"
 udp_idle = "1s"
 may_lose = ["/var/log/**"]
 lossy_give_back = "allow"
+strategy = "quiesce"
 stateless = [53, 123]
 [service.quic]
 port = 443
 cid_offset = 1
 cid_len = 2
 mask = "ff80"
+[service.quiesce]
+finish = "e"
+stop = "f"
+start = "g"
+hold = "13s"
 [service.gate]
 need = 4
 [service.observe]
@@ -140,6 +146,13 @@ command = "d"
     assert_eq!(service.datagrams, Datagrams { stateless: vec![53, 123], quic });
     assert_eq!(service.may_lose, ["/var/log/**"]);
     assert_eq!(service.lossy_give_back, LossyGiveBack::Allow);
+    let quiesce = Quiesce {
+        finish: Some("e".to_owned()),
+        stop: "f".to_owned(),
+        start: "g".to_owned(),
+        hold: millis(13_000),
+    };
+    assert_eq!(service.strategy, Strategy::Quiesce(quiesce));
     let (one, two) = (NonZeroU16::new(1).unwrap(), NonZeroU16::new(2).unwrap());
     let http = Probe::Http {
         port: two,
@@ -150,6 +163,43 @@ command = "d"
     };
     let command = Probe::Command { command: "d".to_owned() };
     assert_eq!(service.probes, [Probe::Tcp { port: one }, http, command]);
+}
+
+#[test]
+fn a_strategy_has_the_table_that_it_needs_and_no_other() {
+    let with = |text: &str| {
+        parse(&format!("{WEB}{text}"), "f.toml").map(|config| config.services[0].strategy.clone())
+    };
+    let line = WEB.lines().count();
+    let commands = "[service.quiesce]\nstop = \"a\"\nstart = \"b\"\n";
+    let quiesces = web("name = \"web\"\n", "name = \"web\"\nstrategy = \"quiesce\"\n");
+    let found = parse(&format!("{quiesces}{commands}"), "f.toml").unwrap().services[0].strategy.clone();
+    let Strategy::Quiesce(found) = found else { panic!("{found:?}") };
+    assert_eq!((found.finish, found.hold), (None, Duration::from_secs(30)));
+    for (text, expected) in [
+        (
+            with(commands).unwrap_err(),
+            format!("f.toml:{}:1: only strategy = \"quiesce\" has this table", line + 1),
+        ),
+        (
+            parse(&quiesces, "f.toml").unwrap_err(),
+            "it needs a table [service.quiesce] with stop and start".to_owned(),
+        ),
+        (
+            parse(&format!("{quiesces}[service.quiesce]\nstop = \"a\"\n"), "f.toml").unwrap_err(),
+            "missing field `start`".to_owned(),
+        ),
+        (
+            parse(&format!("{quiesces}{commands}finish = \" \"\n"), "f.toml").unwrap_err(),
+            "an empty command does nothing".to_owned(),
+        ),
+        (
+            parse(&format!("{quiesces}{commands}hold = \"0s\"\n"), "f.toml").unwrap_err(),
+            "the time must not be 0".to_owned(),
+        ),
+    ] {
+        assert!(text.to_string().contains(&expected), "{text}: {expected}");
+    }
 }
 
 #[test]

@@ -1,12 +1,32 @@
 //! A standby is lent to a service, becomes a clone, and is given back or becomes the partition that serves.
 
+use std::time::Duration;
+
 use super::machine::CLOSE;
+use super::moves::Row;
 use super::{Definition, Machine, MachineDisk, Manager, ManagerError};
 use crate::names::Name;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::disk::{Backing, Disk};
+use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::{self, CloneOf, WhenBusy};
 use crate::store::{self, Role, State};
+
+/// A merge writes at the speed of the disk; this is for one that hangs.
+const MERGE: Duration = Duration::from_secs(3600);
+
+/// The stores that a clone has: those of its clones, those that wait for a disk to be moved, and those in which the other one
+/// keeps what it has moved here.
+fn stores_of(machine: &Machine, kept: &[CloneOf]) -> Vec<Backing> {
+    let store = |disk: &MachineDisk| match &disk.clone {
+        Some(clone) => clone.cow.clone(),
+        None => kept
+            .iter()
+            .find(|clone| clone.origin == disk.backing)
+            .map_or_else(|| disk.backing.clone(), |clone| clone.cow.clone()),
+    };
+    machine.disks.iter().map(store).collect()
+}
 
 impl Manager {
     /// Makes a standby the clone of an active partition, in the store: written before any device exists, so that
@@ -53,8 +73,7 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Refused`] if it is no clone: its disks are all that there is. Others: calling again goes on.
     pub fn discard(&mut self, machine: &Machine) -> Result<(), ManagerError> {
-        let clones = machine.clones();
-        if clones.is_empty() {
+        if !machine.is_clone() {
             return Err(ManagerError::refused(format!(
                 "partition {} is no clone: its disks are not discarded",
                 machine.name()
@@ -62,9 +81,38 @@ impl Manager {
         }
         self.stop(machine)?;
         let dm = Self::dm()?;
-        snapshot::discard(&dm, &clones, CLOSE, WhenBusy::CutOff)?;
-        let stores: Vec<Backing> = clones.into_iter().map(|clone| clone.cow).collect();
-        self.free(machine, &stores)
+        // What the other one has kept of disks that it gave away, and goes on with.
+        let kept = self.clones_over(machine)?;
+        let _ = merge::resume_merge(
+            &dm,
+            &kept,
+            Patience { close: CLOSE, busy: WhenBusy::CutOff, merge: MERGE },
+            &mut |_| (),
+        )?;
+        snapshot::discard(&dm, &machine.clones(), CLOSE, WhenBusy::CutOff)?;
+        let stores = stores_of(machine, &kept);
+        for store in &stores {
+            snapshot::free_cow(store)?;
+        }
+        let mut machines = vec![self.freed(machine, &stores)?];
+        machines.extend(self.merged(&kept)?);
+        let _ = self.store.put_machines(&machines)?;
+        Ok(())
+    }
+
+    /// The partitions whose disks these clones have become.
+    fn merged(&self, clones: &[CloneOf]) -> Result<Vec<Row>, ManagerError> {
+        let mut rows = Vec::new();
+        for row in self.store.partitions()? {
+            let machine = self.machine(&row.name)?;
+            if machine.clones().iter().any(|clone| clones.contains(clone)) {
+                rows.push(self.rewritten(&machine, |disk| {
+                    let clone = disk.clone.clone().filter(|clone| !clones.contains(clone));
+                    (disk.backing.clone(), clone)
+                })?);
+            }
+        }
+        Ok(rows)
     }
 
     /// Commits in the store: the new partition has the old one's disks, the old one has the stores and is free.
@@ -74,7 +122,7 @@ impl Manager {
         new: &Machine,
         disks: &[Disk],
     ) -> Result<(), ManagerError> {
-        let stores: Vec<Backing> = new.clones().into_iter().map(|clone| clone.cow).collect();
+        let mut stores: Vec<Backing> = new.clones().into_iter().map(|clone| clone.cow).collect();
         let definition = Definition { reserve: None, is_store: false, ..new.definition.clone() };
         let row = store::Partition { definition: serde_json::json!(definition), ..self.row(new.name())? };
         let disk = |disk: &MachineDisk| {
@@ -90,15 +138,11 @@ impl Manager {
         };
         let mut machines = vec![(row, new.disks.iter().map(disk).collect())];
         if let Some(old) = self.other(service)? {
+            // Those in which it had kept disks that it gave away.
+            stores.extend(old.clones().into_iter().map(|clone| clone.cow));
             machines.push(self.freed(&old, &stores)?);
         }
         let _ = self.store.put_machines(&machines)?;
-        Ok(())
-    }
-
-    fn free(&mut self, machine: &Machine, stores: &[Backing]) -> Result<(), ManagerError> {
-        let freed = self.freed(machine, stores)?;
-        let _ = self.store.put_machines(&[freed])?;
         Ok(())
     }
 
@@ -130,7 +174,7 @@ impl Manager {
         Ok((row, disks))
     }
 
-    fn row(&self, name: &Name) -> Result<store::Partition, ManagerError> {
+    pub(super) fn row(&self, name: &Name) -> Result<store::Partition, ManagerError> {
         let row = self.store.partition(name)?;
         row.ok_or_else(|| ManagerError::Unknown { kind: "partition", name: name.clone() })
     }

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Definition, Manager, ManagerError, Teardown};
+use crate::host::linux::dm::Dm;
 use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::root::Root;
 use crate::names::{self, Name, RUN_ROOT};
 use crate::partition::lifecycle::{self, Started};
-use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
+use crate::partition::spec::{PartitionSpec, Policy, ROOT_MOUNT};
+use crate::storage::StorageError;
 use crate::storage::disk::{self, Backing};
 use crate::storage::merge;
 use crate::storage::snapshot::{self, CloneOf};
@@ -85,13 +87,15 @@ impl Machine {
         self.disks.iter().filter_map(|disk| disk.clone.clone()).collect()
     }
 
+    /// Whether it is a clone of the partition that serves, or was: its system disk is.
+    pub fn is_clone(&self) -> bool {
+        let root = self.spec().disks.iter().zip(&self.disks).find(|(disk, _)| disk.mount == ROOT_MOUNT);
+        root.is_some_and(|(_, disk)| disk.clone.is_some())
+    }
+
     /// Its disks as device-mapper has them when they are no clones.
     fn plain_disks(&self) -> impl Iterator<Item = disk::Disk> {
-        self.disks.iter().filter(|disk| disk.clone.is_none()).map(|disk| disk::Disk {
-            name: names::dm_disk(self.name(), &disk.name),
-            backing: disk.backing.clone(),
-            sectors: disk.sectors,
-        })
+        self.disks.iter().filter(|disk| disk.clone.is_none()).map(|disk| plain(self.name(), disk))
     }
 
     /// Its network namespace's name below `/run/netns`.
@@ -104,24 +108,43 @@ impl Manager {
     /// Makes a partition's disks usable and returns their devices, in the order of the definition.
     pub(super) fn open_disks(&self, machine: &Machine) -> Result<Vec<PathBuf>, ManagerError> {
         let dm = Self::dm()?;
-        let clones = machine.clones();
-        if !clones.is_empty() {
-            if let Some(paths) = merge::merging(&dm, &clones)? {
-                return Ok(paths);
-            }
-            return Ok(snapshot::reopen(&dm, &clones)?.into_iter().map(|clone| clone.path).collect());
+        machine.disks.iter().map(|disk| self.open_disk(&dm, machine, disk)).collect()
+    }
+
+    /// Makes one of them usable.
+    pub(super) fn open_disk(
+        &self,
+        dm: &Dm,
+        machine: &Machine,
+        disk: &MachineDisk,
+    ) -> Result<PathBuf, ManagerError> {
+        if let Some(clone) = &disk.clone {
+            let clone = std::slice::from_ref(clone);
+            let paths = match merge::merging(dm, clone)? {
+                Some(paths) => paths,
+                None => snapshot::reopen(dm, clone)?.into_iter().map(|clone| clone.path).collect(),
+            };
+            return paths.into_iter().next().ok_or_else(|| StorageError::NoDisks.into());
         }
+        let plain = plain(machine.name(), disk);
         let over = self.clones_over(machine)?;
+        let over: Vec<CloneOf> = over.into_iter().filter(|clone| clone.active == plain.name).collect();
         if !over.is_empty() {
             // Written past its clone, the disk would silently change the clone as well.
-            snapshot::reopen(&dm, &over)?;
-            return machine.plain_disks().map(|disk| Ok(dm.node(&disk.name)?)).collect();
+            match snapshot::reopen(dm, &over) {
+                Ok(_) => return Ok(dm.node(&plain.name)?),
+                // There is nothing left that could be changed, and the disk itself is whole.
+                Err(error @ (StorageError::CloneLost { .. } | StorageError::CowEmpty { .. })) => {
+                    tracing::warn!("{}", super::chain(&error));
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
-        machine.plain_disks().map(|disk| Ok(disk::activate(&dm, &disk)?.path)).collect()
+        Ok(disk::activate(dm, &plain)?.path)
     }
 
     /// The clones that other partitions have of this one's disks.
-    fn clones_over(&self, machine: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
+    pub(super) fn clones_over(&self, machine: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
         let names: Vec<String> = machine.plain_disks().map(|disk| disk.name).collect();
         let mut over = Vec::new();
         for row in self.store.partitions()? {
@@ -288,7 +311,13 @@ impl Manager {
     }
 }
 
-fn mount_point(machine: &Machine, mount: &str) -> PathBuf {
+/// A disk as device-mapper has it when it is no clone.
+fn plain(partition: &Name, disk: &MachineDisk) -> disk::Disk {
+    let name = names::dm_disk(partition, &disk.name);
+    disk::Disk { name, backing: disk.backing.clone(), sectors: disk.sectors }
+}
+
+pub(super) fn mount_point(machine: &Machine, mount: &str) -> PathBuf {
     let root = Manager::root(machine.name());
     // The disks are mounted side by side on the host; the bundle puts them into each other.
     if mount == ROOT_MOUNT {
@@ -317,9 +346,10 @@ impl Manager {
         Ok(matches!(lifecycle::state(machine.name())?, lifecycle::State::Running { .. }))
     }
 
-    /// Where a partition has its disks, and where the agent's mount namespace has them.
+    /// Where a partition has its disks, and where the agent's mount namespace has them. Of those that go to whoever takes over,
+    /// nothing can be left behind.
     pub(crate) fn mount_points(machine: &Machine) -> Vec<(PathBuf, PathBuf)> {
-        let disks = machine.spec().disks.iter();
+        let disks = machine.spec().disks.iter().filter(|disk| disk.policy != Policy::Move);
         disks.map(|disk| (PathBuf::from(&disk.mount), mount_point(machine, &disk.mount))).collect()
     }
 

@@ -13,6 +13,7 @@
 //! * `define`: partitions come into being, and go.
 //! * `host`: what the host has, who has what of it, what is free.
 //! * `machine`: start, stop, what is there.
+//! * `moves`: disks that go from one partition to the other.
 //! * `lease`: a standby is lent to a service, and given back or kept.
 //! * `service`: a service address gets its partition and its data path.
 //! * `recover`: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
@@ -22,6 +23,7 @@ mod error;
 mod host;
 mod lease;
 mod machine;
+mod moves;
 mod recover;
 mod service;
 

@@ -181,6 +181,7 @@ impl Manager {
         mut attachment: Attachment,
         done: &mut Vec<String>,
     ) -> Result<String, ManagerError> {
+        crate::switchover::reunite(self, settings, &mut attachment).await?;
         // It was killed in a switch, perhaps between the store of the word and what belongs to it.
         // What cannot be mended of the side that goes must not keep the job; of the one that serves, `serve` tells.
         match attachment.reassert().await {
@@ -196,7 +197,7 @@ impl Manager {
             return Ok(format!("{} serves", serving.name()));
         };
         self.follow_applied(job, &serving, &other)?;
-        if other.clones().is_empty() {
+        if !other.is_clone() {
             // A rollback that was killed may have started it again, only to be checked.
             let only_checked =
                 job.kind == "rollback" && self.has(job, "boot", |state| state != StepState::Failed)?;
@@ -233,7 +234,7 @@ impl Manager {
             return Ok(format!("{} serves", serving.name()));
         };
         self.follow_applied(job, &serving, &other)?;
-        if other.clones().is_empty() {
+        if !other.is_clone() {
             let (new, old) = (serving.name(), other.name());
             return Ok(format!("{new} serves; {old} can be committed away or rolled back to"));
         }
@@ -244,9 +245,9 @@ impl Manager {
     /// The patches that the service runs with are those of whoever serves.
     fn follow_applied(&mut self, job: &Job, serving: &Machine, other: &Machine) -> Result<(), ManagerError> {
         let Some(patched) = self.store.last_apply(&job.service)? else { return Ok(()) };
-        if !serving.clones().is_empty() {
+        if serving.is_clone() {
             let _ = self.store.set_applied(patched)?;
-        } else if !other.clones().is_empty() {
+        } else if other.is_clone() {
             let _ = self.store.unset_applied(patched)?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::{Machine, Manager, ManagerError, chain};
 use crate::attachment::{
     ANNOUNCE_AGAIN, AttachError, Attachment, Gone, Inside, Partition, Record, RecordError, Spec,
 };
-use crate::config::Service;
+use crate::config::{Service, Strategy};
 use crate::dataplane::DataplaneError;
 use crate::host::linux::netns::NetnsRef;
 use crate::names::{Name, RUN_ROOT};
@@ -172,6 +172,10 @@ impl Manager {
         let Some(serving) = self.machine_in(attachment, attachment.plane().word().active())? else {
             return Ok(None);
         };
+        if matches!(service.strategy, Strategy::Quiesce(_)) {
+            // Who has the disk serves, and that is in the store alone.
+            return self.active(service).map(Some);
+        }
         if self.store.primary(&service.name)?.is_none_or(|primary| primary.partition != *serving.name()) {
             let generation = self.next_generation(&service.name)?;
             let _ = self.store.record_switch(&service.name, serving.name(), generation)?;

@@ -33,7 +33,7 @@ mod pid1;
 
 pub use error::LifecycleError;
 pub use inside::{
-    exec, full_speed, logs, read_results, unmask, wait_results, wait_results_while, wait_started,
+    exec, full_speed, logs, mounts_of, read_results, unmask, wait_results, wait_results_while, wait_started,
 };
 
 /// How long a killed partition may take to be empty. A tenth of a second is usual; more means a process that waits

@@ -49,6 +49,18 @@ pub enum Init {
     Patchswitch,
 }
 
+/// What becomes of an application disk when its partition is patched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The clone has a copy of its own, as of the cut.
+    #[default]
+    Snapshot,
+    /// It has one writer at a time. Until the switch the clone has a copy that is thrown away; at the switch the disk
+    /// itself goes over. Only a service that is quiesced can have such a disk.
+    Move,
+}
+
 /// One disk of a partition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,6 +74,9 @@ pub struct Disk {
     /// Whether the partition may only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// What becomes of it when the partition is patched. The system disk is always cloned.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// What `patchswitch-init` starts and supervises.
@@ -140,7 +155,13 @@ impl PartitionSpec {
             cpu_percent,
             memory,
             pids: default_pids(),
-            disks: vec![Disk { name: root, size: root_size, mount: ROOT_MOUNT.to_owned(), read_only: false }],
+            disks: vec![Disk {
+                name: root,
+                size: root_size,
+                mount: ROOT_MOUNT.to_owned(),
+                read_only: false,
+                policy: Policy::Snapshot,
+            }],
             network: None,
             init: Init::Auto,
             service: None,
@@ -217,6 +238,10 @@ impl PartitionSpec {
             self.require(!root, "disks", || {
                 "the system disk cannot be read-only: patches change it".to_owned()
             })?;
+            let moves = disk.policy == Policy::Move && (disk.mount == ROOT_MOUNT || disk.read_only);
+            self.require(!moves, "disks", || {
+                format!("{} cannot move: it is the system disk, or read-only", disk.name)
+            })?;
             self.require(disk.size >= 1 << 20, "disks", || format!("{} is smaller than 1 MiB", disk.name))?;
         }
         Ok(())
@@ -286,6 +311,7 @@ mod tests {
             size: 64 << 20,
             mount: "/srv/data".to_owned(),
             read_only: false,
+            policy: Policy::default(),
         };
         spec.disks.push(data);
         spec.network = Some("eth0".to_owned());

@@ -26,6 +26,11 @@ pub struct Mark {
 }
 
 impl Mark {
+    /// Whether it is of this device.
+    pub fn is_of(&self, device: DeviceNumber) -> bool {
+        self.device == device
+    }
+
     /// What has been written to a device by now.
     ///
     /// # Errors

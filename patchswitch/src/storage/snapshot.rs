@@ -383,6 +383,63 @@ fn reopen_one(dm: &Dm, of: &CloneOf) -> Result<Cloned, StorageError> {
     cloned(dm, &of.clone)
 }
 
+/// Clones disks whose devices are not there, such as those that are about to go from one partition to another: nobody
+/// writes, so nothing has to stand still. Disks and clones can be mounted then.
+///
+/// # Errors
+/// [`Failed`] with the reason; everything that was done has been undone.
+pub fn clone_closed(dm: &Dm, clones: &[CloneOf]) -> Result<(), Failed> {
+    let made = clones.iter().try_for_each(|of| clone_one_closed(dm, of));
+    made.map_err(|cause| {
+        let undo =
+            unclone_closed(dm, clones, UNDO_LIMIT).err().map_or_else(Vec::new, |Unfinished(errors)| errors);
+        Failed { cause, undo }
+    })
+}
+
+fn clone_one_closed(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
+    let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
+    let Some(quiet) = NotMapped::of(dm, of)? else {
+        return Err(other_table(&of.active, &dm.table(&of.active)?, "nothing"));
+    };
+    if dm.info(&of.clone)?.is_some() {
+        return Err(other_table(&of.clone, &dm.table(&of.clone)?, "nothing"));
+    }
+    if !of.watched {
+        cow::check_room(&of.cow, cow.device().sectors()?, of.sectors)?;
+    }
+    block::open_exclusive(origin.device())?;
+    block::open_exclusive(cow.device())?;
+    if !matches!(cow::header(cow.device())?, Header::Free | Header::Foreign) {
+        return Err(StorageError::CowNotFree { cow: of.cow.to_string() });
+    }
+    cow::wipe(cow.device())?;
+    open_snapshot(dm, of, Table::Snapshot { origin: origin.device(), cow: cow.device() }, quiet)?;
+    open_origin(dm, of, origin.device())?;
+    cloned(dm, &of.clone).map(drop)
+}
+
+/// Takes away what [`clone_closed`] has made: the disks are as they are, what the clones had kept is of no use any more.
+/// Both sides must have been unmounted. Right also if some or all of it has been done; other devices of these names stay.
+///
+/// # Errors
+/// [`Unfinished`] with everything that is still open.
+pub fn unclone_closed(dm: &Dm, clones: &[CloneOf], limit: Duration) -> Result<(), Unfinished> {
+    let one = |of: &CloneOf| {
+        let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
+        let of_disk = Table::Origin { device: origin.device() };
+        let of_clone = Table::Snapshot { origin: origin.device(), cow: cow.device() };
+        // The disk first: without its snapshot it would take writes that are not kept.
+        for (name, table) in [(&of.active, of_disk), (&of.clone, of_clone)] {
+            if Table::recognise(&live_table(dm, name)?, of.sectors) == Some(table) {
+                dm.remove_when_closed(name, limit)?;
+            }
+        }
+        Ok::<_, StorageError>(())
+    };
+    Unfinished::check(clones.iter().rev().filter_map(|of| one(of).err()).collect())
+}
+
 fn open_snapshot(
     dm: &Dm,
     of: &CloneOf,

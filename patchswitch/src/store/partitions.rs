@@ -99,11 +99,7 @@ impl Store {
     pub fn put_machines(&mut self, machines: &[(Partition, Vec<Disk>)]) -> Result<Change, StoreError> {
         self.write("store the partitions", |tx| {
             for (partition, disks) in machines {
-                put(tx, partition)?;
-                tx.execute("DELETE FROM disks WHERE partition = ?", [&partition.name])?;
-                for disk in disks {
-                    put_disk(tx, disk)?;
-                }
+                put_machine(tx, partition, disks)?;
             }
             Ok(Change::Changed)
         })
@@ -257,6 +253,12 @@ pub(super) fn put(tx: &Transaction<'_>, partition: &Partition) -> Result<(), Fau
         Err(error) if Fault::breaks_rule(&error) => Err(Fault::conflict(broken_rule(partition, &error))),
         Err(error) => Err(error.into()),
     }
+}
+
+pub(super) fn put_machine(tx: &Transaction<'_>, partition: &Partition, all: &[Disk]) -> Result<(), Fault> {
+    put(tx, partition)?;
+    tx.execute("DELETE FROM disks WHERE partition = ?", [&partition.name])?;
+    all.iter().try_for_each(|disk| put_disk(tx, disk))
 }
 
 fn put_disk(tx: &Transaction<'_>, disk: &Disk) -> Result<(), Fault> {

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::Serialize;
 
 use super::error::Fault;
-use super::partitions::{self, Partition, Role};
+use super::partitions::{self, Disk, Partition, Role};
 use super::values::{Count, Json, Time, now};
 use super::{Change, Store, StoreError};
 use crate::config::Service;
@@ -114,33 +114,54 @@ impl Store {
         to: &Name,
         generation: u64,
     ) -> Result<Change, StoreError> {
-        self.write("record the switch", |tx| {
-            let old = primary(tx, service)?.ok_or_else(|| Fault::not_found("service", service))?;
-            if old.partition == *to && old.generation == generation {
-                return Ok(Change::AlreadySo);
+        self.write("record the switch", |tx| switch(tx, service, to, generation))
+    }
+
+    /// As [`Store::record_switch`], with disks that go over: who serves and who has them is never told apart.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn record_move(
+        &mut self,
+        service: &Name,
+        to: &Name,
+        generation: u64,
+        machines: &[(Partition, Vec<Disk>)],
+    ) -> Result<Change, StoreError> {
+        self.write("record the move", |tx| {
+            for (partition, disks) in machines {
+                partitions::put_machine(tx, partition, disks)?;
             }
-            if generation <= old.generation {
-                let message = format!(
-                    "generation {generation} of service {service} is not newer than the recorded one, {}",
-                    old.generation
-                );
-                return Err(Fault::conflict(message));
-            }
-            let new = partitions::get(tx, to)?.ok_or_else(|| Fault::not_found("partition", to))?;
-            if new.service.as_ref() != Some(service) {
-                return Err(Fault::conflict(format!("partition {to} does not belong to service {service}")));
-            }
-            // First the one that goes: at no moment are two of them active.
-            for other in partitions::of_service(tx, service)? {
-                if other.role == Role::Active && other.name != *to {
-                    partitions::put(tx, &Partition { role: Role::Retiring, ..other })?;
-                }
-            }
-            partitions::put(tx, &Partition { role: Role::Active, ..new })?;
-            put_primary(tx, service, to, generation)?;
-            Ok(Change::Changed)
+            switch(tx, service, to, generation)
         })
     }
+}
+
+fn switch(tx: &Transaction<'_>, service: &Name, to: &Name, generation: u64) -> Result<Change, Fault> {
+    let old = primary(tx, service)?.ok_or_else(|| Fault::not_found("service", service))?;
+    if old.partition == *to && old.generation == generation {
+        return Ok(Change::AlreadySo);
+    }
+    if generation <= old.generation {
+        let message = format!(
+            "generation {generation} of service {service} is not newer than the recorded one, {}",
+            old.generation
+        );
+        return Err(Fault::conflict(message));
+    }
+    let new = partitions::get(tx, to)?.ok_or_else(|| Fault::not_found("partition", to))?;
+    if new.service.as_ref() != Some(service) {
+        return Err(Fault::conflict(format!("partition {to} does not belong to service {service}")));
+    }
+    // First the one that goes: at no moment are two of them active.
+    for other in partitions::of_service(tx, service)? {
+        if other.role == Role::Active && other.name != *to {
+            partitions::put(tx, &Partition { role: Role::Retiring, ..other })?;
+        }
+    }
+    partitions::put(tx, &Partition { role: Role::Active, ..new })?;
+    put_primary(tx, service, to, generation)?;
+    Ok(Change::Changed)
 }
 
 fn get(connection: &Connection, name: &Name) -> rusqlite::Result<Option<Service>> {

@@ -11,11 +11,13 @@ use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, slot_of};
 use crate::names::Name;
 use crate::storage::merge::{self, Patience};
-use crate::storage::snapshot::WhenBusy;
+use crate::storage::snapshot::{self, WhenBusy};
 use crate::storage::{StorageError, Unfinished};
 
 /// A merge writes at the speed of the disk; this is for one that hangs.
 const MERGE: Duration = Duration::from_secs(3600);
+/// How long a device of a partition that has been stopped may take to be closed.
+const CLOSE: Duration = Duration::from_secs(20);
 
 /// Commits the last switch of a service; a job of its own.
 ///
@@ -116,6 +118,10 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, 
     }
     let dm = Manager::dm()?;
     let mut total = std::collections::BTreeMap::new();
+    if let Some(old) = manager.other(service)? {
+        // What it has kept of disks that it gave away.
+        let _ = snapshot::discard(&dm, &old.clones(), CLOSE, WhenBusy::CutOff)?;
+    }
     let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);
         *most = (*most).max(progress.total * 512);
@@ -139,5 +145,5 @@ pub(crate) fn begin_merge(manager: &Manager, service: &Name) -> Result<(), Manag
 }
 
 fn patience(merge: Duration) -> Patience {
-    Patience { close: Duration::from_secs(20), busy: WhenBusy::CutOff, merge }
+    Patience { close: CLOSE, busy: WhenBusy::CutOff, merge }
 }

@@ -39,6 +39,8 @@ pub enum Phase {
     Verify,
     /// Remember flows that have no socket of their own.
     Arm,
+    /// End the check of a single writer: the copy of its disk is thrown away.
+    Quiesce,
     /// Give it the new flows (710, 2201 to 2204).
     TakeOver,
     /// Watch the service (2205).
@@ -66,6 +68,7 @@ impl Phase {
             Self::Restart => "restart",
             Self::Verify => "verify",
             Self::Arm => "arm",
+            Self::Quiesce => "quiesce",
             Self::TakeOver => "take_over",
             Self::Observe => "observe",
             Self::Drain => "drain",
@@ -158,7 +161,9 @@ impl Context<'_> {
             Phase::Plan | Phase::Clone | Phase::Scan | Phase::Inject | Phase::Boot | Phase::Patch => {
                 ExitCode::PatchFailed
             }
-            Phase::Restart | Phase::Verify | Phase::Arm | Phase::TakeOver => ExitCode::GateFailed,
+            Phase::Restart | Phase::Verify | Phase::Arm | Phase::Quiesce | Phase::TakeOver => {
+                ExitCode::GateFailed
+            }
             _ => ExitCode::GivenBack,
         };
         if self.report.kind == ROLLBACK {

@@ -7,6 +7,8 @@
 //!   └ nothing to undo                                                                      the same switch, roles exchanged
 //! ```
 //!
+//! A service with a single writer goes over with its disk, while new flows wait: there `quiesce` is what arm and TAKE OVER are.
+//!
 //! Every step is written into the journal before it is done and after it. One struct per phase, each consumed by the
 //! next: taking over a clone that was not verified does not compile. An error says which phase it was, why, how the
 //! undo went, and who serves now.
@@ -22,6 +24,7 @@ mod look;
 mod observe;
 mod patch;
 mod plan;
+mod quiesce;
 mod recount;
 mod report;
 mod rollback;
@@ -88,6 +91,8 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 pub use commit::commit;
 pub(crate) use commit::{begin_merge, merge_disks};
 pub use look::{JobView, Progress, Room, job, log_file, open_jobs, rooms};
+pub use quiesce::Waited;
+pub(crate) use quiesce::reunite;
 pub(crate) use recount::recount;
 pub use rollback::rollback;
 pub use verbs::{Ended, Watcher, apply, make_permanent, roll_back};

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::drain::Ask;
+use super::quiesce::{self, Handing};
 use super::serves::Serves;
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::turn::{Turn, turn};
@@ -113,19 +115,31 @@ impl TakenOver {
         }
         let slot = self.clone.slot;
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
-            let (to, from, patched) = (&self.clone.active, &self.clone.standby, Some(job.job));
-            // A service that fails is given back also where that cuts flows that found no room to be remembered.
-            let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-            let back = Turn { phase: Phase::GiveBack, to, slot: slot.other(), from, patched, options };
-            let switched = turn(job, back).await.map_err(person)?;
-            job.report.give_back = Some(switched);
+            let flip_us = self.back(job, slot.other()).await.map_err(person)?;
             (job.say)(&format!("give_back: {} serves again", self.clone.active.name()));
             let lost = if agreed { self.count_loss(job).map_err(person)? } else { 0 };
             drain_new_side(job, &self.clone.standby).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
-            Ok((lost > 0, json!({"flip_us": (switched.flip_us * 10.0).round() / 10.0, "lost_files": lost})))
+            Ok((lost > 0, json!({"flip_us": flip_us, "lost_files": lost})))
         })
         .await
+    }
+
+    /// The switch back itself; how long it took, in microseconds, if nobody had to wait.
+    async fn back(&self, job: &mut Context<'_>, slot: Slot) -> Result<Option<f64>, Failure> {
+        let (phase, patched) = (Phase::GiveBack, Some(job.job));
+        let (to, from) = (&self.clone.active, &self.clone.standby);
+        if let Some(how) = quiesce::commands(&job.service).cloned() {
+            let handing = Handing { phase, from, to, slot, patched };
+            let (.., waited) = quiesce::hand_over(job, &how, handing).await?;
+            job.report.waited_back = Some(waited);
+            return Ok(None);
+        }
+        // A service that fails is given back also where that cuts flows that found no room to be remembered.
+        let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+        let switched = turn(job, Turn { phase, to, slot, from, patched, options }).await?;
+        job.report.give_back = Some(switched);
+        Ok(Some((switched.flip_us * 10.0).round() / 10.0))
     }
 
     /// How many files outside `may_lose` the new side has written, of which the report keeps the first.

@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::attachment::View;
+use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names::Name;
@@ -64,6 +65,7 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
             old.name()
         )));
     }
+    check_disks(&settings, &active)?;
     let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
     // What would be refused in the end. A service that is not attached is attached first.
@@ -71,6 +73,26 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
         view.check_switch()?;
     }
     Ok(Plan { active, standby, patches })
+}
+
+/// A disk with one writer goes over only while that is quiesced, and what is quiesced has something to give over.
+fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> {
+    let moving: Vec<&str> = active.moving().map(|(disk, _)| disk.name.as_str()).collect();
+    let message = match (&service.strategy, moving.as_slice()) {
+        (Strategy::Takeover, [first, ..]) => format!(
+            "disk {first} of {} has one writer at a time (:move), and service {} is taken over while both sides run; set \
+             strategy = \"quiesce\", with its commands",
+            active.name(),
+            service.name
+        ),
+        (Strategy::Quiesce(_), []) => format!(
+            "service {} is quiesced (strategy = \"quiesce\"), and no disk of {} moves (--disk NAME:SIZE:MOUNT:move)",
+            service.name,
+            active.name()
+        ),
+        _ => return Ok(()),
+    };
+    Err(ManagerError::Refused { message, code: ExitCode::Config })
 }
 
 fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<Patch>, ManagerError> {

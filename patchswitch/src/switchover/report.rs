@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Phase;
+use super::quiesce::Waited;
 use crate::attachment::{DrainReport, Switched};
 use crate::exit::ExitCode;
 use crate::manager::ManagerError;
@@ -82,6 +83,10 @@ pub struct Report {
     pub switch: Option<Switched>,
     /// The switch back, if the job gave the service back.
     pub give_back: Option<Switched>,
+    /// How long new flows waited for the switch, if they did.
+    pub waited: Option<Waited>,
+    /// How long they waited for the switch back.
+    pub waited_back: Option<Waited>,
     /// From before the store to after it, in microseconds.
     pub flip_us: Option<f64>,
     /// Flows of the old partition at the switch.
@@ -122,6 +127,8 @@ impl Report {
             patches: Vec::new(),
             switch: None,
             give_back: None,
+            waited: None,
+            waited_back: None,
             flip_us: None,
             old_flows_at_flip: None,
             drain: None,

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::context::{Failure, Phase, SwitchError, at};
 use super::drain::Ask;
+use super::quiesce::{self, Handing, commands};
 use super::report::{AtSwitch, Report};
 use super::serves::Serves;
 use super::take_over::arm;
@@ -15,6 +16,7 @@ use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
 use crate::attachment::SwitchOptions;
+use crate::config::Quiesce;
 use crate::exit::ExitCode;
 use crate::host::linux::priority::Priority;
 use crate::manager::{Machine, Manager, ManagerError, attachable, chain, slot_of};
@@ -62,7 +64,7 @@ async fn reverse(
         );
     };
     let new = job.manager.active(&job.service).map_err(at(Phase::GiveBack))?;
-    if !old.clones().is_empty() {
+    if old.is_clone() {
         // Given back already, and not to the end: the other one is the clone, which only has to go.
         (job.report.from, job.report.to) = (Some(old.name().clone()), Some(new.name().clone()));
         finish(job, &old, &new).await?;
@@ -75,14 +77,23 @@ async fn reverse(
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let is_lost = Serves::of(job, &new).lost().is_some();
     let slot = match still_serving(job, &old, is_lost)? {
-        // Who is lost answers nothing that would have to be remembered, and somebody waits.
-        Some(slot) if is_lost => slot,
+        // Who is lost, or is stopped for the switch, answers nothing that would have to be remembered, and somebody waits.
+        Some(slot) if is_lost || commands(&job.service).is_some() => slot,
         Some(slot) => {
             remembered(job).await?;
             slot
         }
         None => back(job, &old).await?,
     };
+    if let Some(how) = commands(&job.service).cloned() {
+        if let Err(failure) = hand_back(job, &how, (&new, &old), slot, patched).await {
+            if job.attachment.plane().word().active() != slot {
+                put_down(job, &old, slot).await;
+            }
+            return Err(failure);
+        }
+        return finish(job, &new, &old).await.map(|()| lossy);
+    }
     let turned = job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
         let back = Turn { phase: Phase::GiveBack, to: &old, slot, from: &new, patched, options };
         let switched = turn(job, back).await?;
@@ -98,6 +109,25 @@ async fn reverse(
     }
     finish(job, &new, &old).await?;
     Ok(lossy)
+}
+
+/// A service with a single writer goes back with its disks, as they are.
+async fn hand_back(
+    job: &mut Context<'_>,
+    how: &Quiesce,
+    (new, old): (&Machine, &Machine),
+    slot: Slot,
+    patched: Option<JobId>,
+) -> Result<(), Failure> {
+    job.step(Phase::GiveBack, json!({"to": old.name()}), async |job| {
+        // It was started, and is checked, with what it had kept of them.
+        quiesce::end_check(job, old, how)?;
+        let handing = Handing { phase: Phase::GiveBack, from: new, to: old, slot, patched };
+        let (.., waited) = quiesce::hand_over(job, how, handing).await?;
+        job.report.waited_back = Some(waited);
+        Ok(((), json!({"held_ms": waited.flows.held_ms.round(), "waited": waited.flows.frames})))
+    })
+    .await
 }
 
 /// The slot of the old partition, if it still has flows, or at least runs and the new one is lost, and so has served all the
@@ -184,12 +214,15 @@ async fn back(job: &mut Context<'_>, old: &Machine) -> Result<Slot, Failure> {
     match come_up(job, old, slot).await {
         Ok(()) => Ok(slot),
         Err(failure) => {
-            let down = undo::put_down(job, old, slot).await;
-            if let Err(second) = down {
-                tracing::warn!(partition = %old.name(), "failed to stop it again: {}", chain(&second));
-            }
+            put_down(job, old, slot).await;
             Err(failure)
         }
+    }
+}
+
+async fn put_down(job: &mut Context<'_>, old: &Machine, slot: Slot) {
+    if let Err(second) = undo::put_down(job, old, slot).await {
+        tracing::warn!(partition = %old.name(), "failed to stop it again: {}", chain(&second));
     }
 }
 
@@ -218,6 +251,9 @@ async fn come_up(job: &mut Context<'_>, old: &Machine, slot: Slot) -> Result<(),
         Ok(((), json!({"rounds": passed.rounds})))
     })
     .await?;
+    if commands(&job.service).is_some() {
+        return Ok(());
+    }
     arm(job).await
 }
 

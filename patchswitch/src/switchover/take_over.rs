@@ -6,14 +6,19 @@ use serde_json::json;
 
 use super::clone::Clone;
 use super::context::at;
+use super::quiesce::{self, Handing, commands};
 use super::report::AtSwitch;
 use super::turn::{Turn, turn};
 use super::undo::meter;
 use super::verify::Verified;
 use super::{Context, Failure, Loss, Phase};
 use crate::attachment::SwitchOptions;
+use crate::config::Quiesce;
 use crate::exit::ExitCode;
-use crate::manager::{Manager, chain};
+use crate::host::linux::block::DeviceNumber;
+use crate::manager::{Manager, ManagerError, chain};
+use crate::names;
+use crate::storage::StorageError;
 use crate::storage::meter::Mark;
 
 /// The new partition serves; the old one keeps its flows.
@@ -28,17 +33,13 @@ pub(super) struct TakenOver {
 impl Verified {
     /// Gives new flows to the new partition.
     pub(super) async fn take_over(self, job: &mut Context<'_>) -> Result<TakenOver, Failure> {
+        if let Some(how) = commands(&job.service).cloned() {
+            return hand_over(job, self.0, &how).await;
+        }
         let clone = self.0;
         arm(job).await?;
         job.step(Phase::TakeOver, json!({"to": clone.standby.name()}), async |job| {
-            count_loss(job, &clone)?;
-            let marks = marks(&clone).map_err(at(Phase::TakeOver))?;
-            let flows = job.attachment.flows(clone.slot.other()).map_err(at(Phase::TakeOver))?;
-            job.report.old_flows_at_flip = Some(flows.accepted.len());
-            let now = std::time::SystemTime::now();
-            job.report.at_switch = Some(AtSwitch { marks: marks.clone(), at: now });
-            job.report.at_cut = Some(AtSwitch { marks: clone.marks.clone(), at: clone.before });
-            job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
+            let AtSwitch { marks, at: now } = write_down(job, &clone)?;
             let options = SwitchOptions { notice: !job.options.without_notice, ..SwitchOptions::default() };
             let (phase, patched) = (Phase::TakeOver, Some(job.job));
             let (to, from) = (&clone.standby, &clone.active);
@@ -50,12 +51,63 @@ impl Verified {
             job.report.flip_us = Some(switched.flip_us);
             job.report.switch = Some(switched);
             let outcome = json!({
-                "flip_us": (switched.flip_us * 10.0).round() / 10.0, "old_flows": flows.accepted.len(),
+                "flip_us": (switched.flip_us * 10.0).round() / 10.0, "old_flows": job.report.old_flows_at_flip,
             });
             Ok((TakenOver { clone, marks, at: now }, outcome))
         })
         .await
     }
+}
+
+/// What a rollback and a commit have to know, counted and written down before the switch.
+fn write_down(job: &mut Context<'_>, clone: &Clone) -> Result<AtSwitch, Failure> {
+    count_loss(job, clone)?;
+    let marks = marks(clone).map_err(at(Phase::TakeOver))?;
+    let flows = job.attachment.flows(clone.slot.other()).map_err(at(Phase::TakeOver))?;
+    job.report.old_flows_at_flip = Some(flows.accepted.len());
+    let at_switch = AtSwitch { marks, at: std::time::SystemTime::now() };
+    job.report.at_switch = Some(at_switch.clone());
+    job.report.at_cut = Some(AtSwitch { marks: clone.marks.clone(), at: clone.before });
+    job.report.save(job.manager.state()).map_err(at(Phase::TakeOver))?;
+    Ok(at_switch)
+}
+
+/// The marks of the old side's disks but for those that go over: of these nothing is left behind.
+fn staying(clone: &Clone) -> Result<Vec<Mark>, ManagerError> {
+    let dm = Manager::dm()?;
+    let number = |name: String| DeviceNumber::of_path(&dm.node(&name)?).map_err(StorageError::from);
+    let names = clone.active.moving().map(|(_, disk)| names::dm_disk(clone.active.name(), &disk.name));
+    let gone = names.map(number).collect::<Result<Vec<_>, _>>()?;
+    Ok(clone.marks.iter().filter(|mark| !gone.iter().any(|device| mark.is_of(*device))).cloned().collect())
+}
+
+/// Gives a service with a single writer to the new partition, with its disks.
+async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result<TakenOver, Failure> {
+    let standby = clone.standby.clone();
+    let checked = job.step(Phase::Quiesce, json!({"partition": standby.name()}), async |job| {
+        quiesce::end_check(job, &standby, how)?;
+        let standby = job.manager.drop_copies(&standby).map_err(at(Phase::Quiesce))?;
+        job.watched = standby.clones().into_iter().filter(|clone| clone.watched).collect();
+        Ok((standby, json!({})))
+    });
+    let marks = staying(&clone).map_err(at(Phase::TakeOver))?;
+    let clone = Clone { standby: checked.await?, marks, ..clone };
+    job.step(Phase::TakeOver, json!({"to": clone.standby.name()}), async |job| {
+        let AtSwitch { marks, at } = write_down(job, &clone)?;
+        let handing = Handing {
+            phase: Phase::TakeOver,
+            from: &clone.active,
+            to: &clone.standby,
+            slot: clone.slot,
+            patched: Some(job.job),
+        };
+        let (active, standby, waited) = quiesce::hand_over(job, how, handing).await?;
+        remember(job);
+        job.report.waited = Some(waited);
+        let outcome = json!({"held_ms": waited.flows.held_ms.round(), "waited": waited.flows.frames});
+        Ok((TakenOver { clone: Clone { active, standby, ..clone }, marks, at }, outcome))
+    })
+    .await
 }
 
 /// What the new side answers from the first moment on, so that a switch back keeps its flows and need not wait for them.

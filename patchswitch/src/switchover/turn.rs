@@ -46,11 +46,11 @@ pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switch
         // Nothing was switched, so the record must not say so: undo goes by it.
         let back = job.manager.store.record_switch(&service, from.name(), generation + 1);
         let _ = back.map_err(at(phase))?;
-        if !to.clones().is_empty() {
+        if to.is_clone() {
             let _ = job.manager.store.assign_standby(to.name(), Some(&service)).map_err(at(phase))?;
         }
     } else if let Some(patched) = patched {
-        applied(job.manager, patched, !to.clones().is_empty()).map_err(at(phase))?;
+        applied(job.manager, patched, to.is_clone()).map_err(at(phase))?;
     }
     // From now on somebody waits and looks: neighbours are watched as well, until the job ends.
     let attachment = &job.attachment;
@@ -59,7 +59,11 @@ pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switch
 }
 
 /// The patches that the service runs with are those of whoever serves.
-fn applied(manager: &mut Manager, patched: JobId, by_clone: bool) -> Result<(), crate::store::StoreError> {
+pub(super) fn applied(
+    manager: &mut Manager,
+    patched: JobId,
+    by_clone: bool,
+) -> Result<(), crate::store::StoreError> {
     let _ = match by_clone {
         true => manager.store.set_applied(patched)?,
         false => manager.store.unset_applied(patched)?,

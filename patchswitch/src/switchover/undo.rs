@@ -6,6 +6,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
+use super::quiesce::commands;
 use super::report::AtSwitch;
 use super::{Context, Loss};
 use crate::config::Service;
@@ -56,12 +57,10 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
     match undone {
         Ok(()) => {
             let code = failure.code;
-            error(
-                failure,
-                format!("{serving} serves, it was not touched; the clone was discarded"),
-                serving,
-                code,
-            )
+            // New flows waited, and its server was stopped for them.
+            let again = commands(&job.service).is_some() && job.report.at_switch.is_some();
+            let how = if again { "again" } else { "it was not touched" };
+            error(failure, format!("{serving} serves, {how}; the clone was discarded"), serving, code)
         }
         Err(second) => {
             job.unfinished = true;

@@ -37,6 +37,8 @@ pub(super) struct Settings {
     pub(super) addresses: [&'static str; 2],
     /// Lines of the section of the service.
     pub(super) more: &'static str,
+    /// The system disk's root, and its size.
+    pub(super) root: (fn() -> PathBuf, &'static str),
     /// Size of the standby.
     pub(super) standby: &'static [&'static str],
     /// Application disks of both.
@@ -58,6 +60,7 @@ impl Default for Settings {
             uplink: netlab::UPLINK,
             addresses: netlab::SERVICE,
             more: "",
+            root: (job_root, "40M"),
             standby: &["--size", "40M"],
             disks: &[],
             drain: "deadline = \"20s\"",
@@ -91,6 +94,8 @@ pub(super) fn path(name: &str) -> PathBuf {
 impl Stage {
     /// A client and a host; no partition yet.
     pub(super) fn bare(settings: &Settings) -> Self {
+        // Made once for all tests, so before anything is looked at.
+        drop((settings.root.0)());
         let stage = Self::ground(true);
         stage.configure(settings);
         stage
@@ -182,11 +187,12 @@ port = {port}
 
     /// The two partitions.
     pub(super) fn define(&self, settings: &Settings) {
-        let root = job_root();
+        let (root, size) = settings.root;
+        let root = root();
         let root = root.to_str().unwrap();
         let [a, b] = [netlab::OWN_A, netlab::OWN_B];
         let command = "/usr/bin/serve";
-        let first = ["--from", root, "--size", "40M", "--own", a[0], "--own", a[1], "--command", command];
+        let first = ["--from", root, "--size", size, "--own", a[0], "--own", a[1], "--command", command];
         let disks: Vec<&str> = settings.disks.iter().flat_map(|disk| ["--disk", disk]).collect();
         self.ok(&[&["partition", "define", "web-a"][..], &first, &disks].concat());
         let second = ["--standby", "--own", b[0], "--own", b[1]];
@@ -304,10 +310,17 @@ port = {port}
     /// is gone why it failed.
     #[track_caller]
     pub(super) fn nothing_of_a_job_left(&self, before: &Snapshot) {
+        self.nothing_of_a_job_left_but(before, |_| ());
+    }
+
+    /// As well as that, after what is found has been looked through.
+    #[track_caller]
+    pub(super) fn nothing_of_a_job_left_but(&self, before: &Snapshot, look: impl Fn(&mut Vec<Leftover>)) {
         let end = Instant::now() + Duration::from_secs(5);
         loop {
             let mut left = Snapshot::left_since(before, Duration::ZERO).unwrap();
             left.retain(|one| !one.name.starts_with("/run/patchswitch/console/web-b."));
+            look(&mut left);
             if is_balanced(&left) {
                 return;
             }

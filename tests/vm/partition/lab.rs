@@ -290,14 +290,20 @@ pub(crate) fn small_root() -> PathBuf {
     {
         std::os::unix::fs::symlink(target, root.join(link)).unwrap();
     }
-    let paths: Vec<PathBuf> = PROGRAMS
-        .iter()
-        .map(|program| {
-            patchswitch_tests::programs::find(program).unwrap_or_else(|| panic!("no {program} here"))
-        })
-        .collect();
-    for (path, program) in paths.iter().zip(PROGRAMS) {
-        fs::copy(fs::canonicalize(path).unwrap(), root.join("usr/bin").join(program)).unwrap();
+    put_programs(&root, &PROGRAMS.map(|program| (program, program)));
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
+    fs::rename(root, &complete).unwrap();
+    complete
+}
+
+/// Puts programs of this machine into a root, each under a name of its own there, with the libraries that they need.
+pub(crate) fn put_programs(root: &Path, programs: &[(&str, &str)]) {
+    let find = |(program, _): &(&str, &str)| {
+        patchswitch_tests::programs::find(program).unwrap_or_else(|| panic!("no {program} here"))
+    };
+    let paths: Vec<PathBuf> = programs.iter().map(find).collect();
+    for (path, (_, name)) in paths.iter().zip(programs) {
+        fs::copy(fs::canonicalize(path).unwrap(), root.join("usr/bin").join(name)).unwrap();
     }
     // One call for all: to start a program is the slow part in an emulated machine.
     let mut ldd = vec!["ldd"];
@@ -314,7 +320,4 @@ pub(crate) fn small_root() -> PathBuf {
         fs::create_dir_all(place.parent().unwrap()).unwrap();
         fs::copy(fs::canonicalize(library).unwrap(), place).unwrap();
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
-    fs::rename(root, &complete).unwrap();
-    complete
 }

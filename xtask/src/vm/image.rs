@@ -13,7 +13,7 @@ use crate::debian::{Archive, SUITE, main_archive, security_archive};
 /// Added to the essential packages of the test machine: what patchswitch needs on a host, and the tools by which
 /// tests look at the kernel without it.
 const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,ipvsadm,jq,kmod,\
-                             mount,netbase,nftables,procps,runc,socat,tcpdump";
+                             mount,netbase,nftables,procps,redis-tools,runc,socat,tcpdump";
 /// The partition of the demo.
 const PARTITION_PACKAGES: &str = "nginx-light,iproute2";
 /// A partition whose own init is PID 1, and a singleton.
@@ -32,7 +32,7 @@ const BLANK: [&str; 2] =
 
 /// The ext4 image of the test machine's root.
 pub(crate) fn host_root(cache: &Cache) -> Result<PathBuf> {
-    let recipe = format!("3 {SUITE} {HOST_PACKAGES}");
+    let recipe = format!("4 {SUITE} {HOST_PACKAGES}");
     let dir = cache.artifact("host-root", &recipe, |out| {
         let tar = out.join("root.tar");
         debootstrap("essential", HOST_PACKAGES, &[main_archive(), security_archive()], &tar, &SLIM)?;

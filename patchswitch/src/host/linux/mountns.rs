@@ -22,8 +22,12 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use super::pidfd::Process;
+
+mod graft;
 mod table;
 
+pub use graft::Tree;
 pub use table::{Mount, parse as parse_mountinfo};
 
 /// `NSFS_MAGIC` of `linux/magic.h`: the file system of namespace files.
@@ -79,6 +83,20 @@ impl MountNamespace {
             make(dir, &pin)?;
         }
         let file = File::open(&pin).map_err(error("open", &pin))?;
+        Ok(Self { file })
+    }
+
+    /// The namespace that a process is in. It is looked into, and never pinned.
+    ///
+    /// # Errors
+    /// [`MountNsError::Io`], also if the process has ended.
+    pub fn of(process: &Process) -> Result<Self, MountNsError> {
+        let path = PathBuf::from(format!("/proc/{}/ns/mnt", process.pid()));
+        let file = File::open(&path).map_err(error("open", &path))?;
+        // While it lives its number means no other process.
+        if process.has_ended().map_err(error("look at", &path))? {
+            return Err(error("open", &path)(io::Error::from(io::ErrorKind::NotFound)));
+        }
         Ok(Self { file })
     }
 

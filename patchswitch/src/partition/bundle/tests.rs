@@ -1,6 +1,6 @@
 use serde_json::Value;
 
-use super::super::spec::{Disk, Init, Service};
+use super::super::spec::{Disk, Init, Policy, Service};
 use super::*;
 use crate::names::Name;
 
@@ -13,6 +13,7 @@ fn spec() -> PartitionSpec {
         size: 64 << 20,
         mount: "/srv/data".to_owned(),
         read_only: false,
+        policy: Policy::Snapshot,
     });
     spec.service = Some(Service {
         command: ["nginx", "-g", "daemon off;"].map(ToOwned::to_owned).to_vec(),

@@ -38,6 +38,15 @@ pub fn exec(
     Ok(mounts.run(|inside| runtime.exec(inside, name.as_str(), command, limit))??)
 }
 
+/// The mounts of a running partition; nothing if it does not run.
+///
+/// # Errors
+/// [`LifecycleError`].
+pub fn mounts_of(name: &Name) -> Result<Option<MountNamespace>, LifecycleError> {
+    let Some((_, process)) = recorded(&Files::of(name))? else { return Ok(None) };
+    Ok(Some(MountNamespace::of(&process)?))
+}
+
 /// Gives a partition that was started quietly the share of the processor that its specification says.
 ///
 /// # Errors

@@ -1,0 +1,297 @@
+//! Quiesce: a service with one writer goes over with its disk, while new flows wait (the patent's steps 1301 to 1304 and 1501
+//! to 1505, without a request that is refused).
+//!
+//! ```text
+//!  verified ─► the copy is thrown away ─► HOLD ─► finish, stop ─► disk ─► start, check ─► RELEASE ─► observe …
+//!                                          │        old          moves       new            │
+//!                                          └ new flows wait                                 └ in their order
+//!              any of them fails: start, at the old one again, and release to it
+//! ```
+//!
+//! Back it is the same with the roles exchanged, and nothing that was written is lost: the disk goes back as it is. Only before the
+//! release, when no client has written yet, the old side goes on with the disk as it was when it ended.
+
+use std::time::{Duration, Instant};
+
+use patchswitch_common::Slot;
+use patchswitch_common::word::Phase as WordPhase;
+use serde::Serialize;
+
+use super::Context;
+use super::context::{Failure, Phase, at};
+use super::verify::inside;
+use crate::attachment::{
+    ANNOUNCE_EVERY, AttachError, Attachment, DrainOptions, Hold, OnDeadline, Pumped, SwitchOptions,
+};
+use crate::config::{Quiesce, Service, Strategy};
+use crate::exit::ExitCode;
+use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
+use crate::store::JobId;
+use crate::verify::{CommandEnd, Reach, Target, round};
+
+/// How much longer flows may wait than the deed may take: what comes after it is done by then.
+const MARGIN: Duration = Duration::from_secs(2);
+/// How long a connection may take to end whose server has ended.
+const MOMENT: Duration = Duration::from_secs(1);
+/// What is put back may take so long, whatever is left of the time.
+const PUT_BACK: Duration = Duration::from_secs(30);
+
+/// How long new flows waited, and for what. Times are in milliseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Waited {
+    /// Until what clients did had ended, and the server.
+    pub stop_ms: f64,
+    /// Until the disk was at the other partition.
+    pub move_ms: f64,
+    /// Until the server was there again.
+    pub start_ms: f64,
+    /// Until its probes had passed.
+    pub check_ms: f64,
+    /// What waited.
+    pub flows: Pumped,
+}
+
+/// From whom to whom.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handing<'a> {
+    /// The phase in which it happens.
+    pub(super) phase: Phase,
+    pub(super) from: &'a Machine,
+    pub(super) to: &'a Machine,
+    /// The slot of the one that gets it.
+    pub(super) slot: Slot,
+    /// The job that patched the clone of the two.
+    pub(super) patched: Option<JobId>,
+}
+
+/// The strategy's commands, if it is this one.
+pub(super) fn commands(service: &Service) -> Option<&Quiesce> {
+    match &service.strategy {
+        Strategy::Quiesce(quiesce) => Some(quiesce),
+        Strategy::Takeover => None,
+    }
+}
+
+/// Ends the server of a partition that was only checked, and takes the copy away on which that was done.
+pub(super) fn end_check(job: &mut Context<'_>, standby: &Machine, how: &Quiesce) -> Result<(), Failure> {
+    run(job, standby, &how.stop, how.hold).map_err(|why| failed(Phase::Quiesce, standby, "stop", why))?;
+    job.manager.take_disks(standby).map_err(at(Phase::Quiesce))
+}
+
+/// Has new flows wait, hands the service over with its disks, and lets them go. The two as they are then.
+///
+/// # Errors
+/// [`Failure`]; the one that had the service has it again, unless the failure's code is [`ExitCode::GiveBackFailed`].
+pub(super) async fn hand_over(
+    job: &mut Context<'_>,
+    how: &Quiesce,
+    handing: Handing<'_>,
+) -> Result<(Machine, Machine, Waited), Failure> {
+    let Handing { phase, to, slot, patched, .. } = handing;
+    settle(job).await.map_err(at(phase))?;
+    let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+    let hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
+    let mut deed = Deed { handing, how, hold: &hold, waited: Waited::default(), moved: None };
+    match deed.run(job) {
+        Ok((old, new)) => {
+            let mut waited = deed.waited;
+            waited.flows = job.attachment.release(hold).await.map_err(at(phase))?;
+            if let Some(patched) = patched {
+                super::turn::applied(job.manager, patched, to.is_clone())
+                    .map_err(|error| at(phase)(ManagerError::from(error)))?;
+            }
+            let attachment = &job.attachment;
+            let _ = job.watching.get_or_insert_with(|| attachment.watch_neighbours(ANNOUNCE_EVERY));
+            Ok((old, new, waited))
+        }
+        Err(failure) => {
+            let undone = deed.undo(job);
+            let called_off = job.attachment.call_off(hold).await.map_err(at(phase));
+            match undone.and(called_off) {
+                Ok(_) => Err(failure),
+                Err(second) => {
+                    let reason = format!("{}; putting back failed: {}", failure.reason, second.reason);
+                    Err(Failure { reason, code: ExitCode::GiveBackFailed, ..failure })
+                }
+            }
+        }
+    }
+}
+
+/// An earlier switch is over when this one begins: what its old side still has to send, it sends within a moment, since its server
+/// has ended.
+async fn settle(job: &mut Context<'_>) -> Result<(), AttachError> {
+    if job.attachment.plane().word().phase() == WordPhase::Draining {
+        let options = DrainOptions { deadline: Some(MOMENT), on_deadline: OnDeadline::Keep };
+        let _ = job.attachment.drain(&options, |_| {}).await?;
+    }
+    job.attachment.settle()
+}
+
+/// What is done while flows wait.
+struct Deed<'a> {
+    handing: Handing<'a>,
+    how: &'a Quiesce,
+    hold: &'a Hold,
+    waited: Waited,
+    /// The two, once the disks have gone over.
+    moved: Option<(Machine, Machine)>,
+}
+
+impl Deed<'_> {
+    /// In its order; nobody else has the disk at any moment.
+    fn run(&mut self, job: &mut Context<'_>) -> Result<(Machine, Machine), Failure> {
+        let Handing { phase, from, to, .. } = self.handing;
+        let begun = Instant::now();
+        // One that has died has nothing to end, and gives its disk away all the same.
+        if job.manager.is_running(from).map_err(at(phase))? {
+            if let Some(finish) = &self.how.finish {
+                self.command(job, from, "finish", finish)?;
+            }
+            self.command(job, from, "stop", &self.how.stop)?;
+        }
+        let stopped = Instant::now();
+        job.manager.take_disks(from).map_err(at(phase))?;
+        let service = job.service.name.clone();
+        let (old, new) = job.manager.move_disks(&service, from, to).map_err(at(phase))?;
+        self.moved = Some((old.clone(), new.clone()));
+        job.manager.give_disks(&new).map_err(at(phase))?;
+        let moved = Instant::now();
+        self.command(job, &new, "start", &self.how.start)?;
+        let started = Instant::now();
+        self.check(job, &new)?;
+        self.waited.stop_ms = ms(stopped - begun);
+        self.waited.move_ms = ms(moved - stopped);
+        self.waited.start_ms = ms(started - moved);
+        self.waited.check_ms = ms(started.elapsed());
+        Ok((old, new))
+    }
+
+    /// Whoever had the service gets it again: with its disk as it was when it ended, if it had given that away for the first time.
+    fn undo(&mut self, job: &mut Context<'_>) -> Result<(), Failure> {
+        let Handing { phase, from, .. } = self.handing;
+        let service = job.service.name.clone();
+        let from = match self.moved.take() {
+            None => from.clone(),
+            Some((old, new)) => {
+                // It may not have begun at all.
+                if let Err(why) = run(job, &new, &self.how.stop, PUT_BACK) {
+                    tracing::warn!(partition = %new.name(), "failed to stop the server again: {why}");
+                }
+                job.manager.take_disks(&new).map_err(at(phase))?;
+                let keeps = old.moving().any(|(_, disk)| disk.clone.is_some());
+                let again = match keeps {
+                    true => job.manager.give_up(&service, &old),
+                    false => job.manager.move_disks(&service, &new, &old).map(|(_, old)| old),
+                };
+                again.map_err(at(phase))?
+            }
+        };
+        job.manager.give_disks(&from).map_err(at(phase))?;
+        run(job, &from, &self.how.start, PUT_BACK).map_err(|why| failed(phase, &from, "start", why))
+    }
+
+    fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: &str) -> Result<(), Failure> {
+        let phase = self.handing.phase;
+        self.go_on(job)?;
+        run(job, at, command, self.left()).map_err(|why| failed(phase, at, what, why))
+    }
+
+    /// What is given back is given back, also if nobody wants the job any more.
+    fn go_on(&self, job: &Context<'_>) -> Result<(), Failure> {
+        match self.handing.phase {
+            Phase::GiveBack => Ok(()),
+            phase => job.go_on(phase),
+        }
+    }
+
+    fn left(&self) -> Duration {
+        self.hold.left().saturating_sub(MARGIN)
+    }
+
+    /// Its probes pass once, through its own link.
+    fn check(&self, job: &Context<'_>, new: &Machine) -> Result<(), Failure> {
+        let phase = self.handing.phase;
+        let prober = job.attachment.prober(self.handing.slot).map_err(at(phase))?;
+        let open = |address| prober.socket(address);
+        let run = inside(job.manager, new);
+        let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
+        loop {
+            let timeout = job.service.gate.timeout.min(self.left());
+            let round = round(target, Reach { open: &open, run: &run }, timeout);
+            if round.passed() {
+                return Ok(());
+            }
+            if self.left() <= job.service.gate.every {
+                return Err(failed(phase, new, "check", round.failures.join("; ")));
+            }
+            self.go_on(job)?;
+            std::thread::sleep(job.service.gate.every);
+        }
+    }
+}
+
+/// After a kill or a boot: the service has its disks at the partition that the store says, and serves there.
+///
+/// What waits is waited for: flows that were held go to whoever serves when their time is over.
+pub(crate) async fn reunite(
+    manager: &mut Manager,
+    settings: &Service,
+    attachment: &mut Attachment,
+) -> Result<(), ManagerError> {
+    let Some(how) = commands(settings) else { return Ok(()) };
+    let serving = manager.active(settings)?;
+    if let Some(other) = manager.other(&settings.name)? {
+        manager.tidy_moves(&serving, &other)?;
+    }
+    if manager.is_running(&serving)? {
+        manager.give_disks(&serving)?;
+        let ended = inside(manager, &serving)(&how.start, PUT_BACK);
+        if let Some(why) = not_done(ended) {
+            let name = serving.name();
+            return Err(ManagerError::refused(format!("the start command failed in {name}: {why}")));
+        }
+    }
+    if let Some(slot) = slot_of(attachment, &serving)
+        && attachment.plane().word().active() != slot
+    {
+        let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
+        let _ = attachment.switch_with(slot, options).await?;
+    }
+    Ok(attachment.await_hold().await?)
+}
+
+fn run(job: &Context<'_>, machine: &Machine, command: &str, limit: Duration) -> Result<(), String> {
+    match not_done(inside(job.manager, machine)(command, limit)) {
+        Some(why) => Err(why),
+        None => Ok(()),
+    }
+}
+
+fn not_done(ended: Result<CommandEnd, crate::verify::CannotTell>) -> Option<String> {
+    match ended {
+        Ok(CommandEnd::Exited(0, _)) => None,
+        Ok(CommandEnd::Exited(code, said)) => {
+            let said = said.trim();
+            Some(if said.is_empty() {
+                format!("exit status {code}")
+            } else {
+                format!("exit status {code}: {said}")
+            })
+        }
+        Ok(CommandEnd::Killed(signal)) => Some(format!("signal {signal}")),
+        Ok(CommandEnd::TimedOut) => Some("it did not end in its time".to_owned()),
+        Err(error) => Some(chain(&error)),
+    }
+}
+
+fn failed(phase: Phase, machine: &Machine, what: &str, why: String) -> Failure {
+    let reason = format!("{what} failed in {}: {why}", machine.name());
+    // Nobody waited for the check.
+    let code = if phase == Phase::Quiesce { ExitCode::GateFailed } else { ExitCode::GivenBack };
+    Failure { phase, reason, code }
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

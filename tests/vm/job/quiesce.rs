@@ -1,0 +1,128 @@
+//! A service with one writer goes over with its disk, while new connections wait: none is refused, and all that was
+//! acknowledged is there, whatever happens.
+
+use std::fs;
+use std::time::Duration;
+
+use patchswitch_tests::leftovers::Snapshot;
+
+use super::keeper::{Writers, nothing_left, settings};
+use super::mend::nothing_to_do;
+use super::stage::{SERVICE, Settings, Stage};
+
+/// There, and back, and there for good.
+#[test]
+fn a_single_writer_goes_over_with_its_disk() {
+    let stage = Stage::new(&settings());
+    stage.says("v2");
+    let before = Snapshot::take().unwrap();
+    let writers = Writers::start(&stage);
+    std::thread::sleep(Duration::from_secs(1));
+    stage.ok(&["apply", SERVICE]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+    let report = &stage.json(&["report"])["report"];
+    let waited = |key: &str| report["waited"][key].as_f64().unwrap();
+    for part in ["stop_ms", "move_ms", "start_ms", "check_ms"] {
+        assert!(waited(part) > 0.0, "{report}");
+    }
+    assert!(report["waited"]["flows"]["connections"].as_u64() > Some(0), "{report}");
+    // What moves is not lost, and not counted.
+    assert_eq!(report["lost_by_switch"]["files"], 0, "{report}");
+    nothing_to_do(&stage);
+    std::thread::sleep(Duration::from_secs(1));
+
+    stage.ok(&["rollback", SERVICE]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    nothing_left(&stage, &before);
+    std::thread::sleep(Duration::from_secs(1));
+
+    stage.ok(&["apply", SERVICE, "--commit"]);
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+    nothing_to_do(&stage);
+    std::thread::sleep(Duration::from_secs(1));
+    writers.stop_unnoticed(&stage);
+    nothing_left(&stage, &before);
+    stage.finish();
+}
+
+/// Before the first client's packet: the old side goes on with what it had.
+#[test]
+fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
+    let stage = Stage::new(&settings());
+    let before = Snapshot::take().unwrap();
+    let writers = Writers::start(&stage);
+    // It begins for the check, and not a second time.
+    let id = stage.patch(
+        "begins-once",
+        "echo v2 > /etc/says; cat /usr/bin/db > /usr/bin/db.well; chmod 755 /usr/bin/db.well; cat > /usr/bin/db <<'END'\n\
+         #!/bin/sh\n\
+         if [ \"$1\" = start ] && [ -e /run/begun ]; then echo half > /data/half; echo no >&2; exit 1; fi\n\
+         touch /run/begun\nexec /usr/bin/db.well \"$1\"\nEND",
+    );
+    let said = stage.ends_with(22, &["apply", SERVICE, "--patch", &id]);
+    assert!(said.contains("start failed in web-b: exit status 1: no"), "{said}");
+    assert!(said.contains("web-a serves, again; the clone was discarded"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    // Nor is anything there of what it had begun.
+    stage.ends_with(1, &["partition", "exec", "web-a", "--", "cat", "/data/half"]);
+    nothing_to_do(&stage);
+    nothing_left(&stage, &before);
+
+    stage.configure(&Settings { more: HANGS, ..settings() });
+    stage.ok(&["service", "add", SERVICE]);
+    let id = stage.says("v3");
+    let said = stage.ends_with(22, &["apply", SERVICE, "--patch", &id]);
+    assert!(said.contains("finish failed in web-a: it did not end in its time"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    nothing_left(&stage, &before);
+    writers.stop_unnoticed(&stage);
+    stage.configure(&settings());
+    stage.finish();
+}
+
+/// What clients do does not end in time.
+const HANGS: &str = "strategy = \"quiesce\"\n\
+    [service.quiesce]\nfinish = \"sleep 1000\"\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"2s\"\n\
+    [[service.probe]]\nkind = \"tcp\"\nport = 6379\n";
+
+/// After clients have written: the disk goes back as it is.
+#[test]
+fn what_was_written_at_the_new_side_comes_back() {
+    let stage = Stage::new(&Settings { observe: "30s", ..settings() });
+    let before = Snapshot::take().unwrap();
+    let writers = Writers::start(&stage);
+    let id = stage.patch(
+        "dies-later",
+        "echo v2 > /etc/says; cat /usr/bin/db > /usr/bin/db.well; chmod 755 /usr/bin/db.well; cat > /usr/bin/db <<'END'\n\
+         #!/bin/sh\n\
+         /usr/bin/db.well \"$1\" || exit 1\n\
+         if [ \"$1\" = start ] && [ -e /run/begun ]; then (sleep 3; kill -9 $(cat /run/redis.pid)) >/run/said 2>&1 & fi\n\
+         touch /run/begun\nEND",
+    );
+    let apply = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
+    assert_eq!(stage.who(), "v2");
+    let status = apply.wait(Duration::from_secs(120)).unwrap();
+    let said = fs::read_to_string(super::stage::path("said")).unwrap();
+    assert_eq!(status.code(), Some(22), "{said}");
+    assert!(said.contains("web-a serves again"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    drop(writers.stop(&stage));
+    nothing_left(&stage, &before);
+    nothing_to_do(&stage);
+    stage.finish();
+}
+
+/// Found when it is planned.
+#[test]
+fn a_disk_that_moves_and_a_strategy_belong_together() {
+    let stage = Stage::new(&Settings { more: "", ..settings() });
+    stage.says("v2");
+    let said = stage.ends_with(78, &["plan", SERVICE]);
+    assert!(
+        said.contains("disk data of web-a has one writer at a time") && said.contains("quiesce"),
+        "{said}"
+    );
+    stage.ends_with(78, &["apply", SERVICE]);
+    assert_eq!(stage.who(), "v1");
+    stage.finish();
+}

@@ -99,6 +99,9 @@ impl Drop for Keys {
     }
 }
 
+/// The first number, and what is done with each that was acknowledged.
+pub type Noting = (i64, Box<dyn FnMut(i64) + Send>);
+
 /// Adds numbers to a sorted set, one after the other, until it is told to end.
 #[derive(Debug)]
 pub struct Writer {
@@ -109,10 +112,22 @@ pub struct Writer {
 impl Writer {
     /// Starts in a namespace, with a connection for so many numbers.
     pub fn start(ns: &Ns, server: IpAddr, key: &'static str, each: usize) -> Self {
+        Self::start_noting(ns, server, key, each, (1, Box::new(|_| ())))
+    }
+
+    /// As well as that, from a number on, and each one that was acknowledged is noted before the next.
+    pub fn start_noting(
+        ns: &Ns,
+        server: IpAddr,
+        key: &'static str,
+        each: usize,
+        (first, note): Noting,
+    ) -> Self {
         let (ns, ending) = (ns.clone(), Arc::<AtomicBool>::default());
         let end = Arc::clone(&ending);
         let server = SocketAddr::new(server, PORT);
-        let thread = std::thread::spawn(move || ns.enter(|| Ok(write(server, key, each, &end))));
+        let thread =
+            std::thread::spawn(move || ns.enter(|| Ok(write(server, (key, each), (first, note), &end))));
         Self { ending, thread }
     }
 
@@ -126,8 +141,13 @@ impl Writer {
     }
 }
 
-fn write(server: SocketAddr, key: &str, each: usize, ending: &AtomicBool) -> Written {
-    let (mut written, mut last, mut number) = (Written::default(), Instant::now(), 0);
+fn write(
+    server: SocketAddr,
+    (key, each): (&str, usize),
+    (first, mut note): Noting,
+    ending: &AtomicBool,
+) -> Written {
+    let (mut written, mut last, mut number) = (Written::default(), Instant::now(), first - 1);
     while !ending.load(Ordering::Relaxed) {
         let stream = match TcpStream::connect_timeout(&server, PATIENCE) {
             Ok(stream) => stream,
@@ -145,6 +165,7 @@ fn write(server: SocketAddr, key: &str, each: usize, ending: &AtomicBool) -> Wri
                 break;
             }
             written.acknowledged.push(number);
+            note(number);
             written.longest = written.longest.max(last.elapsed());
             last = Instant::now();
             if ending.load(Ordering::Relaxed) {

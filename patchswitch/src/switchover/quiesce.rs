@@ -27,7 +27,7 @@ use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
 use crate::store::JobId;
-use crate::verify::{CommandEnd, Reach, Target, round};
+use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
 /// How much longer flows may wait than the deed may take: what comes after it is done by then.
 const MARGIN: Duration = Duration::from_secs(2);
@@ -268,7 +268,7 @@ fn run(job: &Context<'_>, machine: &Machine, command: &str, limit: Duration) -> 
     }
 }
 
-fn not_done(ended: Result<CommandEnd, crate::verify::CannotTell>) -> Option<String> {
+fn not_done(ended: Result<CommandEnd, CannotTell>) -> Option<String> {
     match ended {
         Ok(CommandEnd::Exited(0, _)) => None,
         Ok(CommandEnd::Exited(code, said)) => {
@@ -281,6 +281,7 @@ fn not_done(ended: Result<CommandEnd, crate::verify::CannotTell>) -> Option<Stri
         }
         Ok(CommandEnd::Killed(signal)) => Some(format!("signal {signal}")),
         Ok(CommandEnd::TimedOut) => Some("it did not end in its time".to_owned()),
+        Err(CannotTell::Inside(error)) => Some(chain(error.as_ref())),
         Err(error) => Some(chain(&error)),
     }
 }

@@ -1,6 +1,8 @@
 //! A partition whose service has one writer: Redis, with a file that it writes each change to before it answers.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
@@ -11,7 +13,7 @@ use patchswitch_tests::redis::{PORT, Writer};
 use patchswitch_tests::written::Written;
 
 use super::client;
-use super::stage::{Settings, Stage, job_root};
+use super::stage::{Settings, Stage, job_root, path};
 use crate::partition::put_programs;
 
 /// Begins and ends the server. Its directory is the disk that moves.
@@ -120,6 +122,34 @@ impl Writers {
             assert_eq!(written.refused, Vec::<String>::new());
             assert!(written.acknowledged.len() > 20, "{written}");
         }
+    }
+}
+
+/// A writer that notes durably what was acknowledged to it, for who comes after a power cut.
+pub(super) struct Noted;
+
+impl Noted {
+    /// Writes until the machine is cut off.
+    pub(super) fn begin(stage: &Stage) {
+        let mut file = fs::File::options().create(true).append(true).open(path("noted")).unwrap();
+        let first = rows(stage, "noted").last().copied().unwrap_or(0) + 1;
+        let service = SERVICE[0].parse().unwrap();
+        let note = move |number: i64| {
+            writeln!(file, "{number}").and_then(|()| file.sync_data()).unwrap();
+        };
+        drop(Writer::start_noting(&stage.client, service, "noted", 10, (first, Box::new(note))));
+    }
+
+    /// All that is noted is there.
+    #[track_caller]
+    pub(super) fn check(stage: &Stage) {
+        let noted = fs::read_to_string(path("noted")).unwrap();
+        let there: BTreeSet<i64> = rows(stage, "noted").into_iter().collect();
+        // The last line may be half of one.
+        let noted: Vec<i64> =
+            noted.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.parse().ok()).collect();
+        println!("{} noted, {} there", noted.len(), there.len());
+        assert!(noted.len() > 10 && noted.iter().all(|number| there.contains(number)), "{noted:?} {there:?}");
     }
 }
 

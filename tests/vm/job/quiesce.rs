@@ -1,12 +1,15 @@
 //! A service with one writer goes over with its disk, while new connections wait: none is refused, and all that was
 //! acknowledged is there, whatever happens.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
+use patchswitch_tests::vm;
+use rustix::process::Signal;
 
-use super::keeper::{Writers, nothing_left, settings};
+use super::keeper::{Noted, Writers, nothing_left, settings};
 use super::mend::nothing_to_do;
 use super::stage::{SERVICE, Settings, Stage};
 
@@ -41,7 +44,6 @@ fn a_single_writer_goes_over_with_its_disk() {
     nothing_to_do(&stage);
     std::thread::sleep(Duration::from_secs(1));
     writers.stop_unnoticed(&stage);
-    nothing_left(&stage, &before);
     stage.finish();
 }
 
@@ -72,7 +74,10 @@ fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
     stage.ok(&["service", "add", SERVICE]);
     let id = stage.says("v3");
     let said = stage.ends_with(22, &["apply", SERVICE, "--patch", &id]);
-    assert!(said.contains("finish failed in web-a: it did not end in its time"), "{said}");
+    assert!(
+        said.contains("finish failed in web-a: the command") && said.contains("did not end within"),
+        "{said}"
+    );
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     nothing_left(&stage, &before);
     writers.stop_unnoticed(&stage);
@@ -110,6 +115,88 @@ fn what_was_written_at_the_new_side_comes_back() {
     nothing_left(&stage, &before);
     nothing_to_do(&stage);
     stage.finish();
+}
+
+/// Whoever comes next goes on from what is written down: either the one or the other has the disk, and serves.
+#[test]
+fn a_move_that_is_killed_is_put_right() {
+    let stage = Stage::new(&Settings { more: SHORT, observe: "0s", ..settings() });
+    stage.says("v2");
+    let writers = Writers::start(&stage);
+    let mut seen = BTreeSet::new();
+    for delay in [0, 400, 800, 1200, 1600] {
+        let mut said = killed(&stage, (&["apply", SERVICE], "take_over"), delay);
+        seen.insert(stage.who());
+        if stage.who() == "v2" {
+            said += &killed(&stage, (&["rollback", SERVICE], "give_back"), delay);
+            seen.insert(format!("back at {}", stage.who()));
+        }
+        if stage.who() == "v2" {
+            stage.ok(&["rollback", SERVICE]);
+        }
+        assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"), "{said}");
+        nothing_to_do(&stage);
+    }
+    println!("{seen:?}");
+    assert!(seen.contains("v1") && seen.contains("v2"), "{seen:?}");
+    writers.stop_unnoticed(&stage);
+    stage.finish();
+}
+
+/// A command that is killed so long after the beginning of a phase, and what `up` says of it.
+#[track_caller]
+fn killed(stage: &Stage, (arguments, phase): (&[&str], &str), delay: u64) -> String {
+    let job = stage.start_until(arguments, phase);
+    std::thread::sleep(Duration::from_millis(delay));
+    job.signal(Signal::KILL).unwrap();
+    // It may have come to its end.
+    let _ = job.wait(Duration::from_secs(10)).unwrap();
+    let said = stage.ok(&["up"]);
+    println!("{delay} ms after {phase}: {said}");
+    said
+}
+
+/// Flows wait for less than a test can.
+const SHORT: &str = "strategy = \"quiesce\"\n\
+    [service.quiesce]\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"6s\"\n\
+    [[service.probe]]\nkind = \"tcp\"\nport = 6379\n";
+
+/// What was acknowledged is there after a power cut, whoever serves then.
+#[test]
+fn nothing_acknowledged_is_lost_by_a_power_cut() {
+    let cut = |stage: &Stage, delay: u64, next: &str| {
+        Noted::begin(stage);
+        let _apply = stage.start_until(&["apply", SERVICE], "take_over");
+        std::thread::sleep(Duration::from_millis(delay));
+        vm::reset(next).unwrap();
+    };
+    match vm::phase().as_str() {
+        "" => {
+            let stage = Stage::new(&settings());
+            stage.says("v2");
+            cut(&stage, 200, "while the old one ends");
+        }
+        "while the old one ends" => cut(&again(), 1000, "while the disk moves"),
+        "while the disk moves" => cut(&again(), 1600, "while the new one begins"),
+        "while the new one begins" => cut(&again(), 4000, "after the switch"),
+        "after the switch" => again().finish(),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+/// The machine again, with the first partition.
+#[track_caller]
+fn again() -> Stage {
+    let stage = Stage::after_reset();
+    println!("{}", stage.ok(&["up"]));
+    Noted::check(&stage);
+    if stage.active() == "web-b" {
+        stage.ok(&["rollback", SERVICE]);
+        Noted::check(&stage);
+    }
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    nothing_to_do(&stage);
+    stage
 }
 
 /// Found when it is planned.

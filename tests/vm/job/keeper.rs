@@ -171,5 +171,7 @@ fn rows(stage: &Stage, key: &str) -> Vec<i64> {
         "0",
         "-1",
     ];
-    stage.ok(&ask).lines().map(|line| line.trim().parse().unwrap()).collect()
+    let said = stage.ok(&ask);
+    // Of none there is an empty line.
+    said.lines().map(str::trim).filter(|line| !line.is_empty()).map(|line| line.parse().unwrap()).collect()
 }

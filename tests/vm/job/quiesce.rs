@@ -156,9 +156,9 @@ fn killed(stage: &Stage, (arguments, phase): (&[&str], &str), delay: u64) -> Str
     said
 }
 
-/// Flows wait for less than a test can.
+/// Flows wait for less than a test can; and a command that is left to itself still has something to do.
 const SHORT: &str = "strategy = \"quiesce\"\n\
-    [service.quiesce]\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"6s\"\n\
+    [service.quiesce]\nfinish = \"sleep 0.2\"\nstop = \"sleep 0.2; /usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"6s\"\n\
     [[service.probe]]\nkind = \"tcp\"\nport = 6379\n";
 
 /// What was acknowledged is there after a power cut, whoever serves then.

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use serde::Deserialize;
 
 use self::gather::gather;
-use self::scratch::Scratch;
+use self::scratch::{Orphan, Scratch};
 use super::cgroup::CgroupError;
 use super::mountns::Inside;
 use super::programs::{Program, ProgramError, Run};
@@ -270,25 +270,31 @@ impl Runtime {
         Ok(Executed { code, stdout, stderr })
     }
 
-    /// Waits until no call of this runtime is under way but `exec`: one that a killed command has left goes on alone, and
-    /// makes or takes away a partition behind the next command's back.
+    /// Waits until no call of this runtime is under way that a killed command has left: it goes on alone, and makes or takes
+    /// away a partition, or does something in one, behind the next command's back. An `exec` for which somebody waits is left
+    /// alone; one of which nobody knows any more is killed at the end of this time.
     ///
     /// # Errors
-    /// [`RuntimeError::Io`] if one is still at it at the end of this time.
+    /// [`RuntimeError::Io`] if another one is still at it then.
     pub fn settle(&self, limit: Duration) -> Result<(), RuntimeError> {
         let end = Instant::now() + limit;
-        while let Some(process) = self.under_way()? {
+        while let Some((process, orphan)) = self.under_way()? {
             if Instant::now() >= end {
-                return Err(error("wait for", &process)(io::Error::from(io::ErrorKind::TimedOut)));
+                let Some(orphan) = orphan else {
+                    return Err(error("wait for", &process)(io::Error::from(io::ErrorKind::TimedOut)));
+                };
+                tracing::warn!("a command that nobody waits for any more is killed in {}", orphan.partition);
+                orphan.kill()?;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+        scratch::sweep(&self.root);
         Ok(())
     }
 
     /// A process that is a call of this runtime, by its arguments: a partition's own processes have others by the time
     /// that they run, and cannot be told from outside before.
-    fn under_way(&self) -> Result<Option<PathBuf>, RuntimeError> {
+    fn under_way(&self) -> Result<Option<(PathBuf, Option<Orphan>)>, RuntimeError> {
         let proc = Path::new("/proc");
         let root = self.root.as_os_str().as_encoded_bytes();
         for entry in fs::read_dir(proc).map_err(error("read", proc))? {
@@ -297,11 +303,13 @@ impl Runtime {
             let Ok(arguments) = fs::read(process.join("cmdline")) else { continue };
             let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
             let ours = arguments.next() == Some(b"--root") && arguments.next() == Some(root);
-            let verb = arguments.find(|word| [&b"create"[..], b"start", b"kill", b"delete"].contains(word));
+            let verbs = [&b"create"[..], b"start", b"kill", b"delete", b"exec"];
+            let Some(verb) = arguments.find(|word| ours && verbs.contains(word)) else { continue };
             // The init of a partition that was created looks the same until it is started.
             let waits = fs::read_link(process.join("ns/pid")).ok() != fs::read_link("/proc/self/ns/pid").ok();
-            if ours && verb.is_some() && !waits {
-                return Ok(Some(process));
+            let orphan = if verb == b"exec" { Orphan::of(&self.root, arguments) } else { None };
+            if !waits && (verb != b"exec" || orphan.is_some()) {
+                return Ok(Some((process, orphan)));
             }
         }
         Ok(None)

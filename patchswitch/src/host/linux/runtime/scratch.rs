@@ -1,9 +1,11 @@
 //! What a command in a partition needs beside the partition.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
+
+use rustix::fs::FlockOperation;
 
 use super::super::cgroup::Cgroup;
 use super::{RuntimeError, error};
@@ -21,6 +23,65 @@ pub(super) struct Scratch {
     pub(super) log: PathBuf,
     /// What the command runs in.
     pub(super) cgroup: Cgroup,
+    /// Locked as long as somebody waits for the command.
+    _lock: File,
+}
+
+/// Where the directories of all commands are. Beside the runtime's directory: in it, one would be taken for a partition.
+fn parent(root: &Path) -> PathBuf {
+    root.with_extension("exec")
+}
+
+/// A command that goes on although who waited for it was killed.
+#[derive(Debug)]
+pub(super) struct Orphan {
+    /// Of the partition in which it runs.
+    pub(super) partition: String,
+    /// Its control group there.
+    pub(super) cgroup: String,
+}
+
+impl Orphan {
+    /// Reads it from the arguments of an `exec` of ours, from the verb on; nothing if somebody waits for it.
+    pub(super) fn of<'a>(root: &Path, arguments: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
+        let mut words = arguments.skip_while(|word| *word != b"--cgroup").skip(1);
+        let mut word = || Some(std::str::from_utf8(words.next()?).ok()?.to_owned());
+        let (cgroup, partition) = (word()?, word()?);
+        let dir = parent(root).join(cgroup.strip_prefix(EXEC_CGROUP)?);
+        is_free(&dir).then_some(Self { partition, cgroup })
+    }
+
+    /// Kills it with all that it has started.
+    pub(super) fn kill(&self) -> Result<(), RuntimeError> {
+        let partition = Cgroup::new(&format!("{}/{}", names::CGROUP_ROOT, self.partition))?;
+        Ok(partition.child(&self.cgroup).kill_all(KILL_LIMIT)?)
+    }
+}
+
+/// Whether nobody holds a directory's lock; one that is not there is nobody's.
+fn is_free(dir: &Path) -> bool {
+    match File::open(dir) {
+        Ok(file) => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok(),
+        Err(_) => true,
+    }
+}
+
+/// Removes the directories of commands for which nobody waits any more.
+pub(super) fn sweep(root: &Path) {
+    let parent = parent(root);
+    let Ok(entries) = fs::read_dir(&parent) else { return };
+    let Ok(_making) = making(&parent) else { return };
+    for dir in entries.flatten().map(|entry| entry.path()).filter(|dir| is_free(dir)) {
+        let _ = fs::remove_dir_all(dir);
+    }
+    let _ = fs::remove_dir(&parent);
+}
+
+/// Held while a directory is made and not locked yet.
+fn making(parent: &Path) -> std::io::Result<File> {
+    let file = File::open(parent)?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
 }
 
 impl Scratch {
@@ -33,10 +94,8 @@ impl Scratch {
         let id = crate::control::random_id()
             .map_err(error("make an identifier for a command in", Path::new(name)))?;
         let cgroup = partition.child(&format!("{EXEC_CGROUP}{id}"));
-        // Beside the runtime's directory: in it, a directory would be taken for a partition.
-        let dir = root.with_extension("exec").join(id);
-        fs::create_dir_all(&dir).map_err(error("make", &dir))?;
-        let scratch = Self { log: dir.join("log"), dir, cgroup };
+        let (dir, lock) = make(&parent(root), &id)?;
+        let scratch = Self { log: dir.join("log"), dir, cgroup, _lock: lock };
         scratch.cgroup.make()?;
         Ok(scratch)
     }
@@ -46,6 +105,25 @@ impl Scratch {
         let failed = error("kill a command of", &self.dir);
         child.kill().and_then(|()| child.wait()).map_err(failed)?;
         Ok(self.cgroup.kill_all(KILL_LIMIT)?)
+    }
+}
+
+/// Makes a directory, and locks it. The last one that goes may take away where it is to be.
+fn make(parent: &Path, id: &str) -> Result<(PathBuf, File), RuntimeError> {
+    let dir = parent.join(id);
+    loop {
+        fs::create_dir_all(parent).map_err(error("make", parent))?;
+        let made = making(parent).and_then(|_making| {
+            fs::create_dir(&dir)?;
+            let lock = File::open(&dir)?;
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(lock)
+        });
+        match made {
+            Ok(lock) => return Ok((dir, lock)),
+            Err(source) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(error("make", &dir)(source)),
+        }
     }
 }
 

@@ -124,7 +124,7 @@ fn a_move_that_is_killed_is_put_right() {
     stage.says("v2");
     let writers = Writers::start(&stage);
     let mut seen = BTreeSet::new();
-    for delay in [0, 400, 800, 1200, 1600] {
+    for delay in [300, 1300, 1900, 2500] {
         let mut said = killed(&stage, (&["apply", SERVICE], "take_over"), delay);
         seen.insert(stage.who());
         if stage.who() == "v2" {

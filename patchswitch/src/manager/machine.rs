@@ -15,7 +15,7 @@ use crate::storage::StorageError;
 use crate::storage::disk::{self, Backing};
 use crate::storage::merge;
 use crate::storage::snapshot::{self, CloneOf};
-use crate::store::{self, State};
+use crate::store::{self, Role, State};
 
 /// How long a stopped partition's devices may take to be closed.
 pub(crate) const CLOSE: Duration = Duration::from_secs(10);
@@ -133,8 +133,8 @@ impl Manager {
             // Written past its clone, the disk would silently change the clone as well.
             match snapshot::reopen(dm, &over) {
                 Ok(_) => return Ok(dm.node(&plain.name)?),
-                // There is nothing left that could be changed, and the disk itself is whole.
-                Err(error @ (StorageError::CloneLost { .. } | StorageError::CowEmpty { .. })) => {
+                // There is nothing left that could be changed, and the disk of who serves is whole.
+                Err(error) if machine.row.role == Role::Active && snapshot::are_spent(&over)? => {
                     tracing::warn!("{}", super::chain(&error));
                 }
                 Err(error) => return Err(error.into()),
@@ -312,7 +312,7 @@ impl Manager {
 }
 
 /// A disk as device-mapper has it when it is no clone.
-fn plain(partition: &Name, disk: &MachineDisk) -> disk::Disk {
+pub(super) fn plain(partition: &Name, disk: &MachineDisk) -> disk::Disk {
     let name = names::dm_disk(partition, &disk.name);
     disk::Disk { name, backing: disk.backing.clone(), sectors: disk.sectors }
 }

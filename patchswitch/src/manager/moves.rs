@@ -17,7 +17,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::machine::{CLOSE, mount_point};
+use super::machine::{CLOSE, mount_point, plain};
 use super::{Machine, MachineDisk, Manager, ManagerError};
 use crate::host::linux::block::DeviceNumber;
 use crate::names::{self, Name};
@@ -74,7 +74,13 @@ impl Manager {
         };
         let (dm, mounts) = (Self::dm()?, Self::mounts()?);
         for (spec, disk) in machine.moving() {
-            let device = self.open_disk(&dm, machine, disk)?;
+            let plain = plain(machine.name(), disk);
+            // One that is there is the partition's, whatever has become of a clone of it.
+            let is_there = disk.clone.is_none() && dm.info(&plain.name)?.is_some_and(|info| info.live);
+            let device = match is_there {
+                true => disk::activate(&dm, &plain)?.path,
+                false => self.open_disk(&dm, machine, disk)?,
+            };
             let at = mount_point(machine, &spec.mount);
             let tree =
                 mounts.run(|inside| inside.mount(&device, &at, false).and_then(|_| inside.tree(&at)))??;
@@ -115,7 +121,10 @@ impl Manager {
         }
         for clone in &back {
             // What it had kept is of a disk that goes on without it.
-            snapshot::free_cow(&clone.cow)?;
+            if let Err(error) = snapshot::free_cow(&clone.cow) {
+                // Whoever discards the clone does it.
+                tracing::warn!("{}", super::chain(&error));
+            }
         }
         Ok((self.machine(from.name())?, self.machine(to.name())?))
     }
@@ -195,7 +204,7 @@ fn kept_by(from: &Machine, to: &Machine) -> Vec<CloneOf> {
         origin: disk.backing.clone(),
         cow: store.backing.clone(),
         sectors: disk.sectors,
-        watched: true,
+        watched: false,
     };
     from.moving().zip(to.moving()).map(one).collect()
 }

@@ -57,6 +57,16 @@ impl Manager {
     /// settings are brought back if it fails all the same.
     async fn change_service(&mut self, old: &Service, new: &Service) -> Result<Vec<String>, ManagerError> {
         let name = &new.name;
+        let kind = |service: &Service| matches!(service.strategy, Strategy::Quiesce(_));
+        if kind(old) != kind(new)
+            && let Some(other) = self.other(name)?
+        {
+            return Err(ManagerError::refused(format!(
+                "service {name} still has {}, so its strategy stays as it is; nothing was changed; `patchswitch commit \
+                 {name}` or `patchswitch rollback {name}` first",
+                other.name()
+            )));
+        }
         let spec = spec(new);
         let attached_otherwise = match Record::load(name) {
             Err(RecordError::Unknown(_)) => false,
@@ -114,7 +124,7 @@ impl Manager {
         let mut mended = Vec::new();
         if let Some(mut attachment) = attachment {
             mended.extend(renewed(&mut attachment, &machine).await?);
-            let Some(reason) = self.outdated(&attachment, service).await? else {
+            let Some(reason) = self.outdated(&attachment, service, &machine).await? else {
                 mended.extend(attachment.reassert().await?);
                 // Last: if it is, all else is well, and whoever goes back to other settings need not take it back.
                 if attachment.set_datagrams(service.udp_idle, &service.datagrams)? {
@@ -150,9 +160,13 @@ impl Manager {
         &self,
         attachment: &Attachment,
         service: &Service,
+        machine: &Machine,
     ) -> Result<Option<&'static str>, ManagerError> {
         if !attachment.record().ready {
             return Ok(Some("its partition could not get a new link"));
+        }
+        if slot_of(attachment, machine) != Some(attachment.plane().word().active()) {
+            return Ok(Some("another partition has its disk"));
         }
         if !attachment.record().is_of(&spec(service)) && self.other(&service.name)?.is_none() {
             return Ok(Some("its addresses or uplinks have changed"));

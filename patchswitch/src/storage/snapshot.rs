@@ -383,6 +383,20 @@ fn reopen_one(dm: &Dm, of: &CloneOf) -> Result<Cloned, StorageError> {
     cloned(dm, &of.clone)
 }
 
+/// Whether there is no clone in these stores any more: they are free, or were too small.
+///
+/// # Errors
+/// [`StorageError`] if that cannot be told.
+pub fn are_spent(clones: &[CloneOf]) -> Result<bool, StorageError> {
+    for of in clones {
+        let cow = of.cow.attach()?;
+        if cow::header(cow.device())? == Header::Valid {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Clones disks whose devices are not there, such as those that are about to go from one partition to another: nobody
 /// writes, so nothing has to stand still. Disks and clones can be mounted then.
 ///

@@ -77,7 +77,7 @@ impl Plan {
 }
 
 /// Largest disk into largest store: the assignment that `covers` has promised to work.
-fn clones(active: &Machine, standby: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
+pub(super) fn clones(active: &Machine, standby: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
     let mut stores: Vec<_> = standby.disks.iter().collect();
     stores.sort_by_key(|disk| std::cmp::Reverse(disk.sectors));
     let mut disks: Vec<_> = active.disks.iter().collect();

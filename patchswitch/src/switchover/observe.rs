@@ -83,7 +83,7 @@ impl TakenOver {
                 job.report.outcome = "give_back_failed".to_owned();
                 let serving = undo::serving(job).unwrap_or(new);
                 // Once the old side serves again, all that is left is to take the clone away.
-                job.unfinished = serving == old;
+                job.unfinished |= serving == old;
                 let next = if job.unfinished { "; `patchswitch up` goes on with it" } else { "" };
                 let lost = Serves::of(job, &standby).lost().filter(|_| serving == *standby.name());
                 let serves = match lost {
@@ -131,7 +131,10 @@ impl TakenOver {
         let (to, from) = (&self.clone.active, &self.clone.standby);
         if let Some(how) = quiesce::commands(&job.service).cloned() {
             let handing = Handing { phase, from, to, slot, patched };
-            let (.., waited) = quiesce::hand_over(job, &how, handing).await?;
+            let handed = quiesce::hand_over(job, &how, handing).await;
+            // Who has the disk is to serve, and perhaps does not.
+            job.unfinished = handed.as_ref().is_err_and(|failure| failure.code == ExitCode::GiveBackFailed);
+            let (.., waited) = handed?;
             job.report.waited_back = Some(waited);
             return Ok(None);
         }

@@ -3,11 +3,12 @@
 use serde::Serialize;
 use serde_json::json;
 
+use super::clone::clones;
 use crate::attachment::View;
 use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
-use crate::names::Name;
+use crate::names::{self, Name};
 use crate::partition::resources::find_standby;
 use crate::patch::table;
 use crate::storage::cow;
@@ -68,6 +69,7 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
     check_disks(&settings, &active)?;
     let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
+    check_stores(&active, &standby)?;
     // What would be refused in the end. A service that is not attached is attached first.
     if let Ok(view) = View::open(service) {
         view.check_switch()?;
@@ -93,6 +95,25 @@ fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> 
         _ => return Ok(()),
     };
     Err(ManagerError::Refused { message, code: ExitCode::Config })
+}
+
+/// What the old partition keeps of a disk that goes over must not run full: it is the way back.
+fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError> {
+    let names: Vec<String> =
+        active.moving().map(|(_, disk)| names::dm_disk(active.name(), &disk.name)).collect();
+    let clones = clones(active, standby)?;
+    let Some(small) = clones.iter().find(|clone| clone.watched && names.contains(&clone.active)) else {
+        return Ok(());
+    };
+    Err(ManagerError::Refused {
+        message: format!(
+            "the store of partition {} for {} can fill up, which a disk that moves must not; define a standby without \
+             --store",
+            standby.name(),
+            small.active
+        ),
+        code: ExitCode::Config,
+    })
 }
 
 fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<Patch>, ManagerError> {

@@ -33,7 +33,7 @@ use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 const MARGIN: Duration = Duration::from_secs(2);
 /// How long a connection may take to end whose server has ended.
 const MOMENT: Duration = Duration::from_secs(1);
-/// What is put back may take so long, whatever is left of the time.
+/// What is put back may take at least so long, whatever is left of the time.
 const PUT_BACK: Duration = Duration::from_secs(30);
 
 /// How long new flows waited, and for what. Times are in milliseconds.
@@ -95,13 +95,15 @@ pub(super) async fn hand_over(
     match deed.run(job) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
-            waited.flows = job.attachment.release(hold).await.map_err(at(phase))?;
+            // The switch is made, whatever becomes of this.
+            let released = job.attachment.release(hold).await.map_err(at(phase));
             if let Some(patched) = patched {
                 super::turn::applied(job.manager, patched, to.is_clone())
                     .map_err(|error| at(phase)(ManagerError::from(error)))?;
             }
             let attachment = &job.attachment;
             let _ = job.watching.get_or_insert_with(|| attachment.watch_neighbours(ANNOUNCE_EVERY));
+            waited.flows = released?;
             Ok((old, new, waited))
         }
         Err(failure) => {
@@ -145,10 +147,14 @@ impl Deed<'_> {
         let begun = Instant::now();
         // One that has died has nothing to end, and gives its disk away all the same.
         if job.manager.is_running(from).map_err(at(phase))? {
-            if let Some(finish) = &self.how.finish {
-                self.command(job, from, "finish", finish)?;
+            match self.end(job, from) {
+                // What is given back is to be discarded, and gives its disk away whether it can still end or not.
+                Err(failure) if phase == Phase::GiveBack => {
+                    tracing::warn!("{}; the partition is stopped", failure.reason);
+                    job.manager.stop(from).map_err(at(phase))?;
+                }
+                ended => ended?,
             }
-            self.command(job, from, "stop", &self.how.stop)?;
         }
         let stopped = Instant::now();
         job.manager.take_disks(from).map_err(at(phase))?;
@@ -167,6 +173,14 @@ impl Deed<'_> {
         Ok((old, new))
     }
 
+    /// What clients do, and the server.
+    fn end(&self, job: &Context<'_>, from: &Machine) -> Result<(), Failure> {
+        if let Some(finish) = &self.how.finish {
+            self.command(job, from, "finish", finish)?;
+        }
+        self.command(job, from, "stop", &self.how.stop)
+    }
+
     /// Whoever had the service gets it again: with its disk as it was when it ended, if it had given that away for the first time.
     fn undo(&mut self, job: &mut Context<'_>) -> Result<(), Failure> {
         let Handing { phase, from, .. } = self.handing;
@@ -179,7 +193,8 @@ impl Deed<'_> {
                     tracing::warn!(partition = %new.name(), "failed to stop the server again: {why}");
                 }
                 job.manager.take_disks(&new).map_err(at(phase))?;
-                let keeps = old.moving().any(|(_, disk)| disk.clone.is_some());
+                // When the time is over clients may have written to the new side: what they wrote is not given up.
+                let keeps = old.moving().any(|(_, disk)| disk.clone.is_some()) && !self.hold.left().is_zero();
                 let again = match keeps {
                     true => job.manager.give_up(&service, &old),
                     false => job.manager.move_disks(&service, &new, &old).map(|(_, old)| old),
@@ -188,7 +203,8 @@ impl Deed<'_> {
             }
         };
         job.manager.give_disks(&from).map_err(at(phase))?;
-        run(job, &from, &self.how.start, PUT_BACK).map_err(|why| failed(phase, &from, "start", why))
+        run(job, &from, &self.how.start, PUT_BACK.max(self.how.hold))
+            .map_err(|why| failed(phase, &from, "start", why))
     }
 
     fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: &str) -> Result<(), Failure> {
@@ -246,7 +262,7 @@ pub(crate) async fn reunite(
     }
     if manager.is_running(&serving)? {
         manager.give_disks(&serving)?;
-        let ended = inside(manager, &serving)(&how.start, PUT_BACK);
+        let ended = inside(manager, &serving)(&how.start, PUT_BACK.max(how.hold));
         if let Some(why) = not_done(ended) {
             let name = serving.name();
             return Err(ManagerError::refused(format!("the start command failed in {name}: {why}")));

@@ -44,9 +44,14 @@ pub async fn rollback(
         Err(failure) => {
             job.report.outcome = "failed".to_owned();
             let code = failure.code;
-            let next =
-                if job.unfinished { " again; `patchswitch up` takes the patched one away" } else { "" };
-            Err(undo::error(failure, format!("{serving} serves{next}"), serving, code))
+            let now = match (job.unfinished, commands(&job.service)) {
+                (true, Some(_)) if code == ExitCode::GiveBackFailed => {
+                    "perhaps nobody serves; `patchswitch up` goes on with it".to_owned()
+                }
+                (true, _) => format!("{serving} serves again; `patchswitch up` takes the patched one away"),
+                (false, _) => format!("{serving} serves"),
+            };
+            Err(undo::error(failure, now, serving, code))
         }
     }
 }
@@ -87,7 +92,9 @@ async fn reverse(
     };
     if let Some(how) = commands(&job.service).cloned() {
         if let Err(failure) = hand_back(job, &how, (&new, &old), slot, patched).await {
-            if job.attachment.plane().word().active() != slot {
+            job.unfinished =
+                job.attachment.plane().word().active() == slot || failure.code == ExitCode::GiveBackFailed;
+            if !job.unfinished {
                 put_down(job, &old, slot).await;
             }
             return Err(failure);

@@ -51,21 +51,31 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
         // The store was made before something that belongs to it failed.
         return serving_anyway(job, failure);
     }
+    let quiesces = commands(&job.service).is_some();
+    if quiesces && failure.code == ExitCode::GiveBackFailed {
+        // Whoever has the disk is to serve, and perhaps nobody does.
+        job.unfinished = true;
+        job.report.outcome = "failed".to_owned();
+        let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
+        let now = "perhaps nobody serves; `patchswitch up` goes on with it".to_owned();
+        let code = failure.code;
+        return error(failure, now, serving, code);
+    }
+    // New flows waited, and its server was stopped for them.
+    let again = quiesces && job.report.at_switch.is_some();
+    let how = if again { "again" } else { "it was not touched" };
     let undone = discard(job).await;
     let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
     job.report.outcome = "failed".to_owned();
     match undone {
         Ok(()) => {
             let code = failure.code;
-            // New flows waited, and its server was stopped for them.
-            let again = commands(&job.service).is_some() && job.report.at_switch.is_some();
-            let how = if again { "again" } else { "it was not touched" };
             error(failure, format!("{serving} serves, {how}; the clone was discarded"), serving, code)
         }
         Err(second) => {
             job.unfinished = true;
             let now = format!(
-                "{serving} serves, it was not touched; the clone could not be discarded: {}; `patchswitch up` tries \
+                "{serving} serves, {how}; the clone could not be discarded: {}; `patchswitch up` tries \
                  again",
                 chain(&second)
             );

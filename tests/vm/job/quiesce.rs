@@ -32,6 +32,14 @@ fn a_single_writer_goes_over_with_its_disk() {
     // What moves is not lost, and not counted.
     assert_eq!(report["lost_by_switch"]["files"], 0, "{report}");
     nothing_to_do(&stage);
+    // Whoever goes back has to know how.
+    stage.configure(&Settings { more: "", ..settings() });
+    let said = stage.ends_with(1, &["service", "add", SERVICE]);
+    assert!(
+        said.contains("its strategy stays as it is") && said.contains("patchswitch rollback web"),
+        "{said}"
+    );
+    stage.configure(&settings());
     std::thread::sleep(Duration::from_secs(1));
 
     stage.ok(&["rollback", SERVICE]);
@@ -90,7 +98,7 @@ const HANGS: &str = "strategy = \"quiesce\"\n\
     [service.quiesce]\nfinish = \"sleep 1000\"\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"2s\"\n\
     [[service.probe]]\nkind = \"tcp\"\nport = 6379\n";
 
-/// After clients have written: the disk goes back as it is.
+/// After clients have written: the disk goes back as it is, also from a side that cannot even end any more.
 #[test]
 fn what_was_written_at_the_new_side_comes_back() {
     let stage = Stage::new(&Settings { observe: "30s", ..settings() });
@@ -100,8 +108,9 @@ fn what_was_written_at_the_new_side_comes_back() {
         "dies-later",
         "echo v2 > /etc/says; cat /usr/bin/db > /usr/bin/db.well; chmod 755 /usr/bin/db.well; cat > /usr/bin/db <<'END'\n\
          #!/bin/sh\n\
+         if [ \"$1\" = stop ] && [ -e /run/again ]; then exit 1; fi\n\
          /usr/bin/db.well \"$1\" || exit 1\n\
-         if [ \"$1\" = start ] && [ -e /run/begun ]; then (sleep 3; kill -9 $(cat /run/redis.pid)) >/run/said 2>&1 & fi\n\
+         if [ \"$1\" = start ] && [ -e /run/begun ]; then touch /run/again; (sleep 3; kill -9 $(cat /run/redis.pid)) >/run/said 2>&1 & fi\n\
          touch /run/begun\nEND",
     );
     let apply = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
@@ -110,6 +119,7 @@ fn what_was_written_at_the_new_side_comes_back() {
     let said = fs::read_to_string(super::stage::path("said")).unwrap();
     assert_eq!(status.code(), Some(22), "{said}");
     assert!(said.contains("web-a serves again"), "{said}");
+    assert!(said.contains("stop failed in web-b: exit status 1; the partition is stopped"), "{said}");
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     drop(writers.stop(&stage));
     nothing_left(&stage, &before);
@@ -211,5 +221,11 @@ fn a_disk_that_moves_and_a_strategy_belong_together() {
     );
     stage.ends_with(78, &["apply", SERVICE]);
     assert_eq!(stage.who(), "v1");
+    stage.finish();
+
+    let stage = Stage::new(&Settings { standby: &["--size", "80M", "--store", "8M"], ..settings() });
+    stage.says("v2");
+    let said = stage.ends_with(78, &["plan", SERVICE]);
+    assert!(said.contains("can fill up, which a disk that moves must not"), "{said}");
     stage.finish();
 }

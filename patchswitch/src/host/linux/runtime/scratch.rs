@@ -61,7 +61,7 @@ impl Orphan {
 /// Whether nobody holds a directory's lock; one that is not there is nobody's.
 fn is_free(dir: &Path) -> bool {
     match File::open(dir) {
-        Ok(file) => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok(),
+        Ok(file) => rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok(),
         Err(_) => true,
     }
 }

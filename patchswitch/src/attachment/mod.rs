@@ -357,7 +357,8 @@ impl Attachment {
     }
 
     /// Gives a partition whose link or namespace is gone another one, in the slot that it has. Who is in the other slot
-    /// is not touched, nor are its flows; those of the slot itself went with the link.
+    /// is not touched, nor are its flows; those of the slot itself went with the link. As root, in the network namespace of the
+    /// uplinks, inside a tokio runtime.
     ///
     /// # Errors
     /// [`AttachError`]; from the first change on the attachment is of no use then, and counts as one whose maker was

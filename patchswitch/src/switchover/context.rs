@@ -39,7 +39,7 @@ pub enum Phase {
     Verify,
     /// Remember flows that have no socket of their own.
     Arm,
-    /// End the check of a single writer: the copy of its disk is thrown away.
+    /// End the check of a single writer: the copy of its disk is thrown away, so that its steps 1301 to 1304 can follow.
     Quiesce,
     /// Give it the new flows (710, 2201 to 2204).
     TakeOver,

@@ -1,5 +1,5 @@
 //! Programs of somebody else, written instruction by instruction so that they owe nothing to the product or to its
-//! library: each counts the packets that it meets and lets them go on.
+//! library: each counts packets that it meets and lets all of them go on.
 #![expect(unsafe_code, reason = "bpf(2) has no safe wrapper")]
 
 use std::io;
@@ -20,6 +20,19 @@ const BEFORE: u32 = 1 << 3;
 const GENERIC: u32 = 1 << 1;
 /// `XDP_FLAGS_DRV_MODE`.
 const NATIVE: u32 = 1 << 2;
+
+/// `BPF_PROG_TYPE_SCHED_CLS`.
+const TC: u32 = 3;
+/// `BPF_PROG_TYPE_XDP`.
+const XDP: u32 = 6;
+/// Counts only if `bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY)` is 1. (An error if nobody has verified a sum.)
+const TWICE_VERIFIED: [u64; 3] = [
+    // r2 = 0; call 135
+    instruction(0xb7, 0x02, 0),
+    instruction(0x85, 0, 135),
+    // if r0 != 1, jump over the four slots that count
+    instruction(0x55, 0, 1) | u64::from_ne_bytes([0, 0, 4, 0, 0, 0, 0, 0]),
+];
 
 /// Where a program is put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +77,16 @@ pub(crate) struct Counter {
 impl Counter {
     /// Puts a program of this name on the ingress of a link.
     pub(crate) fn on(ns: &Ns, link: &str, place: Place, name: &str) -> anyhow::Result<Self> {
-        let mut counter = Self::load(name, place.is_xdp())?;
+        Self::load(name, place.is_xdp())?.attached(ns, link, place)
+    }
+
+    /// Counts, before all other programs at the ingress of a link, the packets of which one sum more than the first has
+    /// been verified (`csum_level` is 1).
+    pub(crate) fn twice_verified(ns: &Ns, link: &str) -> anyhow::Result<Self> {
+        Self::with("twice_verified", TC, &TWICE_VERIFIED)?.attached(ns, link, Place::TcxFirst)
+    }
+
+    fn attached(mut self, ns: &Ns, link: &str, place: Place) -> anyhow::Result<Self> {
         let index = ns.enter(|| {
             let path = format!("/proc/thread-self/net/dev_snmp6/{link}");
             let text = std::fs::read_to_string(path)?;
@@ -73,7 +95,7 @@ impl Counter {
             index.ok_or_else(|| anyhow::anyhow!("no link {link}"))
         })?;
         let attributes = LinkCreate {
-            program: counter.program.as_raw_fd().unsigned_abs(),
+            program: self.program.as_raw_fd().unsigned_abs(),
             target: index,
             attach_type: place.attach_type(),
             flags: place.flags(),
@@ -81,30 +103,35 @@ impl Counter {
         };
         // An index belongs to a namespace.
         // SAFETY: no pointers in the attributes.
-        counter.link = Some(ns.enter(|| Ok(unsafe { bpf(LINK_CREATE, &attributes) }?))?);
-        Ok(counter)
+        self.link = Some(ns.enter(|| Ok(unsafe { bpf(LINK_CREATE, &attributes) }?))?);
+        Ok(self)
     }
 
     /// Loads a program that nothing calls yet.
     pub(crate) fn load(name: &str, xdp: bool) -> io::Result<Self> {
+        Self::with(name, if xdp { XDP } else { TC }, &[])
+    }
+
+    /// Loads a program that counts if the instructions before that do not leave it.
+    fn with(name: &str, program_type: u32, before: &[u64]) -> io::Result<Self> {
         let create = MapCreate { map_type: MAP_TYPE_ARRAY, key_size: 4, value_size: 8, max_entries: 1 };
         // SAFETY: no pointers in the attributes.
         let map = unsafe { bpf(MAP_CREATE, &create) }?;
         // "Go on": XDP_PASS, TC_ACT_UNSPEC.
-        let verdict: i32 = if xdp { 2 } else { -1 };
-        let instructions = [
+        let verdict: i32 = if program_type == XDP { 2 } else { -1 };
+        let count = [
             // r1 = address of the map's first value (BPF_PSEUDO_MAP_VALUE); two slots
             instruction(0x18, 0x21, map.as_raw_fd()),
             0,
             // r2 = 1; lock *(u64 *)r1 += r2
             instruction(0xb7, 0x02, 1),
             instruction(0xdb, 0x21, 0),
-            instruction(0xb7, 0x00, verdict),
-            instruction(0x95, 0, 0),
         ];
+        let go_on = [instruction(0xb7, 0x00, verdict), instruction(0x95, 0, 0)];
+        let instructions = [before, &count, &go_on].concat();
         let licence = c"GPL";
         let mut load = ProgLoad {
-            program_type: if xdp { 6 } else { 3 },
+            program_type,
             count: instructions.len() as u32,
             instructions: instructions.as_ptr().addr() as u64,
             licence: licence.as_ptr().addr() as u64,
@@ -146,7 +173,7 @@ impl Counter {
 }
 
 /// One instruction: code, registers (source and destination), immediate value.
-fn instruction(code: u8, registers: u8, immediate: i32) -> u64 {
+const fn instruction(code: u8, registers: u8, immediate: i32) -> u64 {
     let immediate = immediate.to_ne_bytes();
     u64::from_ne_bytes([code, registers, 0, 0, immediate[0], immediate[1], immediate[2], immediate[3]])
 }

@@ -5,17 +5,20 @@
 #![expect(unsafe_code, reason = "what a packet socket says of sums has no safe wrapper")]
 
 use std::io;
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use patchswitch_common::Slot;
+use patchswitch_load::echo;
+use patchswitch_tests::frame;
 use patchswitch_tests::netlab::{CLIENT_LINK, Ns, UPLINK};
 
 use crate::buffers::{datagrams, servers};
+use crate::foreign::Counter;
 use crate::offload::link;
-use crate::rig::Rig;
+use crate::rig::{Rig, service};
 use crate::udp::{clients, event, learn, switch};
 
 /// The port of the servers.
@@ -170,5 +173,62 @@ fn sums_that_are_verified_already_are_right_all_the_same() {
         }
     }
     assert_eq!([event(&rig, "rewritten_v4"), event(&rig, "rewritten_v6")], [6; 2]);
+    rig.finish_owned().unwrap();
+}
+
+/// What a VXLAN tunnel sends (RFC 7348): a frame in a datagram, and in the frame one more datagram, with its own sum.
+fn tunnelled(length: usize) -> Vec<u8> {
+    let mut data = MARK.to_vec();
+    data.resize(length, 0x5a);
+    let [from, to] = [[192, 0, 2, 1], [192, 0, 2, 2]].map(|address| (IpAddr::from(address), 9));
+    let inner = frame::udp(from, to, &data).frame([2, 0, 0, 0, 0, 1]);
+    [&[8, 0, 0, 0, 0, 0, 42, 0], &inner[..]].concat()
+}
+
+/// Sockets of the client, from the tunnel's port to that of the service.
+fn tunnel_ends(rig: &Rig) -> anyhow::Result<[UdpSocket; 2]> {
+    let sockets = rig.lab.client.enter(|| Ok(echo::bind(OTHER)?))?;
+    for (socket, to) in sockets.iter().zip(service()) {
+        socket.connect((to, OTHER))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    }
+    Ok(sockets)
+}
+
+/// The host has a tunnel whose port is a port of the service as well: the kernel verifies the sum of what comes to it, and
+/// that of the packet within, so that the packet says of two sums that they are right.
+#[test]
+fn sums_that_are_verified_twice_are_right_all_the_same() {
+    let rig = Rig::new("verified2").unwrap();
+    let servers = servers(&rig).unwrap();
+    rig.attach_owned(IDLE).unwrap();
+    let inner = link(&rig).unwrap();
+    for (ns, link) in [(&rig.lab.client, CLIENT_LINK), (&rig.lab.a, "eth0")] {
+        ns.run(&["ethtool", "-K", link, "tx", "off"]).unwrap();
+    }
+    joins(&rig, &inner, "on").unwrap();
+    rig.lab.host.ip(&format!("link add tunnel type vxlan external dstport {OTHER}")).unwrap();
+    rig.lab.host.ip("link set tunnel up").unwrap();
+    let sockets = tunnel_ends(&rig).unwrap();
+    learn(&rig).unwrap();
+    for (client, server) in sockets.iter().zip(&servers) {
+        exchange(client, server, &tunnelled(8)).unwrap();
+    }
+    switch(&rig, Slot::B).unwrap();
+    let twice = [UPLINK, &inner].map(|link| Counter::twice_verified(&rig.lab.host, link).unwrap());
+    let mut asked = 0;
+    for (family, (client, server)) in sockets.iter().zip(&servers).enumerate() {
+        for length in [MARK.len(), 601, 1350] {
+            let data = tunnelled(length);
+            let ask = || exchange(client, server, &data).unwrap();
+            let came = datagrams(&rig.lab.client, CLIENT_LINK, 1, ask).unwrap();
+            assert_eq!(came, [(data.clone(), true)], "family {family}, {length} bytes");
+            asked += 1;
+            assert_eq!([twice[0].count(), twice[1].count()], [asked; 2], "family {family}, {length} bytes");
+        }
+    }
+    assert_eq!([event(&rig, "rewritten_v4"), event(&rig, "rewritten_v6")], [3; 2]);
+    drop(twice);
+    rig.lab.host.ip("link del tunnel").unwrap();
     rig.finish_owned().unwrap();
 }

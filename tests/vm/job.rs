@@ -6,6 +6,7 @@
 mod background;
 mod beside;
 mod client;
+mod database;
 mod decisions;
 mod failing;
 mod good;

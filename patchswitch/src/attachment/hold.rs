@@ -53,6 +53,7 @@ pub struct Hold {
     until_ns: u64,
     queue: Queue,
     guard: HoldGuard,
+    /// When the first packet can have been held.
     begun: Instant,
 }
 
@@ -156,12 +157,16 @@ impl Attachment {
         }
         self.end_hold().await?;
         let made = self.make_hold(to, limit).await;
-        let hold = match made {
+        let mut hold = match made {
             Ok(hold) => hold,
             Err(error) => return Err(self.after(error, Self::drop_queue).await),
         };
+        let called = Instant::now();
         match self.switch_with(to, options).await {
-            Ok(_) => Ok(hold),
+            Ok(switched) => {
+                hold.begun = called + Duration::from_secs_f64(switched.prepare_us / 1e6);
+                Ok(hold)
+            }
             // Something waits already.
             Err(error) if self.plane.word().active() == to => {
                 Err(self.after(error, async |this| this.call_off(hold).await.map(drop)).await)

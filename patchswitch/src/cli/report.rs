@@ -99,9 +99,10 @@ pub(crate) fn story(report: &Value) -> String {
             |name: &str| report.pointer(&format!("/{key}/{name}")).and_then(Value::as_f64).unwrap_or(0.0);
         if report[key].is_object() {
             text += &format!(
-                "\n  new flows waited {:.0} ms for {what}: stop {:.0}, move {:.0}, start {:.0}, check {:.0}; {} packets, {} of \
+                "\n  new flows waited {:.0} ms for {what}: finish {:.0}, stop {:.0}, move {:.0}, start {:.0}, check {:.0}; {} packets, {} of \
                  them new connections ({} sent twice)",
                 part("flows/held_ms"),
+                part("finish_ms"),
                 part("stop_ms"),
                 part("move_ms"),
                 part("start_ms"),

@@ -39,7 +39,9 @@ const PUT_BACK: Duration = Duration::from_secs(30);
 /// How long new flows waited, and for what. Times are in milliseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Waited {
-    /// Until what clients did had ended, and the server.
+    /// Until what clients did had ended.
+    pub finish_ms: f64,
+    /// Until the server had ended.
     pub stop_ms: f64,
     /// Until the disk was at the other partition.
     pub move_ms: f64,
@@ -144,10 +146,10 @@ impl Deed<'_> {
     /// In its order; nobody else has the disk at any moment.
     fn run(&mut self, job: &mut Context<'_>) -> Result<(Machine, Machine), Failure> {
         let Handing { phase, from, to, .. } = self.handing;
-        let begun = Instant::now();
+        let (begun, mut finished) = (Instant::now(), None);
         // One that has died has nothing to end, and gives its disk away all the same.
         if job.manager.is_running(from).map_err(at(phase))? {
-            match self.end(job, from) {
+            match self.end(job, from, &mut finished) {
                 // What is given back is to be discarded, and gives its disk away whether it can still end or not.
                 Err(failure) if phase == Phase::GiveBack => {
                     tracing::warn!("{}; the partition is stopped", failure.reason);
@@ -166,17 +168,20 @@ impl Deed<'_> {
         self.command(job, &new, "start", &self.how.start)?;
         let started = Instant::now();
         self.check(job, &new)?;
-        self.waited.stop_ms = ms(stopped - begun);
+        let finished = finished.unwrap_or(begun);
+        self.waited.finish_ms = ms(finished - begun);
+        self.waited.stop_ms = ms(stopped - finished);
         self.waited.move_ms = ms(moved - stopped);
         self.waited.start_ms = ms(started - moved);
         self.waited.check_ms = ms(started.elapsed());
         Ok((old, new))
     }
 
-    /// What clients do, and the server.
-    fn end(&self, job: &Context<'_>, from: &Machine) -> Result<(), Failure> {
+    /// What clients do, and the server; when the former had ended.
+    fn end(&self, job: &Context<'_>, from: &Machine, finished: &mut Option<Instant>) -> Result<(), Failure> {
         if let Some(finish) = &self.how.finish {
             self.command(job, from, "finish", finish)?;
+            *finished = Some(Instant::now());
         }
         self.command(job, from, "stop", &self.how.stop)
     }

@@ -106,6 +106,8 @@ impl Stage {
         let stage = Self::bare(settings);
         stage.define(settings);
         stage.ok(&["service", "add", SERVICE]);
+        // A partition that runs may take a while until it serves.
+        wait_until("v1 serves", Duration::from_secs(60), || client::who(&stage.client).is_ok());
         assert_eq!(stage.who(), "v1");
         stage
     }

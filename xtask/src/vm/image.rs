@@ -13,7 +13,7 @@ use crate::debian::{Archive, SUITE, main_archive, security_archive};
 /// Added to the essential packages of the test machine: what patchswitch needs on a host, and the tools by which
 /// tests look at the kernel without it.
 const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,ipvsadm,jq,kmod,\
-                             mount,netbase,nftables,procps,redis-tools,runc,socat,tcpdump";
+                             mount,netbase,nftables,postgresql-15,procps,redis-tools,runc,socat,tcpdump";
 /// The partition of the demo.
 const PARTITION_PACKAGES: &str = "nginx-light,iproute2";
 /// A partition whose own init is PID 1, and a singleton.
@@ -26,16 +26,20 @@ const SLIM: [&str; 4] = [
     "--dpkgopt=path-exclude=/usr/share/locale/*",
     "--dpkgopt=path-exclude=/usr/share/info/*",
 ];
+/// Debian would make a database and begin its server.
+const NO_CLUSTER: &str = "--essential-hook=mkdir -p \"$1/etc/postgresql-common\" && \
+    echo 'create_main_cluster = false' >\"$1/etc/postgresql-common/createcluster.conf\"";
 /// mmdebstrap copies these two from the build machine.
 const BLANK: [&str; 2] =
     ["--customize-hook=rm -f \"$1/etc/resolv.conf\"", "--customize-hook=: > \"$1/etc/hostname\""];
 
 /// The ext4 image of the test machine's root.
 pub(crate) fn host_root(cache: &Cache) -> Result<PathBuf> {
-    let recipe = format!("4 {SUITE} {HOST_PACKAGES}");
+    let recipe = format!("5 {SUITE} {HOST_PACKAGES} {SLIM:?} {NO_CLUSTER}");
     let dir = cache.artifact("host-root", &recipe, |out| {
         let tar = out.join("root.tar");
-        debootstrap("essential", HOST_PACKAGES, &[main_archive(), security_archive()], &tar, &SLIM)?;
+        let options = [&SLIM[..], &[NO_CLUSTER]].concat();
+        debootstrap("essential", HOST_PACKAGES, &[main_archive(), security_archive()], &tar, &options)?;
         tar_to_ext4(&tar, &out.join("root.ext4"), 64)?;
         Ok(fs::remove_file(&tar)?)
     })?;

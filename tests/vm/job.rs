@@ -15,6 +15,7 @@ mod keeper;
 mod kills;
 mod lost;
 mod mend;
+mod moments;
 mod power;
 mod quiesce;
 mod rollbacks;

@@ -7,6 +7,7 @@ mod commit;
 mod cut;
 mod death;
 mod full;
+mod half;
 mod lab;
 mod meter;
 mod power;

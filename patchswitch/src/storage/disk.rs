@@ -242,6 +242,7 @@ pub fn activate(dm: &Dm, disk: &Disk) -> Result<Active, StorageError> {
     let done = match dm.info(&disk.name)? {
         Some(info) if info.live => adopt(dm, disk, &attached, &info)?,
         _ => {
+            remove_half_made(dm, &disk.name)?;
             refuse_in_use(&disk.backing, attached.device)?;
             make_linear(dm, disk, attached.device)?
         }
@@ -278,6 +279,15 @@ fn refuse_in_use(backing: &Backing, device: DeviceNumber) -> Result<(), StorageE
         return Err(StorageError::HostRoot { what: backing.to_string() });
     }
     block::open_exclusive(device)?;
+    Ok(())
+}
+
+/// Removes a device of which only the beginning is there: whoever made it was killed before its table was in use. Nobody can
+/// have it open, but the table that waits holds what it names. Others stay.
+pub(super) fn remove_half_made(dm: &Dm, name: &str) -> Result<(), StorageError> {
+    if dm.info(name)?.is_some_and(|info| !info.live) {
+        let _ = dm.remove(name)?;
+    }
     Ok(())
 }
 

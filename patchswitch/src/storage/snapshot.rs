@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::cow::{self, Header};
-use super::disk::{Attached, Backing, other_table};
+use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
 use super::table::{SnapshotStatus, Table};
 use super::{Failed, StorageError, Unfinished};
@@ -359,6 +359,7 @@ pub fn reopen(dm: &Dm, clones: &[CloneOf]) -> Result<Vec<Cloned>, StorageError> 
 }
 
 fn reopen_one(dm: &Dm, of: &CloneOf) -> Result<Cloned, StorageError> {
+    remove_both_half_made(dm, of)?;
     let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
     let snapshot = Table::Snapshot { origin: origin.device(), cow: cow.device() };
     let lines = live_table(dm, &of.clone)?;
@@ -412,6 +413,7 @@ pub fn clone_closed(dm: &Dm, clones: &[CloneOf]) -> Result<(), Failed> {
 }
 
 fn clone_one_closed(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
+    remove_both_half_made(dm, of)?;
     let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
     let Some(quiet) = NotMapped::of(dm, of)? else {
         return Err(other_table(&of.active, &dm.table(&of.active)?, "nothing"));
@@ -443,6 +445,7 @@ pub fn unclone_closed(dm: &Dm, clones: &[CloneOf], limit: Duration) -> Result<()
         let (origin, cow) = (of.origin.attach()?, of.cow.attach()?);
         let of_disk = Table::Origin { device: origin.device() };
         let of_clone = Table::Snapshot { origin: origin.device(), cow: cow.device() };
+        remove_both_half_made(dm, of)?;
         // The disk first: without its snapshot it would take writes that are not kept.
         for (name, table) in [(&of.active, of_disk), (&of.clone, of_clone)] {
             if Table::recognise(&live_table(dm, name)?, of.sectors) == Some(table) {
@@ -452,6 +455,11 @@ pub fn unclone_closed(dm: &Dm, clones: &[CloneOf], limit: Duration) -> Result<()
         Ok::<_, StorageError>(())
     };
     Unfinished::check(clones.iter().rev().filter_map(|of| one(of).err()).collect())
+}
+
+/// As [`remove_half_made`], of both sides.
+fn remove_both_half_made(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
+    [&of.active, &of.clone].into_iter().try_for_each(|name| remove_half_made(dm, name))
 }
 
 fn open_snapshot(

@@ -2,10 +2,10 @@
 //! to 1505, without a request that is refused).
 //!
 //! ```text
-//!  verified ─► the copy is thrown away ─► HOLD ─► finish, stop ─► disk ─► start, check ─► RELEASE ─► observe …
-//!                                          │        old          moves       new            │
-//!                                          └ new flows wait                                 └ in their order
-//!              any of them fails: start, at the old one again, and release to it
+//!  verified ─► the copy is      ─► HOLD ─► finish, stop ─► disk ─► start, check ─► RELEASE ─► observe …
+//!              thrown away, the     │        old          moves       new            │
+//!              commands get ready   └ new flows wait                                 └ in their order
+//!                 any of them fails: start, at the old one again, and release to it
 //! ```
 //!
 //! Back it is the same with the roles exchanged, and nothing that was written is lost: the disk goes back as it is. Only before the
@@ -25,6 +25,7 @@ use crate::attachment::{
 };
 use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
+use crate::host::linux::runtime::Ready;
 use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
 use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
@@ -91,10 +92,12 @@ pub(super) async fn hand_over(
 ) -> Result<(Machine, Machine, Waited), Failure> {
     let Handing { phase, to, slot, patched, .. } = handing;
     settle(job).await.map_err(at(phase))?;
+    // Before anybody waits.
+    let commands = Commands::prepare(job, how, &handing)?;
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
     let mut deed = Deed { handing, how, hold: &hold, waited: Waited::default(), moved: None };
-    match deed.run(job) {
+    match deed.run(job, commands) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
             // The switch is made, whatever becomes of this.
@@ -132,6 +135,42 @@ async fn settle(job: &mut Context<'_>) -> Result<(), AttachError> {
     job.attachment.settle()
 }
 
+/// The strategy's commands, in their partitions, waiting for the word: a program takes a while to get there.
+struct Commands {
+    /// None if nothing runs that could be ended. Of one that is given back it does not matter if it cannot be.
+    ending: Option<Result<Ending, Failure>>,
+    start: Ready,
+}
+
+struct Ending {
+    finish: Option<Ready>,
+    stop: Ready,
+}
+
+impl Commands {
+    fn prepare(job: &Context<'_>, how: &Quiesce, handing: &Handing<'_>) -> Result<Self, Failure> {
+        let Handing { phase, from, to, .. } = *handing;
+        let prepare = |what: &str, machine: &Machine, command: &str| {
+            let why = |error: &dyn std::error::Error| failed(phase, machine, what, chain(error));
+            let mounts = Manager::mounts().map_err(|error| why(&error))?;
+            let runtime = job.manager.runtime();
+            let ready = mounts.run(|inside| runtime.prepare(inside, machine.name().as_str(), command));
+            ready.map_err(|error| why(&error))?.map_err(|error| why(&error))
+        };
+        let start = prepare("start", to, &how.start)?;
+        if !job.manager.is_running(from).map_err(at(phase))? {
+            return Ok(Self { ending: None, start });
+        }
+        let finish = || how.finish.as_ref().map(|command| prepare("finish", from, command)).transpose();
+        let ending =
+            finish().and_then(|finish| Ok(Ending { finish, stop: prepare("stop", from, &how.stop)? }));
+        match ending {
+            Err(failure) if phase != Phase::GiveBack => Err(failure),
+            ending => Ok(Self { ending: Some(ending), start }),
+        }
+    }
+}
+
 /// What is done while flows wait.
 struct Deed<'a> {
     handing: Handing<'a>,
@@ -144,19 +183,22 @@ struct Deed<'a> {
 
 impl Deed<'_> {
     /// In its order; nobody else has the disk at any moment.
-    fn run(&mut self, job: &mut Context<'_>) -> Result<(Machine, Machine), Failure> {
+    fn run(&mut self, job: &mut Context<'_>, commands: Commands) -> Result<(Machine, Machine), Failure> {
         let Handing { phase, from, to, .. } = self.handing;
+        let Commands { ending, start } = commands;
         let (begun, mut finished) = (Instant::now(), None);
-        // One that has died has nothing to end, and gives its disk away all the same.
-        if job.manager.is_running(from).map_err(at(phase))? {
-            match self.end(job, from, &mut finished) {
-                // What is given back is to be discarded, and gives its disk away whether it can still end or not.
-                Err(failure) if phase == Phase::GiveBack => {
-                    tracing::warn!("{}; the partition is stopped", failure.reason);
-                    job.manager.stop(from).map_err(at(phase))?;
-                }
-                ended => ended?,
+        let ended = match ending {
+            Some(ending) => ending.and_then(|ending| self.end(job, ending, &mut finished)),
+            // One that has died has nothing to end, and gives its disk away all the same.
+            None => Ok(()),
+        };
+        match ended {
+            // What is given back is to be discarded, and gives its disk away whether it can still end or not.
+            Err(failure) if phase == Phase::GiveBack => {
+                tracing::warn!("{}; the partition is stopped", failure.reason);
+                job.manager.stop(from).map_err(at(phase))?;
             }
+            ended => ended?,
         }
         let stopped = Instant::now();
         job.manager.take_disks(from).map_err(at(phase))?;
@@ -165,7 +207,7 @@ impl Deed<'_> {
         self.moved = Some((old.clone(), new.clone()));
         job.manager.give_disks(&new).map_err(at(phase))?;
         let moved = Instant::now();
-        self.command(job, &new, "start", &self.how.start)?;
+        self.command(job, &new, "start", start)?;
         let started = Instant::now();
         self.check(job, &new)?;
         let finished = finished.unwrap_or(begun);
@@ -178,12 +220,18 @@ impl Deed<'_> {
     }
 
     /// What clients do, and the server; when the former had ended.
-    fn end(&self, job: &Context<'_>, from: &Machine, finished: &mut Option<Instant>) -> Result<(), Failure> {
-        if let Some(finish) = &self.how.finish {
+    fn end(
+        &self,
+        job: &Context<'_>,
+        Ending { finish, stop }: Ending,
+        finished: &mut Option<Instant>,
+    ) -> Result<(), Failure> {
+        let from = self.handing.from;
+        if let Some(finish) = finish {
             self.command(job, from, "finish", finish)?;
             *finished = Some(Instant::now());
         }
-        self.command(job, from, "stop", &self.how.stop)
+        self.command(job, from, "stop", stop)
     }
 
     /// Whoever had the service gets it again: with its disk as it was when it ended, if it had given that away for the first time.
@@ -212,10 +260,12 @@ impl Deed<'_> {
             .map_err(|why| failed(phase, &from, "start", why))
     }
 
-    fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: &str) -> Result<(), Failure> {
+    fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: Ready) -> Result<(), Failure> {
         let phase = self.handing.phase;
         self.go_on(job)?;
-        run(job, at, command, self.left()).map_err(|why| failed(phase, at, what, why))
+        let done = command.run(self.left()).map(|done| CommandEnd::Exited(done.code, done.stderr));
+        let why = not_done(done.map_err(|error| CannotTell::Inside(Box::new(error))));
+        why.map_or(Ok(()), |why| Err(failed(phase, at, what, why)))
     }
 
     /// What is given back is given back, also if nobody wants the job any more.

@@ -134,7 +134,8 @@ fn make_database(at: &Path) {
     append(
         "postgresql.conf",
         "listen_addresses = '*'\nunix_socket_directories = '/run/pg'\nshared_buffers = 16MB\nmax_wal_size = 64MB\n\
-         min_wal_size = 32MB\nwal_init_zero = off\ntimezone = 'GMT'\nlog_timezone = 'GMT'\njit = off\n",
+         min_wal_size = 32MB\nwal_init_zero = off\nrecovery_init_sync_method = syncfs\n\
+         timezone = 'GMT'\nlog_timezone = 'GMT'\njit = off\n",
     );
 }
 

@@ -16,6 +16,9 @@ use super::client;
 use super::stage::{Settings, Stage, job_root, path};
 use crate::partition::put_programs;
 
+/// The name of the server's process.
+pub(super) const SERVER: &str = "redis-server";
+
 /// Begins and ends the server. Its directory is the disk that moves.
 const DB: &str = r#"#!/bin/sh
 ask() { redis-cli -e -s /run/redis.sock "$@" 2>/run/said; }
@@ -85,7 +88,7 @@ pub(super) fn nothing_left(stage: &Stage, before: &Snapshot) {
     stage.nothing_of_a_job_left_but(before, |left| {
         left.retain(|one| !one.name.contains("/exec-"));
         for value in left.iter_mut().flat_map(|one| [&mut one.before, &mut one.after]).flatten() {
-            if value == "redis-server" {
+            if value == SERVER {
                 "init".clone_into(value);
             }
         }

@@ -9,8 +9,9 @@ use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::vm;
 use rustix::process::Signal;
 
-use super::keeper::{Noted, Writers, nothing_left, settings};
+use super::keeper::{Noted, SERVER, Writers, nothing_left, settings};
 use super::mend::nothing_to_do;
+use super::moments::{Moment, start_until};
 use super::stage::{SERVICE, Settings, Stage};
 
 /// There, and back, and there for good.
@@ -134,11 +135,11 @@ fn a_move_that_is_killed_is_put_right() {
     stage.says("v2");
     let writers = Writers::start(&stage);
     let mut seen = BTreeSet::new();
-    for delay in [300, 1300, 1900, 2500] {
-        let mut said = killed(&stage, (&["apply", SERVICE], "take_over"), delay);
+    for moment in Moment::ALL {
+        let mut said = killed(&stage, (&["apply", SERVICE], "web-b"), moment);
         seen.insert(stage.who());
         if stage.who() == "v2" {
-            said += &killed(&stage, (&["rollback", SERVICE], "give_back"), delay);
+            said += &killed(&stage, (&["rollback", SERVICE], "web-a"), moment);
             seen.insert(format!("back at {}", stage.who()));
         }
         if stage.who() == "v2" {
@@ -147,22 +148,20 @@ fn a_move_that_is_killed_is_put_right() {
         assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"), "{said}");
         nothing_to_do(&stage);
     }
-    println!("{seen:?}");
-    assert!(seen.contains("v1") && seen.contains("v2"), "{seen:?}");
+    assert_eq!(seen, ["back at v1", "v1", "v2"].map(str::to_owned).into(), "{seen:?}");
     writers.stop_unnoticed(&stage);
     stage.finish();
 }
 
-/// A command that is killed so long after the beginning of a phase, and what `up` says of it.
+/// A command that is killed when its switch to a partition is so far, and what `up` says of it.
 #[track_caller]
-fn killed(stage: &Stage, (arguments, phase): (&[&str], &str), delay: u64) -> String {
-    let job = stage.start_until(arguments, phase);
-    std::thread::sleep(Duration::from_millis(delay));
+fn killed(stage: &Stage, (arguments, to): (&[&str], &str), moment: Moment) -> String {
+    let job = start_until(stage, arguments, (to, SERVER), moment);
     job.signal(Signal::KILL).unwrap();
     // It may have come to its end.
     let _ = job.wait(Duration::from_secs(10)).unwrap();
     let said = stage.ok(&["up"]);
-    println!("{delay} ms after {phase}: {said}");
+    println!("{moment:?} of the switch to {to}: {said}");
     said
 }
 
@@ -174,23 +173,25 @@ const SHORT: &str = "strategy = \"quiesce\"\n\
 /// What was acknowledged is there after a power cut, whoever serves then.
 #[test]
 fn nothing_acknowledged_is_lost_by_a_power_cut() {
-    let cut = |stage: &Stage, delay: u64, next: &str| {
+    let cut = |stage: &Stage, moment: Moment| {
         Noted::begin(stage);
-        let _apply = stage.start_until(&["apply", SERVICE], "take_over");
-        std::thread::sleep(Duration::from_millis(delay));
-        vm::reset(next).unwrap();
+        let _apply = start_until(stage, &["apply", SERVICE], ("web-b", SERVER), moment);
+        vm::reset(&format!("{moment:?}")).unwrap();
     };
-    match vm::phase().as_str() {
-        "" => {
+    let phase = vm::phase();
+    let at = Moment::ALL.iter().position(|moment| format!("{moment:?}") == phase);
+    let stage = match at {
+        None => {
+            assert_eq!(phase, "");
             let stage = Stage::new(&settings());
             stage.says("v2");
-            cut(&stage, 200, "while the old one ends");
+            stage
         }
-        "while the old one ends" => cut(&again(), 1000, "while the disk moves"),
-        "while the disk moves" => cut(&again(), 1600, "while the new one begins"),
-        "while the new one begins" => cut(&again(), 4000, "after the switch"),
-        "after the switch" => again().finish(),
-        other => panic!("no such part: {other}"),
+        Some(_) => again(),
+    };
+    match Moment::ALL.get(at.map_or(0, |at| at + 1)) {
+        Some(next) => cut(&stage, *next),
+        None => stage.finish(),
     }
 }
 

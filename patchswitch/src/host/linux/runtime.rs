@@ -5,6 +5,7 @@
 //! partition's init; signals other than the classic ones have to be given by number; what a runtime does not know
 //! (any more) has ended.
 
+mod begun;
 mod gather;
 mod scratch;
 
@@ -16,8 +17,9 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use serde::Deserialize;
 
-use self::gather::gather;
-use self::scratch::{Orphan, Scratch};
+use self::begun::Begun;
+pub use self::begun::Ready;
+use self::scratch::Orphan;
 use super::cgroup::CgroupError;
 use super::mountns::Inside;
 use super::programs::{Program, ProgramError, Run};
@@ -247,27 +249,7 @@ impl Runtime {
         command: &[&str],
         limit: Duration,
     ) -> Result<Executed, RuntimeError> {
-        let scratch = Scratch::new(&self.root, name)?;
-        // The bundle's own setting of new privileges is for the init alone.
-        let run = self.run("exec", Some(&scratch.log)).args(["--no-new-privs", "--cgroup"]);
-        let mut child = run.arg(scratch.cgroup.name()).arg(name).args(command.iter().copied()).spawn()?;
-        let gathered = gather(&mut child, Instant::now() + limit);
-        if !gathered.as_ref().is_ok_and(|(_, _, ended)| *ended) {
-            scratch.kill(&mut child)?;
-        }
-        let (stdout, stderr, ended) =
-            gathered.map_err(error("read the output of a command in", Path::new(name)))?;
-        if !ended {
-            return Err(RuntimeError::TimeOut { name: name.to_owned(), command: command.join(" "), limit });
-        }
-        let status = child.wait().map_err(error("wait for a command in", Path::new(name)))?;
-        let own = read_log(&scratch.log);
-        let code = status.code().unwrap_or(255);
-        // With a status of its own the runtime says why in its log; a command's failure leaves the log empty.
-        if code != 0 && !own.is_empty() {
-            return Err(self.failed("run a command in", name, &own));
-        }
-        Ok(Executed { code, stdout, stderr })
+        Begun::new(self, name, command, None)?.to_its_end(limit)
     }
 
     /// Waits until no call of this runtime is under way that a killed command has left: it goes on alone, and makes or takes

@@ -17,6 +17,7 @@ const EXEC_CGROUP: &str = "exec-";
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What belongs to one `exec`, removed with it.
+#[derive(Debug)]
 pub(super) struct Scratch {
     dir: PathBuf,
     /// Where the runtime says what it could not do.

@@ -249,7 +249,7 @@ impl Runtime {
         command: &[&str],
         limit: Duration,
     ) -> Result<Executed, RuntimeError> {
-        Begun::new(self, name, command, None)?.to_its_end(limit)
+        Begun::new(self, name, command, None)?.wait_out(limit)
     }
 
     /// Waits until no call of this runtime is under way that a killed command has left: it goes on alone, and makes or takes

@@ -49,7 +49,7 @@ impl Begun {
         Ok(Self { runtime, name, command, scratch, child, has_ended: false })
     }
 
-    pub(super) fn to_its_end(mut self, limit: Duration) -> Result<Executed, RuntimeError> {
+    pub(super) fn wait_out(mut self, limit: Duration) -> Result<Executed, RuntimeError> {
         let place = Path::new(&self.name).to_owned();
         let gathered = gather(&mut self.child, Instant::now() + limit);
         if !gathered.as_ref().is_ok_and(|(_, _, ended)| *ended) {
@@ -111,7 +111,7 @@ impl Runtime {
         }
         // It has ended, or it hangs.
         drop(word);
-        let Executed { stderr, .. } = begun.to_its_end(Duration::from_secs(1))?;
+        let Executed { stderr, .. } = begun.wait_out(Duration::from_secs(1))?;
         Err(self.failed("get a shell in", name, &stderr))
     }
 }
@@ -126,7 +126,7 @@ impl Ready {
         told.map_err(error("tell a command in", Path::new(&self.begun.name)))?;
         // That is all that it has as its input.
         drop(self.word);
-        self.begun.to_its_end(limit)
+        self.begun.wait_out(limit)
     }
 }
 

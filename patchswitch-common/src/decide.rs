@@ -80,11 +80,11 @@ pub struct Owner {
 
 /// Who gets a packet that is addressed to the service.
 ///
-/// `kernel` is asked nothing in [`Phase::Steady`].
+/// `kernel` is asked nothing in [`Phase::Steady`], nor if the switch was [to the letter](Word::moved_to).
 #[inline(always)]
 pub fn owner(word: Word, packet: &Packet, kernel: &mut impl Kernel) -> Owner {
     let active = word.active();
-    match (word.phase(), packet.kind) {
+    match (word.inward(), packet.kind) {
         (Phase::Steady, _) => Owner { slot: active, both: false },
         (_, Kind::ErrorOfFragment) => Owner { slot: active, both: true },
         (_, Kind::LaterFragment) => {

@@ -30,6 +30,11 @@ pub enum Phase {
 const NOTICE: u8 = 1 << 0;
 /// Flows that the active partition answers and that have no socket of their own are remembered.
 const LEARN: u8 = 1 << 1;
+/// Beside a phase: the switch was to the letter of the patent's second embodiment. Who looks at the whole byte, as the programs for
+/// packets to the service do, sees no phase that it knows.
+const LETTER: u8 = 1 << 4;
+/// The bits of the phase without that.
+const PHASE: u8 = 0xf;
 
 /// The bits of the share.
 const SHARE: u64 = 0xff << 24;
@@ -49,13 +54,13 @@ impl Word {
     /// The phase. A value that this version does not know counts as [`Phase::Steady`]: deliver to the active side.
     #[inline(always)]
     pub const fn phase(self) -> Phase {
-        const DRAINING: u8 = Phase::Draining as u8;
-        const SHARING: u8 = Phase::Sharing as u8;
-        match self.0 as u8 {
-            DRAINING => Phase::Draining,
-            SHARING => Phase::Sharing,
-            _ => Phase::Steady,
-        }
+        phase_of(self.0 as u8 & PHASE)
+    }
+
+    /// The phase as packets to the service see it: after a switch to the letter there is nobody but the active side.
+    #[inline(always)]
+    pub const fn inward(self) -> Phase {
+        phase_of(self.0 as u8)
     }
 
     /// How many of a hundred new flows the side that is not active gets: 0 unless it shares.
@@ -86,6 +91,18 @@ impl Word {
     #[inline(always)]
     pub const fn learns(self) -> bool {
         self.flags() & LEARN != 0
+    }
+
+    /// Whether nobody but the active side is there at all.
+    #[inline(always)]
+    pub const fn is_steady(self) -> bool {
+        self.0 as u8 == Phase::Steady as u8
+    }
+
+    /// Whether the retiring side gets nothing any more, not even what belongs to its own flows.
+    #[inline(always)]
+    pub const fn is_to_the_letter(self) -> bool {
+        self.0 as u8 & !PHASE != 0
     }
 
     #[inline(always)]
@@ -125,6 +142,13 @@ impl Word {
         Self(kept | (slot as u64) << 8 | Phase::Draining as u64)
     }
 
+    /// As [`Word::taken_over_by`], but the other one's flows are not steered to it (the patent's second embodiment, figures 22
+    /// to 26): what it still sends is sent on, what its clients send comes to `slot`, which knows nothing of it.
+    #[must_use]
+    pub const fn moved_to(self, slot: Slot) -> Self {
+        Self(self.taken_over_by(slot).0 | LETTER as u64)
+    }
+
     /// The next word, in which nobody retires any more.
     #[must_use]
     pub const fn settled(self) -> Self {
@@ -138,6 +162,17 @@ impl Word {
         let share = if share > 99 { 99 } else { share };
         let kept = self.with_flag(NOTICE, false).with_flag(LEARN, true).0 & !(SHARE | 0xff);
         Self(kept | (share as u64) << 24 | Phase::Sharing as u64)
+    }
+}
+
+#[inline(always)]
+const fn phase_of(byte: u8) -> Phase {
+    const DRAINING: u8 = Phase::Draining as u8;
+    const SHARING: u8 = Phase::Sharing as u8;
+    match byte {
+        DRAINING => Phase::Draining,
+        SHARING => Phase::Sharing,
+        _ => Phase::Steady,
     }
 }
 
@@ -183,6 +218,20 @@ mod tests {
             assert!(!over.learns());
         }
         assert_eq!(large.settled(), Word::steady(Slot::A, large.settled().generation()));
+    }
+
+    #[test]
+    fn to_the_letter_only_what_is_sent_knows_of_two_sides() {
+        let start = Word::steady(Slot::A, 7).with_notice(true);
+        let moved = start.moved_to(Slot::B);
+        assert_eq!((moved.phase(), moved.active()), (Phase::Draining, Slot::B));
+        assert!(moved.notice() && moved.is_to_the_letter());
+        assert_eq!(moved.inward(), Phase::Steady);
+        let back = moved.taken_over_by(Slot::A);
+        assert!(!back.is_to_the_letter());
+        assert_eq!(back.inward(), Phase::Draining);
+        assert_eq!(moved.settled(), Word::steady(Slot::B, moved.settled().generation()));
+        assert!(!moved.shared(10).is_to_the_letter());
     }
 
     #[test]

@@ -51,10 +51,10 @@ fn choose4<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
         return None;
     }
     let word = maps::word();
-    if word.phase() == Phase::Steady {
+    if word.inward() == Phase::Steady {
         return Some(Ok(Owner { slot: word.active(), both: false }));
     }
-    if word.phase() == Phase::Draining
+    if word.inward() == Phase::Draining
         && head.byte::<23>() == TCP
         && let Some(slot) = kept4(frame, end, word.active())
     {
@@ -82,10 +82,10 @@ fn choose6<C: Context>(frame: &Frame<'_, C>, quick: &Quick) -> Option<Result<Own
         return None;
     }
     let word = maps::word();
-    if word.phase() == Phase::Steady {
+    if word.inward() == Phase::Steady {
         return Some(Ok(Owner { slot: word.active(), both: false }));
     }
-    if word.phase() == Phase::Draining
+    if word.inward() == Phase::Draining
         && head.byte::<20>() == TCP
         && let Some(slot) = kept6(frame, end, word.active())
     {
@@ -212,7 +212,7 @@ pub fn answer(ctx: &TcContext, slot: Slot, ethertype: u16) -> Option<i32> {
     let frame = Frame(ctx);
     let quick = maps::quick()?;
     let word = maps::word();
-    if frame.has_tag() || (word.phase() == Phase::Steady && slot != word.active()) {
+    if frame.has_tag() || (word.is_steady() && slot != word.active()) {
         return None;
     }
     let (mut network, mut packet) = (Network::EMPTY, Packet::EMPTY);
@@ -288,7 +288,7 @@ fn answer6(
 #[inline(always)]
 fn is_all(slot: Slot, word: Word, packet: &Packet) -> bool {
     if packet.transport == Transport::Tcp {
-        let retires = word.phase() != Phase::Steady && slot != word.active();
+        let retires = !word.is_steady() && slot != word.active();
         !(retires && packet.flags & (SYN | ACK) == SYN)
     } else {
         !word.learns() && !word.notice() && !matches!(u16::from_be(packet.flow.remote_port), 67 | 547)

@@ -66,7 +66,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         return exit(Hook::FromPartition, Verdict::Malformed, DROP);
     }
     let word = maps::word();
-    if slot != word.active() && word.phase() == Phase::Steady {
+    if slot != word.active() && word.is_steady() {
         return quarantine(ctx, slot, &network);
     }
     if let Some(verdict) = packet::refused_of_partition(ctx, &network) {
@@ -83,14 +83,15 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if is_lateral(slot, &network) {
         return exit(Hook::FromPartition, Verdict::Lateral, DROP);
     }
-    let retires = word.phase() == Phase::Draining && slot != word.active();
+    let drains = word.phase() == Phase::Draining;
+    let retires = drains && slot != word.active();
     if retires && origin == Origin::Service && takes_a_tuple(ctx, word.active(), &network) {
         return exit(Hook::FromPartition, Verdict::TupleInUse, DROP);
     }
     let mut source = network.source;
     let mut from_service = origin == Origin::Service;
     let mut packet = Packet::EMPTY;
-    if (word.phase() != Phase::Steady || word.learns() || word.notice())
+    if (!word.is_steady() || word.learns() || word.notice())
         && packet::outbound(ctx, &network, &mut packet)
     {
         count_side(slot, word, &packet);
@@ -103,7 +104,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     if !from_service {
         return exit(Hook::FromPartition, Verdict::OutByStack, NEXT);
     }
-    if word.phase() == Phase::Draining && network.fragment == Fragment::First {
+    if drains && network.fragment == Fragment::First {
         rewrite::note_identification(slot, &network, &source);
     }
     network.source = source;
@@ -247,7 +248,7 @@ fn answers_probe(ctx: &TcContext, slot: Slot, network: &Network) -> bool {
 /// Counts what tells how a side does, while there are two to compare.
 #[inline(always)]
 pub fn count_side(slot: Slot, word: Word, packet: &Packet) {
-    if word.phase() == Phase::Steady || packet.kind != Kind::Direct || packet.transport != Transport::Tcp {
+    if word.is_steady() || packet.kind != Kind::Direct || packet.transport != Transport::Tcp {
         return;
     }
     if packet.flags & RST != 0 {

@@ -155,7 +155,7 @@ pub fn choose<C: Context>(frame: &Frame<'_, C>) -> Result<Owner, Verdict> {
     if let Some(verdict) = packet::refused(frame.0, &network) {
         return Err(verdict);
     }
-    if word.phase() == Phase::Steady && network.fragment == Fragment::Whole {
+    if word.inward() == Phase::Steady && network.fragment == Fragment::Whole {
         return Ok(Owner { slot: word.active(), both: false });
     }
     let mut packet = Packet::EMPTY;
@@ -174,10 +174,10 @@ pub fn choose<C: Context>(frame: &Frame<'_, C>) -> Result<Owner, Verdict> {
 pub fn owner_of<C: Context>(ctx: &C, word: Word, packet: &Packet, plain: Plain) -> Owner {
     let answer = ask(ctx, word, packet, plain);
     let owner = Owner { slot: Slot::from_bit(answer as u8), both: answer & BOTH != 0 };
-    if word.phase() == Phase::Draining && owner.slot != word.active() {
+    if word.inward() == Phase::Draining && owner.slot != word.active() {
         event(Event::KeptByRetiring);
     }
-    if word.phase() != Phase::Steady {
+    if word.inward() != Phase::Steady {
         count_asked(owner.slot, packet);
     }
     owner
@@ -221,9 +221,9 @@ pub extern "C" fn ps_owner(skb: *mut __sk_buff, word: u64, packet: *const Packet
 #[inline(always)]
 pub fn find_owner<C: Context>(ctx: &C, word: u64, packet: &Packet, how: u32) -> u32 {
     let word = Word(word);
-    let retiring = if word.phase() == Phase::Draining { Some(word.active().other()) } else { None };
+    let retiring = if word.inward() == Phase::Draining { Some(word.active().other()) } else { None };
     if packet.transport == Transport::Udp && is_stateless(maps::settings(), &packet.flow) {
-        let shares = word.phase() == Phase::Sharing;
+        let shares = word.inward() == Phase::Sharing;
         return if shares { by_share(word, &packet.flow).index() } else { word.active().index() };
     }
     let payload = how >> PAYLOAD;

@@ -48,6 +48,8 @@ mod inputs;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod letter;
+#[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod load;

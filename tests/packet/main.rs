@@ -16,6 +16,8 @@ mod fragments;
 mod hold;
 mod host;
 #[cfg(test)]
+mod letter;
+#[cfg(test)]
 mod metamorphic;
 mod model;
 mod paged;

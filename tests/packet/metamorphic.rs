@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::Hook;
-use patchswitch_common::word::Word;
 use patchswitch_tests::netlab::{CLIENT_LINK, UPLINK};
 use proptest::strategy::{Strategy as _, ValueTree as _};
 
@@ -72,7 +71,7 @@ fn options_and_extension_headers_change_no_owner() {
         let mut made = strategy.new_tree(&mut runner).unwrap().current();
         made.arrives = 100;
         made.damage.clear();
-        let word = [STEADY, Word::steady(Slot::A, 1).shared(50), DRAINING, DRAINING][number % 4];
+        let word = [STEADY, STEADY.shared(50), DRAINING, STEADY.moved_to(Slot::B)][number % 4];
         bench.word(word).unwrap();
         bench.short_way(number % 3 != 0).unwrap();
         let family = families()[usize::from(made.v6)];
@@ -118,7 +117,7 @@ fn tags_and_pages_change_no_owner() {
             bench.renew_fragments().unwrap();
         }
         let mut made = strategy.new_tree(&mut runner).unwrap().current();
-        let word = [STEADY, Word::steady(Slot::A, 1).shared(50), DRAINING, DRAINING][number % 4];
+        let word = [STEADY, STEADY.shared(50), DRAINING, STEADY.moved_to(Slot::B)][number % 4];
         // Whole, as it would be shorter than it says otherwise; a reset could be one, and what begins a connection on the
         // side that retires later would change who owns what comes after it.
         let never = if word == DRAINING { RST } else { RST | SYN };

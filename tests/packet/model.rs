@@ -25,7 +25,7 @@ use proptest::strategy::{Strategy as _, ValueTree as _};
 use crate::bench::{Bench, DROP, NEXT, REDIRECT, Seen, families};
 use crate::frame::ETHERNET;
 use crate::seed::runner;
-use crate::steer::DRAINING;
+use crate::steer::{DRAINING, STEADY};
 pub(crate) use known::{Known, connect, learn};
 use known::{choose, to};
 pub(crate) use packets::{Made, bytes, made};
@@ -123,10 +123,11 @@ fn the_programs_do_what_the_model_says() {
         }
         let made = strategy.new_tree(&mut runner).unwrap().current();
         let word = match number % 5 {
-            0 => Word::steady(Slot::A, 1),
-            1 => Word::steady(Slot::A, 1).shared(50),
+            0 => STEADY,
+            1 => STEADY.shared(50),
             // A rollback.
             2 => DRAINING.taken_over_by(Slot::A),
+            3 => STEADY.moved_to(Slot::B),
             _ => DRAINING,
         };
         bench.word(word).unwrap();

@@ -87,7 +87,8 @@ fn every_prefix_is_what_the_model_says_whoever_serves() {
         learn(&mut bench).unwrap();
         bench.renew_fragments().unwrap();
         bench.short_way(number % 2 == 0).unwrap();
-        for word in [STEADY, STEADY.with_learning(true), Word::steady(Slot::A, 1).shared(50), DRAINING] {
+        let [sharing, letter] = [STEADY.shared(50), STEADY.moved_to(Slot::B)];
+        for word in [STEADY, STEADY.with_learning(true), sharing, DRAINING, letter] {
             bench.word(word).unwrap();
             prefixes += try_prefixes(&mut bench, (word, &mut known[at]), &made, &frame).unwrap();
         }

@@ -13,6 +13,7 @@ mod good;
 mod inputs;
 mod keeper;
 mod kills;
+mod letter;
 mod lost;
 mod mend;
 mod moments;

@@ -118,11 +118,15 @@ pub struct SwitchOptions {
     /// Switch although it cuts flows: those without a socket that could not all be remembered, and those of sockets that
     /// are bound to a device.
     pub despite_losses: bool,
+    /// Steer nothing to the retiring partition: the patent's second embodiment to the letter (figures 22 to 26). What clients
+    /// send to it comes to the new one, which knows nothing of their connections and resets them, be it with the first
+    /// acknowledgement of an answer. The baseline, for comparison, and for services of single datagrams.
+    pub letter: bool,
 }
 
 impl Default for SwitchOptions {
     fn default() -> Self {
-        Self { notice: true, despite_losses: false }
+        Self { notice: true, despite_losses: false, letter: false }
     }
 }
 
@@ -404,7 +408,7 @@ impl Attachment {
         let ready = word.with_notice(options.notice);
         self.plane.store(word, ready)?;
         let start = Instant::now();
-        self.plane.store(ready, ready.taken_over_by(to))?;
+        self.plane.store(ready, if options.letter { ready.moved_to(to) } else { ready.taken_over_by(to) })?;
         let stored = Instant::now();
         let fence = self.plane.fence();
         let fenced = Instant::now();
@@ -583,6 +587,7 @@ impl Attachment {
 pub fn phase_name(word: Word) -> &'static str {
     match word.phase() {
         Phase::Steady => "steady",
+        Phase::Draining if word.is_to_the_letter() => "letter",
         Phase::Draining => "draining",
         Phase::Sharing => "sharing",
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use patchswitch::attachment::{
-    ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, Switched, UDP_IDLE,
-    View,
+    ANNOUNCE_AGAIN, Attachment, DrainOptions, Flows, OnDeadline, Partition, Record, Spec, SwitchOptions,
+    Switched, UDP_IDLE, View,
 };
 use patchswitch::config::{Datagrams, Quic};
 use patchswitch::dataplane::HookKind;
@@ -139,6 +139,10 @@ pub(crate) struct Switch {
     /// answers: it keeps these. Give at least the time after which your clients give up.
     #[arg(long, value_name = "SECONDS")]
     learn: Option<f64>,
+    /// Steer nothing to the old partition any more, as the patent's second embodiment has it: what its clients still send comes to the
+    /// new one, which resets their connections. For comparison, and for services of single datagrams.
+    #[arg(long, conflicts_with_all = ["share", "hold"])]
+    letter: bool,
     #[command(flatten)]
     steps: Steps,
     #[command(flatten)]
@@ -179,7 +183,8 @@ impl Switch {
         if let Some(waiting) = self.waiting.given() {
             return hold::run(&mut attachment, to, waiting, json).await;
         }
-        let done = attachment.switch(to).await?;
+        let options = SwitchOptions { letter: self.letter, ..SwitchOptions::default() };
+        let done = attachment.switch_with(to, options).await?;
         // Afterwards: the rules of a host can be many, and who switches may be in a hurry.
         beside::warn_of_the_firewall(attachment.record());
         print_switch(json, &attachment, to, done)?;

@@ -203,6 +203,9 @@ pub enum Strategy {
     Takeover,
     /// New flows wait while the old partition ends its work and gives its disk to the new one.
     Quiesce(Quiesce),
+    /// Everything that is sent to the service goes to the new partition at once: see
+    /// [`SwitchOptions::letter`](crate::attachment::SwitchOptions::letter).
+    Letter,
 }
 
 /// `[service.quiesce]`: what is done with a single writer while new flows wait. The commands are of the shell, and are

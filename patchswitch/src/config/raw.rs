@@ -70,6 +70,7 @@ struct RawScan {
 enum RawStrategy {
     Takeover,
     Quiesce,
+    Letter,
 }
 
 #[derive(Deserialize)]
@@ -323,13 +324,15 @@ fn strategy(
     quiesce: Opt<RawQuiesce>,
     set: &mut Setter<'_>,
 ) -> Result<Strategy, ConfigError> {
-    let quiesces = kind.as_ref().is_some_and(|kind| *kind.get_ref() == RawStrategy::Quiesce);
+    let is = |wanted| kind.as_ref().is_some_and(|kind| *kind.get_ref() == wanted);
+    let (quiesces, to_the_letter) = (is(RawStrategy::Quiesce), is(RawStrategy::Letter));
     let (span, message) = match (kind, quiesce) {
         (None, Some(raw)) => (raw.span(), "only strategy = \"quiesce\" has this table"),
         (Some(_), Some(raw)) if !quiesces => (raw.span(), "only strategy = \"quiesce\" has this table"),
         (Some(kind), None) if quiesces => {
             (kind.span(), "it needs a table [service.quiesce] with stop and start")
         }
+        (_, None) if to_the_letter => return Ok(Strategy::Letter),
         (_, None) => return Ok(Strategy::Takeover),
         (_, Some(raw)) => {
             let RawQuiesce { finish, stop, start, hold } = raw.into_inner();

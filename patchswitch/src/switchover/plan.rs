@@ -81,7 +81,7 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
 fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> {
     let moving: Vec<&str> = active.moving().map(|(disk, _)| disk.name.as_str()).collect();
     let message = match (&service.strategy, moving.as_slice()) {
-        (Strategy::Takeover, [first, ..]) => format!(
+        (Strategy::Takeover | Strategy::Letter, [first, ..]) => format!(
             "disk {first} of {} has one writer at a time (:move), and service {} is taken over while both sides run; set \
              strategy = \"quiesce\", with its commands",
             active.name(),

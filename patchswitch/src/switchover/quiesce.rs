@@ -71,7 +71,7 @@ pub(super) struct Handing<'a> {
 pub(super) fn commands(service: &Service) -> Option<&Quiesce> {
     match &service.strategy {
         Strategy::Quiesce(quiesce) => Some(quiesce),
-        Strategy::Takeover => None,
+        Strategy::Takeover | Strategy::Letter => None,
     }
 }
 

@@ -13,6 +13,7 @@ use patchswitch_common::Slot;
 use super::Context;
 use super::context::{Failure, Phase, at};
 use crate::attachment::{ANNOUNCE_EVERY, SwitchOptions, Switched};
+use crate::config::Strategy;
 use crate::manager::{Machine, Manager};
 use crate::store::JobId;
 
@@ -38,6 +39,7 @@ pub(super) struct Turn<'a> {
 /// [`Failure`]. Whether it was made all the same is in the phase word; the record says the same.
 pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switched, Failure> {
     let Turn { phase, to, slot, from, patched, options } = turn;
+    let options = SwitchOptions { letter: job.service.strategy == Strategy::Letter, ..options };
     let service = job.service.name.clone();
     let generation = job.manager.next_generation(&service).map_err(at(phase))?;
     let _ = job.manager.store.record_switch(&service, to.name(), generation).map_err(at(phase))?;

@@ -98,10 +98,7 @@ pub(crate) const ALL: [(&str, &str); 7] = [
     (KEEPALIVED, "VRRP on that bridge; the master is stopped"),
     (NFT, "nft DNAT with conntrack; the rule is replaced"),
     (HAPROXY, "a proxy of TCP; reloaded with its listeners handed over"),
-    (
-        LETTER,
-        "the patent to the letter: the address moves at once, nothing is steered inbound (a model: the route)",
-    ),
+    (LETTER, "patchswitch's own switch to the letter of the patent: nothing is steered to the old side"),
     (IPVS, "IPVS, the old server with weight 0"),
 ];
 
@@ -109,7 +106,7 @@ pub(crate) const ALL: [(&str, &str); 7] = [
 pub(crate) fn make(key: &str) -> Result<Box<dyn Peer>> {
     Ok(match key {
         FLOOR => Box::new(routed::Routed::new(FLOOR)?),
-        LETTER => Box::new(routed::Routed::new(LETTER)?),
+        LETTER => Box::new(Product::to_the_letter(LETTER)?),
         BRIDGE => Box::new(bridge::Bridge::new()?),
         KEEPALIVED => Box::new(keepalived::Keepalived::new()?),
         NFT => Box::new(nft::Nft::new()?),

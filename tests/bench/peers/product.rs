@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Result;
-use patchswitch::attachment::{Attachment, Inside, Partition, Spec, Switched};
+use patchswitch::attachment::{Attachment, Inside, Partition, Spec, SwitchOptions, Switched};
 use patchswitch::config::Datagrams;
 use patchswitch::dataplane::Hook;
 use patchswitch::host::linux::netns::NetnsRef;
@@ -25,6 +25,8 @@ const UDP_IDLE: Duration = Duration::from_secs(125);
 pub(crate) struct Product {
     lab: SwitchLab,
     name: Name,
+    /// Whether nothing is steered to the old side.
+    letter: bool,
 }
 
 impl Product {
@@ -43,11 +45,18 @@ impl Product {
             with: None,
         };
         let (first, second) = (partition(&lab.a, OWN_A)?, partition(&lab.b, OWN_B)?);
-        let product = Self { lab, name };
+        let product = Self { lab, name, letter: false };
         product.library(|| async move {
             Attachment::create(&spec, &first, Some(&second)).await?;
             Ok(())
         })?;
+        Ok(product)
+    }
+
+    /// As [`Product::new`]; its switches are to the letter of the patent.
+    pub(crate) fn to_the_letter(label: &str) -> Result<Self> {
+        let mut product = Self::new(label)?;
+        product.letter = true;
         Ok(product)
     }
 
@@ -81,7 +90,8 @@ impl Product {
     pub(crate) fn take_over(&self, to: Side) -> Result<Switched> {
         self.with(async |attachment| {
             attachment.learn()?;
-            Ok(attachment.switch(slot(to)).await?)
+            let options = SwitchOptions { letter: self.letter, ..SwitchOptions::default() };
+            Ok(attachment.switch_with(slot(to), options).await?)
         })
     }
 
@@ -92,7 +102,8 @@ impl Product {
             let ready = word.with_notice(true);
             attachment.plane().store(word, ready)?;
             let before = now_ns();
-            attachment.plane().store(ready, ready.taken_over_by(slot(to)))?;
+            let next = if self.letter { ready.moved_to(slot(to)) } else { ready.taken_over_by(slot(to)) };
+            attachment.plane().store(ready, next)?;
             let after = now_ns();
             attachment.plane().fence()?;
             attachment.reassert().await?;

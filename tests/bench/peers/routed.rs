@@ -1,7 +1,4 @@
-//! Plain veth and a route: the floor of the data path, and with a route that is replaced the strategy `letter`.
-//!
-//! As the letter of the patent has it, the address belongs to the new side from the switch on, and what clients of the
-//! old one still send goes there.
+//! Plain veth and a route: the floor of the data path.
 
 use anyhow::Result;
 use patchswitch_load::clock::now_ns;

@@ -101,6 +101,8 @@ pub(super) fn network(bytes: &[u8], v6: bool) -> Option<Network> {
 
 /// Who gets a packet of IP, or why nobody here does.
 pub(super) fn choose(word: Word, bytes: &[u8], v6: bool, known: &mut Known) -> Result<Chosen, Verdict> {
+    // To the letter clients know of one side only.
+    let word = if word.is_to_the_letter() { Word::steady(word.active(), 0) } else { word };
     let at = ETHERNET + if v6 { 24 } else { 16 };
     let destination = bytes.get(at..at + if v6 { 16 } else { 4 }).ok_or(Verdict::Malformed)?;
     let wanted = if v6 { known.service.to_vec() } else { unmapped(&known.service).to_vec() };

@@ -32,6 +32,7 @@ fn word(phase: usize, active: Slot) -> Word {
         3 => steady.shared(50),
         4 => draining,
         5 => draining.with_notice(true).with_learning(true),
+        6 => Word::steady(active.other(), 1).with_notice(true).moved_to(active),
         _ => draining.with_notice(true),
     }
 }

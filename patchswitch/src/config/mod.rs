@@ -18,6 +18,7 @@
 //! partition = "web-a"                 # the one that serves when the service is added
 //! udp_idle = "10s"
 //! may_lose = ["/var/log/**"]
+//! strategy = "takeover"               # takeover | quiesce | letter
 //!
 //! [service.drain]
 //! command = "nginx -s quit"

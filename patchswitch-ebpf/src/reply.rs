@@ -91,9 +91,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     let mut source = network.source;
     let mut from_service = origin == Origin::Service;
     let mut packet = Packet::EMPTY;
-    if (!word.is_steady() || word.learns() || word.notice())
-        && packet::outbound(ctx, &network, &mut packet)
-    {
+    if (!word.is_steady() || word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
         count_side(slot, word, &packet);
         if word.learns() && (slot == word.active() || word.phase() == Phase::Sharing) {
             learn(ctx, slot, &packet, network.payload);

@@ -7,6 +7,7 @@
 //! ```toml
 //! [job]
 //! boot = "60s"                        # until the clone has booted
+//! extend_stores = true                # of clones that could fill up, while they are in use
 //!
 //! [scan]
 //! command = "clamscan -ri \"$PATCHSWITCH_ROOT\""
@@ -112,6 +113,9 @@ pub struct Job {
     /// How long the old partition is kept, stopped, after it was drained.
     #[serde(with = "duration")]
     pub keep_old: Duration,
+    /// Whether the store of a clone that could fill up is extended while it is in use, as long as the host's file system
+    /// has room. Otherwise, and where it has none, the job turns back before the store is full.
+    pub extend_stores: bool,
 }
 
 /// `[scan]`.
@@ -326,6 +330,7 @@ impl Default for Config {
                 restart: Duration::from_secs(60),
                 stop: Duration::from_secs(30),
                 keep_old: Duration::from_secs(3600),
+                extend_stores: true,
             },
             scan: Scan {
                 packages: true,

@@ -53,6 +53,7 @@ struct RawJob {
     restart: Opt<Span>,
     stop: Opt<Span>,
     keep_old: Opt<Span>,
+    extend_stores: Opt<bool>,
 }
 
 #[derive(Default, Deserialize)]
@@ -237,6 +238,7 @@ impl Builder {
         set.set("job.restart", &mut config.job.restart, raw.job.restart);
         set.set("job.stop", &mut config.job.stop, raw.job.stop);
         set.set("job.keep_old", &mut config.job.keep_old, raw.job.keep_old);
+        set.set("job.extend_stores", &mut config.job.extend_stores, raw.job.extend_stores);
         set.set("scan.packages", &mut config.scan.packages, raw.scan.packages);
         set.set("scan.command", &mut config.scan.command, raw.scan.command);
         set.set("scan.limit", &mut config.scan.limit, raw.scan.limit);

@@ -52,6 +52,7 @@ patch = "2s"
 restart = "3s"
 stop = "4s"
 keep_old = "5s"
+extend_stores = false
 [scan]
 packages = false
 command = "true"
@@ -121,6 +122,7 @@ command = "d"
         [job.boot, job.patch, job.restart, job.stop, job.keep_old].map(|d| d.as_secs()),
         [1, 2, 3, 4, 5]
     );
+    assert!(!job.extend_stores && default.job.extend_stores);
     let scan = Scan {
         packages: false,
         command: Some("true".to_owned()),

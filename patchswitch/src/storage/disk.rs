@@ -139,7 +139,7 @@ fn missing(bytes: u64, blocks: u64) -> u64 {
     bytes.saturating_sub(blocks.saturating_mul(512))
 }
 
-fn image_bytes(path: &Path) -> Result<u64, StorageError> {
+pub(super) fn image_bytes(path: &Path) -> Result<u64, StorageError> {
     let data = std::fs::symlink_metadata(path).map_err(StorageError::io("look at", path))?;
     Ok(data.len())
 }

@@ -16,6 +16,7 @@
 //! |---|---|
 //! | [`disk`] | a disk and what is behind it: images, activation, what is refused |
 //! | [`cow`] | the store of a clone: its size, its header, how full it is |
+//! | [`extend`] | a store that becomes larger while it is in use |
 //! | [`table`] | tables and status lines, typed and pure |
 //! | [`snapshot`] | the cut, its undo, the discard |
 //! | [`merge`] | the commit, and going on with it after a crash |
@@ -27,6 +28,7 @@
 pub mod cow;
 pub mod disk;
 mod error;
+pub mod extend;
 pub mod merge;
 pub mod meter;
 pub mod snapshot;

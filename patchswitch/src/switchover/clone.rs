@@ -62,7 +62,7 @@ impl Plan {
             let start = std::time::Instant::now();
             let dm = Manager::dm().map_err(at(Phase::Clone))?;
             let cut = snapshot::clone_disks(&dm, &clones).map_err(at(Phase::Clone))?;
-            job.watched = clones.into_iter().filter(|clone| clone.watched).collect();
+            job.watch(clones);
             let clone_ms = start.elapsed().as_secs_f64() * 1e3;
             let freeze_ms = cut.freeze.as_secs_f64() * 1e3;
             job.report.clone_ms = Some(clone_ms);

@@ -13,7 +13,8 @@ use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError, chain};
 use crate::names::Name;
-use crate::storage::cow::{self, Watch};
+use crate::storage::cow::Watch;
+use crate::storage::extend;
 use crate::storage::snapshot::CloneOf;
 use crate::store::{JobId, StepState};
 
@@ -129,7 +130,7 @@ pub struct Context<'a> {
     /// What was done, with its figures.
     pub report: Report,
     /// Clones whose stores can fill up.
-    pub watched: Vec<CloneOf>,
+    pub watched: Vec<Watched>,
     /// Whether it ends with something left to do that nobody but `up` can do: it stays open then.
     pub unfinished: bool,
     /// Whether somebody wants the job to end.
@@ -147,7 +148,21 @@ impl fmt::Debug for Context<'_> {
     }
 }
 
+/// A clone whose store can fill up.
+#[derive(Clone, Debug)]
+pub struct Watched {
+    of: CloneOf,
+    extend: bool,
+}
+
 impl Context<'_> {
+    /// From now on these clones are watched, as far as their stores can fill up.
+    pub(super) fn watch(&mut self, clones: Vec<CloneOf>) {
+        let extend = self.manager.config.job.extend_stores;
+        let clones = clones.into_iter().filter(|clone| clone.watched);
+        self.watched = clones.map(|of| Watched { of, extend }).collect();
+    }
+
     /// Whether the job goes on: nobody wants it to end, and no clone is about to run out of room. Phases that take long
     /// ask this again and again. A rollback does not turn back to the clone that it is to take away.
     ///
@@ -172,8 +187,8 @@ impl Context<'_> {
         for clone in &self.watched {
             let reason = match Self::room(clone).map_err(at(phase))? {
                 Watch::Ample | Watch::Below { .. } => continue,
-                Watch::TurnBack { percent } => format!("the store of {} is {percent} % full", clone.clone),
-                Watch::Lost => format!("the store of {} is full, and the clone is lost", clone.clone),
+                Watch::TurnBack { percent } => format!("the store of {} is {percent} % full", clone.of.clone),
+                Watch::Lost => format!("the store of {} is full, and the clone is lost", clone.of.clone),
             };
             let hint = "define a standby with a larger --store, or without the option";
             return Err(Failure { phase, reason: format!("{reason}; {hint}"), code });
@@ -192,13 +207,12 @@ impl Context<'_> {
     }
 
     /// Whether a clone has room; what cannot be told is no reason to turn back.
-    pub(super) fn has_room(clone: &CloneOf) -> bool {
+    pub(super) fn has_room(clone: &Watched) -> bool {
         !matches!(Self::room(clone), Ok(Watch::TurnBack { .. } | Watch::Lost))
     }
 
-    fn room(clone: &CloneOf) -> Result<Watch, ManagerError> {
-        let status = cow::status(&Manager::dm()?, &clone.clone)?;
-        Ok(cow::watch(status, clone.sectors, cow::HIGH_WATER))
+    fn room(clone: &Watched) -> Result<Watch, ManagerError> {
+        Ok(extend::keep_room(&Manager::dm()?, &clone.of, clone.extend)?)
     }
 
     /// One step: intent in the journal, the act, the outcome in the journal; with its time in the report.

@@ -76,7 +76,7 @@ async fn reverse(
         return Ok(false);
     }
     (job.report.from, job.report.to) = (Some(new.name().clone()), Some(old.name().clone()));
-    job.watched = new.clones().into_iter().filter(|clone| clone.watched).collect();
+    job.watch(new.clones());
     let lossy = agreed(job, &new, last)?;
     // Whoever rolls back has a reason to: flows for which there was no room are cut, which is said.
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };

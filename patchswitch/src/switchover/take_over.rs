@@ -87,7 +87,7 @@ async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result
     let checked = job.step(Phase::Quiesce, json!({"partition": standby.name()}), async |job| {
         quiesce::end_check(job, &standby, how)?;
         let standby = job.manager.drop_copies(&standby).map_err(at(Phase::Quiesce))?;
-        job.watched = standby.clones().into_iter().filter(|clone| clone.watched).collect();
+        job.watch(standby.clones());
         Ok((standby, json!({})))
     });
     let marks = staying(&clone).map_err(at(Phase::TakeOver))?;

@@ -183,7 +183,7 @@ fn one_job_at_a_time_and_it_can_be_called_off() {
 #[test]
 fn a_job_turns_back_before_its_clone_is_full() {
     let standby = &["--size", "40M", "--store", "6M"];
-    let stage = Stage::new(&Settings { standby, observe: "20s", ..Settings::default() });
+    let stage = Stage::new(&Settings { standby, extend: false, observe: "20s", ..Settings::default() });
     let before = Snapshot::take().unwrap();
     let client = Client::start(&stage.client);
     let writes = "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/srv/$i bs=256k count=4 conv=fsync; sleep 0.3; done";
@@ -201,7 +201,13 @@ fn a_job_turns_back_before_its_clone_is_full() {
     assert_eq!(job.wait(Duration::from_secs(30)).unwrap().code(), Some(22));
     let said = fs::read_to_string(path("said")).unwrap();
     assert!(said.contains("% full") && said.contains("web-a serves again"), "{said}");
-    assert_eq!(client.all_answered(), ["v1", "v2", "v1"]);
     stage.nothing_of_a_job_left(&before);
+
+    // The same where stores become larger: nobody turns back.
+    stage.configure(&Settings { standby, observe: "1s", ..Settings::default() });
+    let id = stage.patch("writes-as-much", &format!("{writes}; echo v3 > /etc/says"));
+    stage.ok(&["apply", SERVICE, "--patch", &id, "--commit"]);
+    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "[ -s /srv/1 ] && [ -s /srv/8 ]"]);
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v3"]);
     stage.finish();
 }

@@ -33,6 +33,8 @@ pub(super) struct Settings {
     pub(super) patch_limit: &'static str,
     pub(super) observe: &'static str,
     pub(super) scan: bool,
+    /// Whether stores that fill up are extended.
+    pub(super) extend: bool,
     pub(super) uplink: &'static str,
     pub(super) addresses: [&'static str; 2],
     /// Lines of the section of the service.
@@ -57,6 +59,7 @@ impl Default for Settings {
             patch_limit: "20s",
             observe: "1s",
             scan: false,
+            extend: true,
             uplink: netlab::UPLINK,
             addresses: netlab::SERVICE,
             more: "",
@@ -139,7 +142,7 @@ impl Stage {
 
     /// Writes the configuration.
     pub(super) fn configure(&self, settings: &Settings) {
-        let Settings { patch_limit, observe, scan, uplink, addresses: [v4, v6], more, .. } = settings;
+        let Settings { patch_limit, observe, scan, extend, uplink, addresses: [v4, v6], more, .. } = settings;
         let Settings { drain, stop, udp_idle, .. } = settings;
         let (boot, gate) = match settings.come_up {
             "" => ("30s", "10s"),
@@ -153,6 +156,7 @@ boot = "{boot}"
 patch = "{patch_limit}"
 restart = "{boot}"
 stop = "{stop}"
+extend_stores = {extend}
 [scan]
 packages = {scan}
 [[service]]

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use patchswitch::storage::StorageError;
 use patchswitch::storage::cow::{HIGH_WATER, Watch, cow_level, cow_sectors, status, watch};
 use patchswitch::storage::disk::{Backing, Room};
+use patchswitch::storage::extend::keep_room;
 use patchswitch::storage::merge::{Patience, commit};
 use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard};
 
@@ -56,6 +57,39 @@ fn a_full_store_loses_the_clone_and_nothing_else() {
     assert_eq!(device_digest(&cut.clones[0].path), origin);
     assert_eq!(watch(status(&lab.dm, &again[0].clone).unwrap(), disk.sectors, HIGH_WATER), Watch::Ample);
     discard(&lab.dm, &again, LIMIT, WhenBusy::Refuse).unwrap();
+    lab.finish(&[&disk]);
+}
+
+/// While it is written to, as long as there is room: then it holds everything, or turns back as one that cannot be extended.
+#[test]
+fn a_store_is_extended_while_it_is_in_use() {
+    let lab = Lab::new();
+    let (disk, active) = lab.disk("a", "root", 64);
+    let write = |from: u64, count: u64| {
+        sh(&format!(
+            "dd if=/dev/urandom of={} bs=1M seek={from} count={count} oflag=direct status=none",
+            active.path.display()
+        ));
+    };
+    write(0, 64);
+    let before = device_digest(&active.path);
+    let clones = [lab.clone_into(&disk, "b", "root", 16 << 11)];
+    let cut = clone_disks(&lab.dm, &clones).unwrap();
+    let size = || cow_level(&lab.dm, &clones[0].clone).unwrap().total;
+    write(0, 11);
+    // Not if nobody wants it.
+    assert!(matches!(keep_room(&lab.dm, &clones[0], false).unwrap(), Watch::Below { percent: 60..80 }));
+    assert_eq!(size(), 16 << 11);
+    for (from, more, wanted) in [(11, 9, 32 << 11), (20, 10, 48 << 11), (30, 1, cow_sectors(disk.sectors))] {
+        let extended = keep_room(&lab.dm, &clones[0], true).unwrap();
+        assert!(matches!(extended, Watch::Below { percent: 30..60 } | Watch::Ample), "{extended:?}");
+        assert_eq!(size(), wanted);
+        write(from, more);
+    }
+    assert_eq!(keep_room(&lab.dm, &clones[0], true).unwrap(), Watch::Ample);
+    write(0, 64);
+    assert_eq!(device_digest(&cut.clones[0].path), before, "the clone has the content of the cut");
+    discard(&lab.dm, &clones, LIMIT, WhenBusy::Refuse).unwrap();
     lab.finish(&[&disk]);
 }
 

@@ -14,6 +14,7 @@ use super::dm_ioctl::{self, Command};
 
 const LOOP_CLR_FD: u32 = 0x4c01;
 const LOOP_GET_STATUS64: u32 = 0x4c05;
+const LOOP_SET_CAPACITY: u32 = 0x4c07;
 const LOOP_CONFIGURE: u32 = 0x4c0a;
 const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 
@@ -100,6 +101,12 @@ pub(super) fn loop_status(device: BorrowedFd<'_>) -> io::Result<LoopInfo> {
     // SAFETY: the kernel writes one `struct loop_info64`, which `info` is (layout asserted above).
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64.into(), &raw mut info) })?;
     Ok(info)
+}
+
+/// Has a loop device be as large as its file has become.
+pub(super) fn loop_set_capacity(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY.into()) }).map(|_ok| ())
 }
 
 /// Takes the file away from a loop device, at once or when its last user closes it.

@@ -74,6 +74,15 @@ impl LoopDevice {
         self.device
     }
 
+    /// Follows its file, which has become larger; whoever uses the device goes on.
+    ///
+    /// # Errors
+    /// [`LoopError::Io`].
+    pub fn grow(&self) -> Result<(), LoopError> {
+        let grown = ioctl::loop_set_capacity(self.handle.as_fd());
+        grown.map_err(io_error("extend", &self.device.sysfs()))
+    }
+
     /// Whether reads and writes go past the page cache of the file's file system.
     ///
     /// # Errors

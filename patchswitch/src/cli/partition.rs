@@ -99,8 +99,8 @@ pub(crate) struct Define {
     /// Size of the system disk; of a standby, of the disk that it can take.
     #[arg(long, value_parser = size::parse)]
     size: u64,
-    /// Of a standby: the size of its store, if less than everything a clone could write; jobs turn back before it is
-    /// full.
+    /// Of a standby: the size of its store, if less than everything a clone could write; while it is in use it becomes
+    /// larger if the host has room (`extend_stores`), else jobs turn back before it is full.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "standby")]
     store: Option<u64>,
     /// Further disks, e.g. data:512M:/srv/data. With :ro at the end it can only be read; with :move it has one writer at a

@@ -63,6 +63,8 @@ fn datagrams_under_way_arrive_and_connections_are_reset() {
     rig.with(async |attachment| Ok(attachment.switch_with(Slot::B, letter).await?)).unwrap();
     let status = rig.ok(&["status", NAME]).unwrap();
     assert_eq!(status["attachments"][0]["phase"], "letter", "{status}");
+    let roles = [0, 1].map(|slot| status["attachments"][0]["partitions"][slot]["role"].as_str());
+    assert_eq!(roles, [Some("retiring"), Some("active")], "{status}");
 
     for ((socket, servers), from) in sockets.iter().zip(old.iter().zip(&new)).zip(asked.chunks(2)) {
         servers.0.send_to(b"late", from[0]).unwrap();

@@ -55,12 +55,12 @@ impl View {
     ///
     /// # Errors
     /// [`AttachError::Refused`] if so; [`AttachError::Sockets`], [`AttachError::Netns`].
-    pub fn check_switch(&self) -> Result<(), AttachError> {
+    pub fn check_switch(&self, options: SwitchOptions) -> Result<(), AttachError> {
         let active = self.plane.word().active();
         let Some(slot) = &self.record.slots[active as usize] else { return Ok(()) };
         let netns = netns(&self.record, active)?;
         let sockets = sockets::all(&netns)?;
-        limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), SwitchOptions::default())
+        limits::bound_to_device(slot, &netns, (&sockets, &self.record.addresses), options)
     }
 }
 

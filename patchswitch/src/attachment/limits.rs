@@ -31,6 +31,10 @@ pub(super) fn bound_to_device(
          ones, and a switch would cut them",
         slot.netns, slot.inner_link
     );
+    // To the letter nobody asks for sockets, and all connections are cut.
+    if options.letter {
+        return Ok(());
+    }
     if options.despite_losses {
         tracing::warn!("{what}");
         return Ok(());

@@ -90,7 +90,7 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         .map(|(slot, entry)| {
             let role = match (slot == word.active(), phase_name(word)) {
                 (true, _) => "active",
-                (false, "draining") => "retiring",
+                (false, "draining" | "letter") => "retiring",
                 (false, "sharing") => "canary",
                 (false, _) => "standby",
             };

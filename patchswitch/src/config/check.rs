@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::duration::format;
 use super::place::Place;
-use super::{Config, ConfigError, Probe, Service, Strategy};
+use super::{Config, ConfigError, OnDeadline, Probe, Service, Strategy};
 
 /// Finds the place of a key, if a file sets it.
 type Where<'a> = &'a dyn Fn(&str) -> Option<Place>;
@@ -61,6 +61,12 @@ pub(super) fn service(service: &Service, place_of: Where<'_>) -> Result<(), Conf
             shell(place_of, "quiesce.finish", finish)?;
         }
         positive(place_of, "quiesce.hold", quiesce.hold)?;
+    }
+    if service.strategy == Strategy::Letter && service.drain.on_deadline == OnDeadline::Abort {
+        let message = "to the letter (strategy = \"letter\") every connection is left at the deadline: \"abort\" would turn \
+                       each job back"
+            .to_owned();
+        return at(place_of, &["drain.on_deadline"], message);
     }
     match &service.drain.command {
         Some(command) => shell(place_of, "drain.command", command),

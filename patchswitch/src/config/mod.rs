@@ -480,4 +480,13 @@ impl Service {
     pub fn check(&self) -> Result<(), ConfigError> {
         check::service(self, &|_key| None)
     }
+
+    /// How long flows of a side may take that has been given up: as long as the drain may, but to the letter only answers under
+    /// way are still worth waiting for.
+    pub(crate) fn last_flows(&self) -> Duration {
+        match self.strategy {
+            Strategy::Letter => self.drain.deadline.min(self.udp_idle),
+            Strategy::Takeover | Strategy::Quiesce(_) => self.drain.deadline,
+        }
+    }
 }

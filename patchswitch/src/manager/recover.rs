@@ -215,7 +215,7 @@ impl Manager {
             job.kind == "rollback" || self.has(job, "take_over", |state| state == StepState::Done)?;
         if attachment.plane().word().phase() == WordPhase::Draining {
             // Given back: what the clone still answers may end, for as long as the service's own drain may take.
-            let deadline = Some(settings.drain.deadline);
+            let deadline = Some(settings.last_flows());
             attachment.drain(&DrainOptions { deadline, on_deadline: OnDeadline::Reset }, |_| {}).await?;
         }
         attachment.settle()?;

@@ -62,13 +62,21 @@ pub fn extend(of: &CloneOf) -> Result<Option<u64>, StorageError> {
     let has = image_bytes(path)?;
     let ample = cow_sectors(of.sectors).saturating_mul(SECTOR);
     let chunk = CHUNK * SECTOR;
+    let file = loopdev::open_image(path, has)?;
+    let device = loopdev::find(&file)?;
+    // Whoever extended it the last time was killed before the device followed.
+    if let Some(device) = &device
+        && device.device().sectors()?.saturating_mul(SECTOR) < has
+    {
+        device.grow()?;
+        return Ok(Some(has));
+    }
     let wanted = has.saturating_add(LEAST.max(has / 2)).div_ceil(chunk).saturating_mul(chunk).min(ample);
     if wanted <= has || !has_room(path, wanted - has)? {
         return Ok(None);
     }
-    let file = loopdev::open_image(path, has)?;
     grow(&file, wanted).map_err(StorageError::io("extend", path))?;
-    if let Some(device) = loopdev::find(&file)? {
+    if let Some(device) = device {
         device.grow()?;
     }
     Ok(Some(wanted))

@@ -225,6 +225,7 @@ fn undo(dm: &Dm, checked: &[Checked<'_>]) -> Vec<StorageError> {
 
 /// Gives a disk its table of peace again. Right also if there is no such disk or it has that table.
 fn back_to_linear(dm: &Dm, of: &CloneOf, origin: DeviceNumber) -> Result<Done, StorageError> {
+    remove_half_made(dm, &of.active)?;
     let Some(info) = dm.info(&of.active)? else { return Ok(Done::AlreadySo) };
     if info.inactive {
         dm.clear(&of.active)?;

@@ -111,7 +111,7 @@ impl Observed {
 /// no flow any more.
 pub(super) fn until_reset(job: &Context<'_>, machine: &Machine) -> DrainOptions {
     let is_lost = Serves::of(job, machine).lost().is_some();
-    let deadline = if is_lost { Duration::ZERO } else { job.service.drain.deadline };
+    let deadline = if is_lost { Duration::ZERO } else { job.service.last_flows() };
     DrainOptions { deadline: Some(deadline), on_deadline: crate::attachment::OnDeadline::Reset }
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::clone::clones;
-use crate::attachment::View;
+use crate::attachment::{SwitchOptions, View};
 use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError};
@@ -72,7 +72,8 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
     check_stores(&active, &standby)?;
     // What would be refused in the end. A service that is not attached is attached first.
     if let Ok(view) = View::open(service) {
-        view.check_switch()?;
+        let letter = settings.strategy == Strategy::Letter;
+        view.check_switch(SwitchOptions { letter, ..SwitchOptions::default() })?;
     }
     Ok(Plan { active, standby, patches })
 }

@@ -151,7 +151,12 @@ impl Commands {
     fn prepare(job: &Context<'_>, how: &Quiesce, handing: &Handing<'_>) -> Result<Self, Failure> {
         let Handing { phase, from, to, .. } = *handing;
         let prepare = |what: &str, machine: &Machine, command: &str| {
-            let why = |error: &dyn std::error::Error| failed(phase, machine, what, chain(error));
+            let why = |error: &dyn std::error::Error| Failure {
+                reason: format!("{what} cannot be run in {}: {}", machine.name(), chain(error)),
+                phase,
+                // Nobody has waited yet, and nothing was ended.
+                code: if phase == Phase::GiveBack { ExitCode::GivenBack } else { ExitCode::GateFailed },
+            };
             let mounts = Manager::mounts().map_err(|error| why(&error))?;
             let runtime = job.manager.runtime();
             let ready = mounts.run(|inside| runtime.prepare(inside, machine.name().as_str(), command));
@@ -197,6 +202,10 @@ impl Deed<'_> {
             Err(failure) if phase == Phase::GiveBack => {
                 tracing::warn!("{}; the partition is stopped", failure.reason);
                 job.manager.stop(from).map_err(at(phase))?;
+            }
+            // It has died meanwhile: as one that had died before.
+            Err(failure) if !job.manager.is_running(from).map_err(at(phase))? => {
+                tracing::warn!("{}; the partition has ended", failure.reason);
             }
             ended => ended?,
         }

@@ -13,7 +13,7 @@ use super::undo::meter;
 use super::verify::Verified;
 use super::{Context, Failure, Loss, Phase};
 use crate::attachment::SwitchOptions;
-use crate::config::Quiesce;
+use crate::config::{Quiesce, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::block::DeviceNumber;
 use crate::manager::{Manager, ManagerError, chain};
@@ -114,6 +114,11 @@ async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result
 ///
 /// The switch is made: that they cannot be remembered is told, and no reason to do anything about it.
 fn remember(job: &mut Context<'_>) {
+    if job.service.strategy == Strategy::Letter {
+        // A client of the old side is answered by the new one as well: what is remembered of it must stay the old one's, whose answers
+        // get the service's address by that.
+        return;
+    }
     if let Err(error) = job.attachment.learn() {
         tracing::warn!("a switch back would cut flows that have no socket: {}", chain(&error));
     }

@@ -2,7 +2,9 @@
 //! none is in use.
 
 use patchswitch::storage::disk::{Backing, Disk, Room, activate};
-use patchswitch::storage::snapshot::{CloneOf, clone_closed, free_cow, reopen, unclone_closed};
+use patchswitch::storage::snapshot::{
+    CloneOf, WhenBusy, clone_closed, discard, free_cow, reopen, unclone_closed,
+};
 use patchswitch::storage::{cow, disk::deactivate};
 
 use super::lab::{LIMIT, Lab, dm_name, sh};
@@ -82,6 +84,10 @@ fn a_move_that_was_begun_is_taken_back_and_made_again() {
     reopen(&lab.dm, std::slice::from_ref(&clone)).unwrap();
     assert_eq!(kinds(), ["snapshot", "snapshot-origin"]);
     unclone_closed(&lab.dm, std::slice::from_ref(&clone), LIMIT).unwrap();
+    // Whoever discards a clone meets it as well.
+    begin(both[1], &tables[1]);
+    discard(&lab.dm, std::slice::from_ref(&clone), LIMIT, WhenBusy::Refuse).unwrap();
+    assert_eq!(sh("dmsetup ls").matches("data").count(), 0);
     drop(held);
     clone.cow.detach().unwrap();
     lab.finish(&[&disk]);

@@ -104,15 +104,19 @@ impl Runtime {
         command.clone_into(&mut begun.command);
         let is_there = match &mut begun.child.stdout {
             Some(output) => says_something(output, Instant::now() + LIMIT),
-            None => Ok(false),
+            None => Ok(Sign::Missing),
         };
-        if is_there.map_err(error("wait for a command in", Path::new(name)))? {
-            return Ok(Ready { begun, word: File::from(word) });
+        match is_there.map_err(error("wait for a command in", Path::new(name)))? {
+            Sign::Given => Ok(Ready { begun, word: File::from(word) }),
+            Sign::Ended => {
+                let Executed { code, stderr, .. } = begun.wait_out(LIMIT)?;
+                Err(self.failed("get a shell in", name, &format!("it ended with {code}; {stderr}")))
+            }
+            Sign::Missing => {
+                let text = format!("none was there within {LIMIT:?}");
+                Err(self.failed("get a shell in", name, &text))
+            }
         }
-        // It has ended, or it hangs.
-        drop(word);
-        let Executed { stderr, .. } = begun.wait_out(Duration::from_secs(1))?;
-        Err(self.failed("get a shell in", name, &stderr))
     }
 }
 
@@ -130,8 +134,21 @@ impl Ready {
     }
 }
 
+/// What is heard of a shell that is to say that it is there.
+enum Sign {
+    Given,
+    /// Nothing, and nothing will be.
+    Ended,
+    /// Nothing yet.
+    Missing,
+}
+
 /// Waits for one byte.
-fn says_something(output: &mut ChildStdout, deadline: Instant) -> io::Result<bool> {
+fn says_something(output: &mut ChildStdout, deadline: Instant) -> io::Result<Sign> {
     let ready = poll::poll(&mut [PollFd::new(&*output, PollFlags::IN)], deadline)?;
-    Ok(ready > 0 && output.read(&mut [0])? > 0)
+    match ready {
+        0 => Ok(Sign::Missing),
+        _ if output.read(&mut [0])? > 0 => Ok(Sign::Given),
+        _ => Ok(Sign::Ended),
+    }
 }

@@ -10,6 +10,8 @@
 //! └────────────────┴──────────┴──────────┴──────────┴──────────┘
 //! ```
 //!
+//! A phase of two sides may have a bit of its byte set beside it: see [`Word::moved_to`].
+//!
 //! The share is that of a canary, in hundredths; in any phase but [`Phase::Sharing`] it is 0 and has no meaning.
 
 use crate::Slot;

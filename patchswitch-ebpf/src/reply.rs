@@ -66,7 +66,8 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         return exit(Hook::FromPartition, Verdict::Malformed, DROP);
     }
     let word = maps::word();
-    if slot != word.active() && word.is_steady() {
+    let serves = slot == word.active();
+    if !serves && word.is_steady() {
         return quarantine(ctx, slot, &network);
     }
     if let Some(verdict) = packet::refused_of_partition(ctx, &network) {
@@ -84,7 +85,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
         return exit(Hook::FromPartition, Verdict::Lateral, DROP);
     }
     let drains = word.phase() == Phase::Draining;
-    let retires = drains && slot != word.active();
+    let retires = drains && !serves;
     if retires && origin == Origin::Service && takes_a_tuple(ctx, word.active(), &network) {
         return exit(Hook::FromPartition, Verdict::TupleInUse, DROP);
     }
@@ -93,7 +94,7 @@ pub fn from_partition(ctx: &TcContext) -> i32 {
     let mut packet = Packet::EMPTY;
     if (!word.is_steady() || word.learns() || word.notice()) && packet::outbound(ctx, &network, &mut packet) {
         count_side(slot, word, &packet);
-        if word.learns() && (slot == word.active() || word.phase() == Phase::Sharing) {
+        if word.learns() && !retires {
             learn(ctx, slot, &packet, network.payload);
         } else if word.notice() && retires {
             from_service |= rewrite::reply(ctx, slot, &network, &packet, &mut source);

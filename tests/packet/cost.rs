@@ -7,9 +7,10 @@ use crate::bench::Bench;
 
 /// Instructions that the kernel may read for a program. At 100,000 of them adding a service on an emulated processor
 /// took seconds.
-const BUDGET: u32 = 42_000;
-/// The same for a verifier that prunes fewer paths of the same programs: that of Linux 6.1 reads a fifth more.
-const OLD_BUDGET: u32 = 50_000;
+const BUDGET: u32 = 40_000;
+/// The same for a verifier that prunes fewer paths of the same programs: on Linux 6.1 it reads 44,000 where that of 6.12
+/// stays below the other number.
+const OLD_BUDGET: u32 = 48_000;
 
 #[test]
 fn the_kernel_reads_the_programs_in_time() {

@@ -2,7 +2,6 @@
 //! remember what was acknowledged.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,8 +11,7 @@ use patchswitch_tests::netlab::SERVICE as ADDRESSES;
 use patchswitch_tests::postgres::{Manner, Writer};
 use patchswitch_tests::programs::run;
 
-use super::client;
-use super::keeper::nothing_left;
+use super::keeper::{nothing_left, put_service};
 use super::stage::{SERVICE, Settings, Stage, job_root, path};
 use crate::partition::put_programs;
 
@@ -94,16 +92,7 @@ fn database_root() -> PathBuf {
         copy(&format!("/etc/{name}"), &new.join("etc").join(name));
     }
     make_database(&new.join("srv/db"));
-    let port = client::PORT;
-    let serve = format!(
-        "#!/bin/sh\n/usr/bin/db start || exit 1\nexec /usr/bin/patchswitch-load serve --port {port} --tag \"$(cat /etc/says)\"\n"
-    );
-    for (name, text) in [("db", DB), ("serve", &serve)] {
-        let path = new.join("usr/bin").join(name);
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    }
-    fs::create_dir(new.join("data")).unwrap();
+    put_service(&new, DB);
     fs::rename(new, &root).unwrap();
     root
 }
@@ -238,7 +227,9 @@ fn a_database_goes_over_with_its_disk() {
     // As somebody does who wants its figures.
     load.signal(rustix::process::Signal::INT).unwrap();
     drop(load.wait(Duration::from_secs(10)));
+    // Each of its clients ends with the first transaction, or connection, that fails, and says why.
     let text = fs::read_to_string(&log).unwrap();
+    assert!(!text.contains("error") && !text.contains("abort") && !text.contains("FATAL"), "{text}");
     for (table, writer) in writers {
         let written = writer.stop().unwrap();
         println!("{table}: {written}");

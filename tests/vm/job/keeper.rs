@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::SERVICE;
@@ -54,18 +54,23 @@ fn keeper_root() -> PathBuf {
     programs::run(&["cp", "-a", job_root().to_str().unwrap(), new.to_str().unwrap()]).unwrap();
     // The server is another name of this program.
     put_programs(&new, &[("redis-check-rdb", "redis-server"), ("redis-cli", "redis-cli"), ("rm", "rm")]);
+    put_service(&new, DB);
+    fs::rename(new, &root).unwrap();
+    root
+}
+
+/// Puts a database's command into a root, a web server that begins it before itself, and the place of its disk.
+pub(super) fn put_service(root: &Path, db: &str) {
     let port = client::PORT;
     let serve = format!(
         "#!/bin/sh\n/usr/bin/db start || exit 1\nexec /usr/bin/patchswitch-load serve --port {port} --tag \"$(cat /etc/says)\"\n"
     );
-    for (name, text) in [("db", DB), ("serve", &serve)] {
-        let path = new.join("usr/bin").join(name);
+    for (name, text) in [("db", db), ("serve", &serve)] {
+        let path = root.join("usr/bin").join(name);
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
-    fs::create_dir(new.join("data")).unwrap();
-    fs::rename(new, &root).unwrap();
-    root
+    fs::create_dir(root.join("data")).unwrap();
 }
 
 /// A service that is quiesced: the web server says who serves, and Redis keeps numbers.

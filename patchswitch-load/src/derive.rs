@@ -51,8 +51,11 @@ pub struct Traffic {
     pub longest_gap_ms: Option<f64>,
     /// For how much of that gap nothing else could run either.
     pub gap_stood_still_ms: Option<f64>,
+    /// The longest time near a flip in which nobody was answered although the machine ran: what is judged, since a host
+    /// that gives a machine no processor is nobody's doing inside.
+    pub running_gap_ms: Option<f64>,
     /// The same in the quiet window.
-    pub longest_gap_quiet_ms: Option<f64>,
+    pub running_gap_quiet_ms: Option<f64>,
     /// Whether every download of the job was complete and right, with at least one across the first flip in each
     /// family; none if there was neither a download nor a flip.
     pub download_ok: Option<bool>,
@@ -86,8 +89,9 @@ impl Run {
             self.failures_due(job.window).filter(|failure| job.is_by_patch(failure)).count() as u64;
         let udp = || stats.series.iter().filter(|series| series.class == Class::Udp);
         let udp_sent = udp().map(|series| series.requests).sum();
-        let near = job.flips.iter().filter_map(|at| self.longest_gap(Window::around(*at, NEAR_NS)));
-        let near = near.max_by(|a, b| a.ms.total_cmp(&b.ms));
+        let near = || job.flips.iter().map(|at| Window::around(*at, NEAR_NS));
+        let longest = near().filter_map(|flip| self.longest_gap(flip)).max_by(|a, b| a.ms.total_cmp(&b.ms));
+        let running = near().filter_map(|flip| self.longest_running_gap(flip)).map(|gap| gap.running_ms());
         Traffic {
             rate: self.rate,
             udp_rate: self.udp_rate,
@@ -97,9 +101,10 @@ impl Run {
             udp_sent,
             udp_answered: udp_sent - udp().map(|series| series.failed).sum::<u64>(),
             gaps_ms: self.phase_gaps(job.window),
-            longest_gap_ms: near.map(|gap| gap.ms),
-            gap_stood_still_ms: near.map(|gap| gap.stood_still_ms),
-            longest_gap_quiet_ms: self.longest_gap(job.quiet).map(|gap| gap.ms),
+            longest_gap_ms: longest.map(|gap| gap.ms),
+            gap_stood_still_ms: longest.map(|gap| gap.stood_still_ms),
+            running_gap_ms: running.max_by(f64::total_cmp),
+            running_gap_quiet_ms: self.longest_running_gap(job.quiet).map(|gap| gap.running_ms()),
             download_ok: self.download_ok(job),
             idle_connection_ok: self.idle_connection_ok(job),
             given_back_after_s: self.given_back_after_s(job),
@@ -154,10 +159,15 @@ impl Run {
     }
 }
 
+/// The longest gap that cannot be told from a quiet time's longest, both in milliseconds.
+pub fn gap_limit_ms(quiet: f64) -> f64 {
+    (1.5 * quiet).max(quiet + 20.0)
+}
+
 impl Traffic {
     /// The longest gap that is accepted around a flip: what cannot be told from the quiet window's.
     pub fn gap_limit_ms(&self) -> Option<f64> {
-        self.longest_gap_quiet_ms.map(|quiet| (1.5 * quiet).max(quiet + 20.0))
+        self.running_gap_quiet_ms.map(gap_limit_ms)
     }
 
     /// What must hold of every job and does not, one sentence each.
@@ -176,7 +186,7 @@ impl Traffic {
             let limit = PHASE_GAP_LIMIT_MS;
             check(*gap <= limit, format!("{gap:.0} ms without an answer in {phase}, more than {limit:.0}"));
         }
-        if let Some(gap) = self.longest_gap_ms {
+        if let Some(gap) = self.running_gap_ms {
             match self.gap_limit_ms() {
                 Some(limit) => {
                     check(

@@ -60,6 +60,13 @@ pub struct Gap {
     pub from_ns: u64,
 }
 
+impl Gap {
+    /// For how much of it the machine ran and nobody was answered, in milliseconds.
+    pub fn running_ms(&self) -> f64 {
+        (self.ms - self.stood_still_ms).max(0.0)
+    }
+}
+
 /// A download.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Download {
@@ -339,8 +346,21 @@ impl Run {
         longest(self.answers.iter().filter_map(|series| self.gap(series, window)))
     }
 
+    /// The gap of a window in which the machine ran for longest, as [`Gap::running_ms`] tells: another one than the
+    /// longest, perhaps.
+    pub fn longest_running_gap(&self, window: Window) -> Option<Gap> {
+        let all = self.answers.iter().flat_map(|series| self.gaps(series, window));
+        all.max_by(|a, b| a.running_ms().total_cmp(&b.running_ms()))
+    }
+
     fn gap(&self, series: &Series, window: Window) -> Option<Gap> {
-        let window = window.overlap(&self.whole()).filter(|_| series.class.is_steady())?;
+        longest(self.gaps(series, window).into_iter())
+    }
+
+    /// All times without an answer of a class and family that have a part in the window.
+    fn gaps(&self, series: &Series, window: Window) -> Vec<Gap> {
+        let window = window.overlap(&self.whole()).filter(|_| series.class.is_steady());
+        let Some(window) = window else { return Vec::new() };
         let end = self.to_us(self.ended_ns);
         let (from, to) = (self.to_us(window.from_ns), self.to_us(window.to_ns));
         let done = self.heard_us(series);
@@ -351,14 +371,14 @@ impl Run {
         let after = if done.get(last.wrapping_sub(1)).is_some_and(|at| *at >= to) { None } else { Some(end) };
         let moments = || before.into_iter().chain(done[first..last].iter().copied()).chain(after);
         let pairs = moments().zip(moments().skip(1));
-        let (from_us, length) = pairs.map(|(a, b)| (a, b.saturating_sub(a))).max_by_key(|(_, gap)| *gap)?;
-        Some(Gap {
+        let gap = |(from_us, to_us): (u64, u64)| Gap {
             class: series.class,
             family: series.family,
-            ms: to_ms(length),
-            stood_still_ms: to_ms(self.stood_still_us(from_us, from_us + length)),
+            ms: to_ms(to_us.saturating_sub(from_us)),
+            stood_still_ms: to_ms(self.stood_still_us(from_us, to_us)),
             from_ns: self.started_ns + from_us * 1000,
-        })
+        };
+        pairs.map(gap).collect()
     }
 
     /// How long the machine stood still in a window.
@@ -368,8 +388,10 @@ impl Run {
 
     /// The same between two moments, all in microseconds since the start.
     fn stood_still_us(&self, from: u64, to: u64) -> u64 {
-        let spans =
-            self.standstills.iter().map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
+        // In their order, and none overlaps another: only those that touch the window are looked at.
+        let first = self.standstills.partition_point(|still| self.to_us(still.to_ns) <= from);
+        let touching = self.standstills[first..].iter().take_while(|still| self.to_us(still.from_ns) < to);
+        let spans = touching.map(|w| (self.to_us(w.from_ns).max(from), self.to_us(w.to_ns).min(to)));
         spans.map(|(from, to)| to.saturating_sub(from)).sum()
     }
 

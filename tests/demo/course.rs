@@ -59,7 +59,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<RunReport> {
     let removed = dismantled.and(ground.remove());
     let (evidence, records, negative, knee) = measured?;
     removed?;
-    let quiet = evidence.quiet();
+    let quiet = evidence.quiet(&records);
     let jobs: Vec<_> = records.iter().map(|record| evidence.job(record, &quiet)).collect();
     let mut report = RunReport {
         kernel: release,

@@ -84,9 +84,11 @@ fn moves(run: &Run, window: Window, patched: &[String]) -> Vec<(u64, bool)> {
 }
 
 impl Evidence {
-    /// The quiet time.
-    pub(crate) fn quiet(&self) -> Quiet {
+    /// The quiet time, and how long the machine stood still where no job flipped anything.
+    pub(crate) fn quiet(&self, records: &[Record]) -> Quiet {
         let stats = self.run.stats(self.quiet);
+        let running = self.run.longest_running_gap(self.quiet);
+        let near: Vec<Window> = records.iter().flat_map(|record| self.near_flips(record)).collect();
         Quiet {
             seconds: seconds(self.quiet),
             requests: stats.requests,
@@ -94,8 +96,23 @@ impl Evidence {
             resets_seen: self.resets_in(self.quiet),
             retrans: self.retransmissions.per_second(self.quiet).unwrap_or(f64::INFINITY),
             longest_gap_ms: stats.longest_gap.map_or(f64::INFINITY, |gap| gap.ms),
+            running_gap_ms: running.map_or(f64::INFINITY, |gap| gap.running_ms()),
             stood_still_ms: self.run.stood_still_ms(self.quiet),
+            longest_standstill_ms: self
+                .longest_standstill_ms(|still| near.iter().all(|flip| flip.overlap(still).is_none())),
         }
+    }
+
+    /// The longest time for which the machine stood still, of those that count.
+    fn longest_standstill_ms(&self, counts: impl Fn(&Window) -> bool) -> f64 {
+        let standstills = self.run.standstills.iter().filter(|still| counts(still));
+        standstills.map(|still| seconds(*still) * 1000.0).max_by(f64::total_cmp).unwrap_or(0.0)
+    }
+
+    /// The times near the flips of a job.
+    fn near_flips(&self, record: &Record) -> Vec<Window> {
+        let moves = moves(&self.run, record.window, &self.patched(record));
+        moves.iter().map(|(at, _)| Window::around(*at, NEAR_NS)).collect()
     }
 
     /// None if the capture has holes: what was not seen in whole is not known to be good.
@@ -199,8 +216,12 @@ impl Evidence {
             gaps_ms: gaps.collect(),
             longest_gap_ms: traffic.longest_gap_ms,
             gap_stood_still_ms: traffic.gap_stood_still_ms,
+            running_gap_ms: traffic.running_gap_ms,
+            running_gap_quiet_ms: quiet.running_gap_ms,
             stood_still_ms: self.run.stood_still_ms(record.window),
-            longest_gap_quiet_ms: quiet.longest_gap_ms,
+            longest_standstill_ms: self.longest_standstill_ms(|still| {
+                flips.iter().any(|at| Window::around(*at, NEAR_NS).overlap(still).is_some())
+            }),
             download_ok: traffic.download_ok,
             idle_connection_ok: traffic.idle_connection_ok,
             failures: self.failures(record.window, &prefix),
@@ -382,8 +403,8 @@ mod tests {
         run.answers = run.answers.iter().map(again).collect();
         let evidence = evidence(run);
         let rolled_back = Record { rollback_ns: Some(112 * S), ..record(Vec::new()) };
-        assert_eq!(evidence.job(&rolled_back, &evidence.quiet()).flips_seen, 2);
-        assert_eq!(evidence.job(&record(Vec::new()), &evidence.quiet()).flips_seen, 1, "nobody came back");
+        assert_eq!(evidence.job(&rolled_back, &evidence.quiet(&[])).flips_seen, 2);
+        assert_eq!(evidence.job(&record(Vec::new()), &evidence.quiet(&[])).flips_seen, 1, "nobody came back");
     }
 
     #[test]
@@ -427,6 +448,20 @@ mod tests {
     }
 
     #[test]
+    fn standstills_near_a_flip_are_told_from_those_elsewhere() {
+        let halt =
+            |at_ms: u64, ms: u64| Window { from_ns: at_ms * 1_000_000, to_ns: (at_ms + ms) * 1_000_000 };
+        // Near the flip at 110 s, and elsewhere.
+        let standstills = vec![halt(102_000, 12), halt(109_500, 31), halt(110_200, 20), halt(113_000, 14)];
+        let evidence = evidence(Run { standstills, ..run(10, 20) });
+        let quiet = evidence.quiet(&[record(Vec::new())]);
+        let job = evidence.job(&record(Vec::new()), &quiet);
+        assert_eq!((quiet.longest_standstill_ms.round(), job.longest_standstill_ms.round()), (14.0, 31.0));
+        assert_eq!(evidence.quiet(&[]).longest_standstill_ms.round(), 31.0, "of what nobody flipped");
+        assert!(quiet.running_gap_ms <= quiet.longest_gap_ms);
+    }
+
+    #[test]
     fn the_figures_of_a_job_come_from_all_its_sources() {
         let report = json!({
             "outcome": "done", "flip_us": 12.5, "old_flows_at_flip": 18, "drain": {"seconds": 4.5},
@@ -437,7 +472,7 @@ mod tests {
             "outcome": "rolled_back", "flip_us": 99.0, "lost_by_give_back": {"sectors": 7}, "phases": [["drain", 1.0]],
         });
         let evidence = evidence(run(10, 14));
-        let quiet = evidence.quiet();
+        let quiet = evidence.quiet(&[]);
         assert_eq!((quiet.requests, quiet.resets_seen, quiet.longest_gap_ms), (800, Some(1), 10.0));
         let job = evidence.job(&record(vec![report, back]), &quiet);
         assert_eq!(

@@ -45,7 +45,7 @@ pub(crate) fn conclusion(report: &RunReport) {
         .knee
         .map_or_else(String::new, |knee| format!(", the service begins to lag at {knee:.0} requests/s"));
     println!("\nLinux {}, processors: {}{knee}", report.kernel, report.processors);
-    let Quiet { seconds, requests, failed, resets_seen, retrans, longest_gap_ms, stood_still_ms } =
+    let Quiet { seconds, requests, failed, resets_seen, retrans, longest_gap_ms, stood_still_ms, .. } =
         report.quiet;
     println!(
         "quiet time: {requests} requests in {seconds:.0} s, {failed} failed, longest time without an answer \
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn only_gaps_out_of_the_noise_are_explained() {
-        let job = JobReport { longest_gap_quiet_ms: 30.0, ..JobReport::default() };
+        let job = JobReport { running_gap_quiet_ms: 30.0, ..JobReport::default() };
         assert_eq!(explain("clone", 49.0, &job), "");
         assert!(explain("clone", 51.0, &job).contains("frozen"));
         assert_eq!(explain("drain", 400.0, &job), "");

@@ -102,12 +102,36 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         for ns in self.namespaces.drain(..).rev() {
-            if let Err(error) = end_processes(&ns.name).and(programs::run(&["ip", "netns", "del", &ns.name]))
-            {
+            if let Err(error) = ns.delete() {
                 eprintln_error(&ns.name, &error);
             }
         }
     }
+}
+
+/// The namespaces of laboratories whose process was killed before it could delete them.
+///
+/// # Errors
+/// If `/run/netns` cannot be read.
+pub fn abandoned() -> anyhow::Result<Vec<Ns>> {
+    let entries = match std::fs::read_dir("/run/netns") {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).context("failed to read /run/netns"),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if maker(&name).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            found.push(Ns::named(&name)?);
+        }
+    }
+    Ok(found)
+}
+
+/// The process that made a namespace of a laboratory, by the namespace's name.
+fn maker(name: &str) -> Option<u32> {
+    name.strip_prefix("lab")?.split_once('-')?.0.parse().ok()
 }
 
 #[expect(clippy::print_stderr, reason = "a drop has no other way to say that it failed")]
@@ -129,6 +153,16 @@ fn end_processes(name: &str) -> anyhow::Result<String> {
 }
 
 impl Ns {
+    /// Ends what runs in the namespace, and takes its name away.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or there is no such name any more.
+    pub fn delete(&self) -> anyhow::Result<()> {
+        end_processes(&self.name)?;
+        programs::run(&["ip", "netns", "del", &self.name])?;
+        Ok(())
+    }
+
     /// A namespace that somebody else made, by its name below `/run/netns`.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use patchswitch::host::linux::netns::NetnsRef;
 use patchswitch::names::Name;
 use patchswitch_load::client::Settings;
 use patchswitch_tests::leftovers::{Leftover, Snapshot};
-use patchswitch_tests::netlab::{Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
+use patchswitch_tests::netlab::{self, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 use patchswitch_tests::programs;
 pub(crate) use patchswitch_tests::traffic::{ECHO, Load, PORT, Server, echo_in};
 use rustix::fs::{FlockOperation, flock};
@@ -55,8 +55,9 @@ impl Rig {
     /// Makes the laboratory.
     pub(crate) fn new(label: &str) -> anyhow::Result<Self> {
         let alone = alone()?;
-        let lab = SwitchLab::new(label)?;
         let patchswitch = programs::built("patchswitch")?;
+        forget_the_killed()?;
+        let lab = SwitchLab::new(label)?;
         Ok(Self { before: Snapshot::take()?, lab, patchswitch, _alone: alone })
     }
 
@@ -143,10 +144,7 @@ impl Rig {
         &self,
         call: impl FnOnce() -> F + Send,
     ) -> anyhow::Result<T> {
-        self.lab.host.enter(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(call())
-        })
+        library_in(&self.lab.host, call)
     }
 
     /// Attaches both namespaces as partitions of ours, with own addresses.
@@ -219,9 +217,33 @@ impl Drop for Rig {
     fn drop(&mut self) {
         // After a failure the next test must find the machine as this one did. Nothing attached: nothing happens. The
         // library detaches what belongs to a service as well.
-        drop(self.library(|| async { Ok(Attachment::detach(&name()?).await?) }));
-        drop(self.run(&["detach", "other", "--force"]));
+        detach_all(&self.lab.host);
     }
+}
+
+/// Detaches whatever a test attaches in its host's namespace. The library detaches what belongs to a service as well.
+fn detach_all(host: &Ns) {
+    for name in [NAME, "other"] {
+        drop(library_in(host, || async move { Ok(Attachment::detach(&Name::new(name)?).await?) }));
+    }
+}
+
+/// Runs the library in a namespace.
+fn library_in<T: Send, F: Future<Output = anyhow::Result<T>>>(
+    ns: &Ns,
+    call: impl FnOnce() -> F + Send,
+) -> anyhow::Result<T> {
+    ns.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(call())
+    })
+}
+
+/// A test that was killed leaves its attachment and its namespaces: the next one is not to fail for it.
+fn forget_the_killed() -> anyhow::Result<()> {
+    let abandoned = netlab::abandoned()?;
+    abandoned.iter().filter(|ns| ns.name().ends_with("-host")).for_each(detach_all);
+    abandoned.iter().try_for_each(Ns::delete)
 }
 
 /// Waits until no other test uses the product on this machine.

@@ -98,7 +98,7 @@ fn the_figures_of_a_job_follow_from_its_run() {
     let gaps: Vec<_> = traffic.gaps_ms.iter().map(|(name, gap)| (name.as_str(), *gap)).collect();
     assert_eq!(gaps, [("back", 10.0), ("clone", 10.0), ("drain", 80.0)]);
     assert_eq!(traffic.longest_gap_ms, Some(10.0), "the silence is more than a second from both flips");
-    assert_eq!(traffic.longest_gap_quiet_ms, Some(10.0));
+    assert_eq!((traffic.running_gap_ms, traffic.running_gap_quiet_ms), (Some(10.0), Some(10.0)));
     assert_eq!(traffic.given_back_after_s, Some(2.5), "from 11.5 to 14");
 }
 
@@ -107,12 +107,23 @@ fn a_silence_at_the_flip_is_a_violation_and_one_in_the_noise_is_not() {
     let mut job = job();
     job.flips = vec![s(12)];
     let traffic = Traffic { download_ok: None, idle_connection_ok: None, ..run(Vec::new()).traffic(&job) };
-    assert_eq!((traffic.longest_gap_ms, traffic.gap_limit_ms()), (Some(80.0), Some(30.0)));
+    assert_eq!((traffic.running_gap_ms, traffic.gap_limit_ms()), (Some(80.0), Some(30.0)));
     assert_eq!(traffic.violations(), ["80.0 ms without an answer at the flip, more than 30.0"]);
-    let noisy = Traffic { longest_gap_quiet_ms: Some(60.0), ..traffic.clone() };
+    let noisy = Traffic { running_gap_quiet_ms: Some(60.0), ..traffic.clone() };
     assert_eq!((noisy.gap_limit_ms(), noisy.violations()), (Some(90.0), vec![]));
-    let unknown = Traffic { longest_gap_quiet_ms: None, ..traffic };
+    let unknown = Traffic { running_gap_quiet_ms: None, ..traffic };
     assert_eq!(unknown.violations().len(), 1);
+}
+
+#[test]
+fn while_the_machine_stood_still_nobody_could_have_answered() {
+    let job = Job { flips: vec![s(12)], ..job() };
+    let halt = |ms: u64| Window { from_ns: s(12) + 5_000_000, to_ns: s(12) + (5 + ms) * 1_000_000 };
+    let traffic = |ms| Run { standstills: vec![halt(ms)], ..run(Vec::new()) }.traffic(&job);
+    let long = traffic(60);
+    assert_eq!((long.longest_gap_ms, long.gap_stood_still_ms), (Some(80.0), Some(60.0)));
+    assert_eq!((long.running_gap_ms, long.violations().len()), (Some(20.0), 2), "download and idle only");
+    assert_eq!(traffic(40).violations()[0], "40.0 ms without an answer at the flip, more than 30.0");
 }
 
 #[test]
@@ -128,7 +139,8 @@ fn every_violation_is_named() {
         gaps_ms: BTreeMap::from([("clone".into(), 500.0), ("merge".into(), 500.1)]),
         longest_gap_ms: None,
         gap_stood_still_ms: None,
-        longest_gap_quiet_ms: None,
+        running_gap_ms: None,
+        running_gap_quiet_ms: None,
         download_ok: Some(false),
         idle_connection_ok: Some(false),
         given_back_after_s: None,

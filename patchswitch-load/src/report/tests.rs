@@ -99,6 +99,21 @@ fn a_gap_says_for_how_much_of_it_the_machine_stood_still() {
 }
 
 #[test]
+fn the_longest_running_gap_is_not_always_the_longest() {
+    let answers = vec![
+        series(Class::New, Family::V4, &[(0, 0), (300, 0), (450, 0), (1000, 0)]),
+        series(Class::Udp, Family::V4, &[(0, 0), (400, 0), (1000, 0)]),
+    ];
+    let longest = |standstills: Vec<Window>| {
+        let run = Run { standstills, ..run(answers.clone(), Vec::new()) };
+        let gap = run.longest_running_gap(window(0, 1000)).unwrap();
+        (gap.class, gap.ms, gap.running_ms())
+    };
+    assert_eq!(longest(Vec::new()), (Class::Udp, 600.0, 600.0));
+    assert_eq!(longest(vec![window(310, 320), window(410, 710)]), (Class::Udp, 400.0, 310.0 + 80.0));
+}
+
+#[test]
 fn the_longest_gap_is_that_of_the_worst_steady_class() {
     let steady: Vec<_> = (0..=100).map(|n| (n * 10, 0)).collect();
     let answers = vec![

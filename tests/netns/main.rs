@@ -25,6 +25,8 @@ mod errors;
 #[cfg(test)]
 mod examples;
 #[cfg(test)]
+mod exchange;
+#[cfg(test)]
 mod flood;
 #[cfg(test)]
 mod flows;

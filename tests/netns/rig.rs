@@ -270,6 +270,7 @@ pub(crate) fn spec(udp_idle: Duration) -> anyhow::Result<Spec> {
         datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
+        own_uplinks: false,
         with: None,
     })
 }

@@ -17,11 +17,12 @@ pub const EVERY: Duration = Duration::from_secs(60);
 /// How often each address is announced at once when it has come.
 pub(super) const VOLLEY: usize = 5;
 
-/// Announces all addresses on all uplinks so many times, as [`frames::send`] has to be called: in the uplinks' namespace.
+/// Announces the service's addresses on uplinks so many times, as [`frames::send`] has to be called: in
+/// the uplinks' namespace.
 ///
 /// That neighbours cannot be told is no reason not to serve: the others find the address all the same. It is logged.
-pub(super) async fn announce(record: &Record, host: &Netlink, times: usize) {
-    for uplink in &record.uplinks {
+pub(super) async fn announce(record: &Record, uplinks: &[String], host: &Netlink, times: usize) {
+    for uplink in uplinks {
         if let Err(error) = on(uplink, &record.addresses, host, times).await {
             tracing::warn!("the service addresses could not be announced: {}", super::remove::text(&error));
         }

@@ -56,7 +56,7 @@ pub(super) async fn build(
             attach(record, &plane, Point::Xdp, uplink)?;
         }
     }
-    wiring::answer(host, record).await?;
+    wiring::answer(host, record, active).await?;
     record.ready = true;
     record.save()?;
     Ok(plane)
@@ -110,7 +110,7 @@ pub(super) async fn join(
     let entry = SlotRecord {
         netns: partition.netns.clone(),
         held: names::held_netns(&record.name, slot as u8),
-        link: names::host_link(&record.name, slot as u8),
+        link: free_link(record, slot),
         inner_link: partition.inner_link.clone(),
         inside: partition.inside.clone(),
     };
@@ -136,7 +136,14 @@ pub(super) async fn join(
     attach(record, plane, Point::FromPartition, entry.link.clone())?;
     attach(record, plane, Point::ToPartition, entry.link.clone())?;
     wiring::host_side(host, record, slot, &entry).await?;
-    wiring::own_addresses(host, record, &entry).await
+    wiring::own_addresses(host, record, slot, &entry).await
+}
+
+/// A name for a slot's link on the host. After an exchange of devices the other slot may have the one that is usual.
+fn free_link(record: &Record, slot: Slot) -> String {
+    let taken = record.slots[slot.other() as usize].as_ref().map(|other| other.link.as_str());
+    let usual = names::host_link(&record.name, slot as u8);
+    if taken == Some(usual.as_str()) { names::host_link(&record.name, slot.other() as u8) } else { usual }
 }
 
 fn attach(record: &mut Record, plane: &Dataplane, point: Point, link: String) -> Result<(), AttachError> {

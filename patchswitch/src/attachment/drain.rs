@@ -9,8 +9,9 @@ use serde::Serialize;
 use super::{AttachError, Attachment, Flows, announce};
 use crate::host::linux::sockets;
 
-/// The kernel is asked this often while a partition drains.
+/// The kernel is asked this often while a partition drains, and more often at first: new flows may be waiting for it.
 const POLL: Duration = Duration::from_millis(250);
+const FIRST_POLL: Duration = Duration::from_millis(5);
 
 /// What happens to flows that are still there at the deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -118,7 +119,7 @@ impl Attachment {
                 let (reset, settled) = self.overdue(retiring, options.on_deadline, &flows).await?;
                 return Ok(report(first, left, reset, settled));
             }
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(start.elapsed().clamp(FIRST_POLL, POLL)).await;
         }
     }
 

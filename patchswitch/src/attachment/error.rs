@@ -48,6 +48,15 @@ pub enum AttachError {
         #[source]
         source: std::io::Error,
     },
+    /// A partition cannot use an address that it was given.
+    #[error("{address} cannot be used in the partition that was given it")]
+    NotTaken {
+        /// The address.
+        address: std::net::IpAddr,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// An address could not be announced.
     #[error("failed to send frames on {link}")]
     Announce {

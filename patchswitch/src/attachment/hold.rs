@@ -162,7 +162,7 @@ impl Attachment {
             Err(error) => return Err(self.after(error, Self::drop_queue).await),
         };
         let called = Instant::now();
-        match self.switch_with(to, options).await {
+        match self.give_flows(to, options).await {
             Ok(switched) => {
                 hold.begun = called + Duration::from_secs_f64(switched.prepare_us / 1e6);
                 Ok(hold)
@@ -238,7 +238,7 @@ impl Attachment {
     pub async fn call_off(&mut self, hold: Hold) -> Result<Pumped, AttachError> {
         let back = hold.to.other();
         let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-        let switched = self.switch_with(back, options).await;
+        let switched = self.give_flows(back, options).await;
         match switched {
             Err(error) if self.plane.word().active() != back => Err(error),
             switched => {
@@ -257,6 +257,7 @@ impl Attachment {
     async fn deliver(&mut self, mut hold: Hold, receiver: Slot) -> Result<Pumped, AttachError> {
         // Whoever cannot be asked gets no more at once than is usual.
         let (begun, most) = (Instant::now(), self.burst(receiver).unwrap_or(BURST));
+        self.answer(receiver).await?;
         let queue = &mut hold.queue;
         queue.pump(most).map_err(failed)?;
         self.plane.release(hold.to)?;

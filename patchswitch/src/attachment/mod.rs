@@ -18,6 +18,7 @@ mod build;
 mod canary;
 mod drain;
 mod error;
+mod exchange;
 mod flows;
 mod group;
 mod hold;
@@ -40,6 +41,7 @@ pub use announce::{AGAIN as ANNOUNCE_AGAIN, EVERY as ANNOUNCE_EVERY};
 pub use canary::{Canary, CanaryReport, Conduct};
 pub use drain::{DrainOptions, DrainReport, OnDeadline};
 pub use error::AttachError;
+pub use exchange::Exchange;
 pub use flows::{Flow, Flows, View};
 pub use hold::{Hold, Pumped};
 pub use lock::Lock;
@@ -86,6 +88,9 @@ pub struct Spec {
     pub hook: Option<HookKind>,
     /// Whether a service of that name has it, whose record has to follow every switch.
     pub of_service: bool,
+    /// Whether each partition has an uplink of its own, at which the host answers for the service while that partition serves:
+    /// the first of two for the first slot. Else it answers on all.
+    pub own_uplinks: bool,
     /// An attachment with which it is to be in a group: both switch by one store.
     pub with: Option<Name>,
 }
@@ -209,7 +214,8 @@ impl Attachment {
     /// Tells everybody on the uplinks that the service addresses are here. [`Attachment::create`] has done it once; as a
     /// frame may be lost, it is to be done again after [`ANNOUNCE_AGAIN`]. A failure is logged.
     pub async fn announce(&self) {
-        announce::announce(&self.record, &self.host, announce::VOLLEY).await;
+        let uplinks = self.record.uplinks_of(self.plane.word().active());
+        announce::announce(&self.record, uplinks, &self.host, announce::VOLLEY).await;
     }
 
     /// Whether [`Attachment::create`] would be refused, if what has the name now were detached first.
@@ -399,6 +405,22 @@ impl Attachment {
     /// [`AttachError::AfterSwitch`] if the switch is made but not all that belongs to it; with any other error nothing
     /// was switched.
     pub async fn switch_with(&mut self, to: Slot, options: SwitchOptions) -> Result<Switched, AttachError> {
+        let switched = self.give_flows(to, options).await?;
+        for member in std::iter::once(&*self).chain(&self.others) {
+            member
+                .answer(to)
+                .await
+                .map_err(|error| AttachError::AfterSwitch { causes: vec![remove::text(&error)] })?;
+        }
+        Ok(switched)
+    }
+
+    /// The switch, but for who answers the neighbours where each side has an uplink of its own.
+    pub(super) async fn give_flows(
+        &mut self,
+        to: Slot,
+        options: SwitchOptions,
+    ) -> Result<Switched, AttachError> {
         let begun = Instant::now();
         self.prepare(to, options).await?;
         for other in &mut self.others {
@@ -440,7 +462,12 @@ impl Attachment {
             let [from_link, to_link] = links;
             parity::prepare((leaving, from_link?), (&self.netns(to)?, to_link?));
         }
-        wiring::prefer_source(&self.record, &target, &self.netns(to)?, true).await
+        let netns = self.netns(to)?;
+        if self.record.own_uplinks {
+            // It may have given them up when it retired.
+            wiring::hold_addresses(&self.record, to, &target, &netns).await?;
+        }
+        wiring::prefer_source(&self.record, &target, &netns, true).await
     }
 
     /// What belongs after it: the slow path, and what the retiring side begins.

@@ -59,6 +59,12 @@ pub(super) async fn check_spec(
     for address in &spec.addresses {
         taken.claim(*address, "service")?;
     }
+    if spec.own_uplinks && !matches!(spec.uplinks.as_slice(), [first, second] if first != second) {
+        return refuse(format!(
+            "each partition is to have an uplink of its own, which makes two; given are {}",
+            spec.uplinks.len()
+        ));
+    }
     let links = host.links().await?;
     for uplink in &spec.uplinks {
         let Some(link) = links.iter().find(|link| &link.name == uplink) else {

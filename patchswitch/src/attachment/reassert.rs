@@ -7,6 +7,7 @@
 //! |---|---|---|---|
 //! | the host's route for the service addresses | to it | – | – |
 //! | source of what a partition of ours begins itself | the service's | its own | as it was: it reaches nothing |
+//! | of two uplinks the one that answers, where each has its own | its | – | – |
 //! | notice, learning | – | – | off, as nobody retires |
 //! | learned flows | – | – | none |
 //!
@@ -43,6 +44,11 @@ impl Attachment {
             Ok(false) => {}
             Err(error) => errors.push(error),
         }
+        match self.settle_devices().await {
+            Ok(true) => mended.push("a network device is where it belongs again".to_owned()),
+            Ok(false) => {}
+            Err(error) => errors.push(error),
+        }
         let word = self.plane.word();
         let sharing = (word.phase() == Phase::Sharing).then(|| word.active().other());
         let retiring = (word.phase() == Phase::Draining).then(|| word.active().other());
@@ -50,6 +56,7 @@ impl Attachment {
             Ok(what) => mended.extend(what),
             Err(error) => errors.push(error),
         }
+        errors.extend(self.answer(word.active()).await.err());
         for (slot, serving) in [(Some(word.active()), true), (sharing, true), (retiring, false)] {
             match self.reassert_source(slot, serving).await {
                 Ok(what) => mended.extend(what),

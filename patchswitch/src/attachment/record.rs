@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use patchswitch_common::Slot;
 use serde::{Deserialize, Serialize};
 
 use super::{AttachError, Spec};
@@ -116,6 +117,9 @@ pub struct Record {
     pub datagrams: Datagrams,
     /// Whether a service of that name has it: what is done to it by hand would be unknown to the service's record.
     pub of_service: bool,
+    /// [`Spec::own_uplinks`].
+    #[serde(default)]
+    pub own_uplinks: bool,
     /// The group that it has joined: the name of the first of it.
     #[serde(default)]
     pub group: Option<Name>,
@@ -165,6 +169,7 @@ impl Record {
             udp_idle: spec.udp_idle,
             datagrams: spec.datagrams.clone(),
             of_service: spec.of_service,
+            own_uplinks: spec.own_uplinks,
             group: None,
             ready: false,
         }
@@ -218,7 +223,17 @@ impl Record {
 
     /// Whether this is what a service asks for, but for what is declared of its datagrams, which can be changed at any time.
     pub fn is_of(&self, spec: &Spec) -> bool {
-        self.addresses == spec.addresses && self.uplinks == uplinks(spec)
+        self.addresses == spec.addresses
+            && self.uplinks == uplinks(spec)
+            && self.own_uplinks == spec.own_uplinks
+    }
+
+    /// The uplinks on which the host answers for what the partition in a slot has.
+    pub fn uplinks_of(&self, slot: Slot) -> &[String] {
+        match (self.own_uplinks, self.uplinks.as_slice()) {
+            (true, [first, second]) => std::slice::from_ref(if slot == Slot::A { first } else { second }),
+            (_, all) => all,
+        }
     }
 
     /// Writes the record, all or nothing.
@@ -258,6 +273,10 @@ fn instead(verb: &str, name: &Name) -> String {
 
 fn uplinks(spec: &Spec) -> Vec<String> {
     let mut uplinks = spec.uplinks.clone();
+    if spec.own_uplinks {
+        // Which is whose is told by their order.
+        return uplinks;
+    }
     uplinks.sort();
     uplinks.dedup();
     uplinks

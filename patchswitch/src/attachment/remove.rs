@@ -67,6 +67,7 @@ pub(super) async fn remains(name: &Name, host: &Netlink) -> Result<Record, Attac
         datagrams: Datagrams::default(),
         hook: None,
         of_service: false,
+        own_uplinks: false,
         with: None,
     };
     let mut record = Record::new(&spec, identity(&own)?);

@@ -101,7 +101,7 @@ impl Neighbours {
         }
         if is_due {
             self.announced = Instant::now();
-            announce::announce(&self.record, &self.host, 1).await;
+            announce::announce(&self.record, &self.answering(), &self.host, 1).await;
             self.listen().await?;
         }
         let ours = self.ours().await?;
@@ -139,6 +139,15 @@ impl Neighbours {
         })
     }
 
+    /// The uplinks on which the host answers for the service. None: who serves is not to be told at this moment.
+    fn answering(&self) -> Vec<String> {
+        if !self.record.own_uplinks {
+            return self.record.uplinks.clone();
+        }
+        let plane = Dataplane::open(&self.record.name);
+        plane.map(|plane| self.record.uplinks_of(plane.word().active()).to_vec()).unwrap_or_default()
+    }
+
     /// The link-layer addresses that are this host's or its partitions'.
     async fn ours(&self) -> Result<Vec<[u8; 6]>, AttachError> {
         let mut ours: Vec<_> = self.host.links().await?.into_iter().map(|link| link.mac).collect();
@@ -149,7 +158,8 @@ impl Neighbours {
     /// Says once more whose an address is, unless that was said a moment ago.
     async fn defend(&mut self, link: &str, address: IpAddr) -> Result<bool, AttachError> {
         let key = (link.to_owned(), address);
-        if self.defended.get(&key).is_some_and(|last| last.elapsed() < DEFEND) {
+        let is_silent = !self.answering().iter().any(|one| one == link);
+        if is_silent || self.defended.get(&key).is_some_and(|last| last.elapsed() < DEFEND) {
             return Ok(false);
         }
         announce::on(link, &[address], &self.host, 1).await?;

@@ -109,7 +109,13 @@ fn has_ipv6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
-async fn inside(record: &Record, slot: Slot, entry: &SlotRecord, netns: &Netns) -> Result<(), AttachError> {
+/// Sets up the inside of a partition: all that its link has there.
+pub(super) async fn inside(
+    record: &Record,
+    slot: Slot,
+    entry: &SlotRecord,
+    netns: &Netns,
+) -> Result<(), AttachError> {
     let nl = Netlink::open(netns)?;
     let link = nl.link(&entry.inner_link).await?;
     let settings = || -> Result<(), SysctlError> {
@@ -198,6 +204,9 @@ pub(super) async fn prefer_source(
     let nl = Netlink::open(netns)?;
     let link = nl.link(&slot.inner_link).await?;
     for (address, preferred) in preferences(record, own, serving) {
+        if may_lack(record, address, serving) && nl.address_on(&link, address).await?.is_none() {
+            continue;
+        }
         nl.add_address(&link, address, preferred).await?;
     }
     routes(&nl, record, slot, &link, &sources(record, own, serving)).await
@@ -219,7 +228,7 @@ pub(super) async fn prefers_source(
     for (address, preferred) in preferences(record, own, serving) {
         let is_right = match nl.address_on(&link, address).await? {
             Some(is_preferred) => address.is_ipv4() || is_preferred == preferred,
-            None => false,
+            None => may_lack(record, address, serving),
         };
         if !is_right {
             return Ok(false);
@@ -235,6 +244,11 @@ pub(super) async fn prefers_source(
         }
     }
     Ok(true)
+}
+
+/// Whether a partition may have given an address up.
+fn may_lack(record: &Record, address: IpAddr, serving: bool) -> bool {
+    record.own_uplinks && !serving && record.addresses.contains(&address)
 }
 
 /// Each address of a partition, and whether new sockets may get it.
@@ -277,12 +291,13 @@ pub(super) async fn host_side(
 pub(super) async fn own_addresses(
     host: &Netlink,
     record: &Record,
+    slot: Slot,
     entry: &SlotRecord,
 ) -> Result<(), AttachError> {
     let link = host.link(&entry.link).await?;
     for address in own(entry) {
         host.route_host(MAIN_TABLE, *address, &link).await?;
-        for uplink in &record.uplinks {
+        for uplink in record.uplinks_of(slot) {
             host.add_proxy(&host.link(uplink).await?, *address).await?;
         }
     }
@@ -313,15 +328,58 @@ pub(super) async fn is_slow_path(
     Ok(true)
 }
 
-/// Makes the host answer ARP and NDP for the service on every uplink.
-pub(super) async fn answer(host: &Netlink, record: &Record) -> Result<(), AttachError> {
-    for uplink in &record.uplinks {
+/// Makes the host answer ARP and NDP for the service on the uplinks of who serves, and on no other one.
+pub(super) async fn answer(host: &Netlink, record: &Record, active: Slot) -> Result<(), AttachError> {
+    let answering = record.uplinks_of(active);
+    // Nobody must be told two things, so the other one is silent first.
+    let (silent, speaking): (Vec<_>, Vec<_>) =
+        record.uplinks.iter().partition(|one| !answering.contains(one));
+    for uplink in silent {
+        let link = host.link(uplink).await?;
+        for address in &record.addresses {
+            host.delete_proxy(&link, *address).await?;
+        }
+    }
+    for uplink in speaking {
         let link = host.link(uplink).await?;
         for address in &record.addresses {
             host.add_proxy(&link, *address).await?;
         }
     }
     Ok(())
+}
+
+/// Gives a partition the service's addresses, if it has given them up, and all that the kernel took away with them: with the
+/// last IPv4 address of a link go its routes and its neighbours, also the permanent ones.
+pub(super) async fn hold_addresses(
+    record: &Record,
+    slot: Slot,
+    entry: &SlotRecord,
+    netns: &Netns,
+) -> Result<(), AttachError> {
+    let nl = Netlink::open(netns)?;
+    let link = nl.link(&entry.inner_link).await?;
+    for address in &record.addresses {
+        if nl.address_on(&link, *address).await?.is_none() {
+            return inside(record, slot, entry, netns).await;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the service's addresses from a partition: it is known by its own ones from then on.
+pub(super) async fn give_up_addresses(
+    record: &Record,
+    entry: &SlotRecord,
+    netns: &Netns,
+) -> Result<(), AttachError> {
+    let nl = Netlink::open(netns)?;
+    let link = nl.link(&entry.inner_link).await?;
+    for address in &record.addresses {
+        nl.delete_address(&link, *address).await?;
+    }
+    let own: Vec<IpAddr> = own(entry).to_vec();
+    if own.is_empty() { Ok(()) } else { routes(&nl, record, entry, &link, &own).await }
 }
 
 /// The settings that forwarding and answering need, in the order in which they must be written: the kernel's switch-on

@@ -125,6 +125,7 @@ mod tests {
             ethernet: true,
             kind: kind.map(str::to_owned),
             xdp: false,
+            peer: None,
         }
     }
 
@@ -137,6 +138,7 @@ mod tests {
             datagrams: crate::config::Datagrams::default(),
             hook,
             of_service: false,
+            own_uplinks: false,
             with: None,
         }
     }

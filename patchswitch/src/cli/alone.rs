@@ -50,6 +50,10 @@ pub(crate) struct Attach {
     /// A network device on which clients are; may be given several times.
     #[arg(long = "uplink", required = true, value_name = "DEVICE")]
     uplinks: Vec<String>,
+    /// Of two uplinks the first is the first namespace's and the second the second's: the addresses are answered for at the one of
+    /// who serves, and go to the other one by `switch --hold TIME --exchange address`.
+    #[arg(long, requires = "second")]
+    own_uplinks: bool,
     /// How the programs are attached. `auto` is `tc`, and says why.
     #[arg(long, value_enum, default_value = "auto")]
     hook: HookChoice,
@@ -104,6 +108,7 @@ impl Attach {
                 HookChoice::Xdp => Some(HookKind::Xdp),
             },
             of_service: false,
+            own_uplinks: self.own_uplinks,
             with: self.with.clone(),
         };
         let first = Partition::guest(self.first.clone(), &self.name);

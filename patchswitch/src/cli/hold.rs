@@ -1,12 +1,12 @@
 //! `switch --hold`: new flows wait while a command does what only one partition can do at a time.
 
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
-use patchswitch::attachment::{Attachment, Pumped, SwitchOptions};
+use clap::{ArgGroup, Args, ValueEnum};
+use patchswitch::attachment::{Attachment, DrainOptions, Exchange, OnDeadline, Pumped, SwitchOptions};
 use patchswitch::config::duration;
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::programs::{Program, Run};
@@ -21,22 +21,62 @@ const MARGIN: Duration = Duration::from_secs(1);
 
 /// How `switch` has flows wait.
 #[derive(Debug, Args)]
+#[group(id = "waiting", multiple = true)]
+#[command(group(ArgGroup::new("deed").multiple(true)))]
 pub(crate) struct Waiting {
     /// Have new flows wait while the command of --run does what only one side can do at a time, such as moving a database.
-    /// The command may take so long, such as 5s. Below a second clients notice nothing but the wait.
-    #[arg(long, value_name = "TIME", requires = "run", conflicts_with = "share", value_parser = some_time)]
+    /// All of it may take so long, such as 5s. Below a second clients notice nothing but the wait.
+    #[arg(long, value_name = "TIME", requires = "deed", conflicts_with = "share", value_parser = some_time)]
     hold: Option<Duration>,
+    /// What goes over meanwhile, as soon as the flows of the old side have ended. A command of --run comes after it.
+    #[arg(long, value_name = "WHAT", requires = "hold", group = "deed", value_enum)]
+    exchange: Option<What>,
+    /// What becomes of flows of the old side that have not ended in the time of --hold: with `abort` nothing is switched.
+    #[arg(long, value_name = "WHAT", requires = "exchange", value_enum, default_value = "abort")]
+    left: Left,
     /// What is done meanwhile: a command of the shell, with the root as its directory, an empty environment and nothing to
     /// read. It is killed with all that it started if it takes longer, and what it has left running in the background when
     /// it ends. If it fails, those that wait go to the side that served before, and patchswitch ends with 22.
-    #[arg(long, value_name = "COMMAND", requires = "hold", value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, value_name = "COMMAND", requires = "hold", group = "deed", value_parser = NonEmptyStringValueParser::new())]
     run: Option<String>,
 }
 
+/// What goes over.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum What {
+    /// The network devices of the two sides change places.
+    Device,
+    /// The service's addresses go to the uplink of the other side, for what was attached with --own-uplinks.
+    Address,
+}
+
+/// What becomes of flows that do not end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Left {
+    /// Those that wait go to the side that served before, and patchswitch ends with 22.
+    Abort,
+    /// They are reset.
+    Reset,
+}
+
+/// What is done while flows wait, and for how long at most.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deed<'a> {
+    limit: Duration,
+    exchange: Option<Exchange>,
+    left: Left,
+    command: Option<&'a str>,
+}
+
 impl Waiting {
-    /// How long, and for what, if flows are to wait.
-    pub(crate) fn given(&self) -> Option<(Duration, &str)> {
-        self.hold.zip(self.run.as_deref())
+    /// For what, if flows are to wait.
+    pub(crate) fn given(&self) -> Option<Deed<'_>> {
+        let exchange = self.exchange.map(|what| match what {
+            What::Device => Exchange::Device,
+            What::Address => Exchange::Address,
+        });
+        let (left, command) = (self.left, self.run.as_deref());
+        self.hold.map(|limit| Deed { limit, exchange, left, command })
     }
 }
 
@@ -48,25 +88,61 @@ fn some_time(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Holds, runs the command, and lets go.
+impl Deed<'_> {
+    /// Does it; `exchanged` if that is to be undone when something after it fails.
+    async fn run(self, attachment: &mut Attachment, to: Slot, exchanged: &mut bool) -> anyhow::Result<()> {
+        let end = Instant::now() + self.limit;
+        let left = || end.saturating_duration_since(Instant::now());
+        if let Some(what) = self.exchange {
+            self.finish(attachment).await?;
+            *exchanged = true;
+            attachment.exchange(what, to).await?;
+        }
+        match self.command {
+            Some(command) => shell(command, left()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the old side has no flow left.
+    async fn finish(self, attachment: &mut Attachment) -> anyhow::Result<()> {
+        let on_deadline = match self.left {
+            Left::Abort => OnDeadline::Keep,
+            Left::Reset => OnDeadline::Reset,
+        };
+        // The rest is for what comes after it.
+        let options = DrainOptions { deadline: Some(self.limit / 2), on_deadline };
+        let drained = attachment.drain_until(&options, &job::is_stopped, |_| {}).await?;
+        anyhow::ensure!(drained.settled, "{} flows of the old side have not ended", drained.left);
+        Ok(())
+    }
+}
+
+/// Holds, does what is to be done, and lets go.
 pub(crate) async fn run(
     attachment: &mut Attachment,
     to: Slot,
-    (limit, command): (Duration, &str),
+    deed: Deed<'_>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     job::watch_signals(json)?;
     let (old, new) = (netns_name(attachment.record(), to.other()), netns_name(attachment.record(), to));
+    let Deed { limit, exchange, .. } = deed;
+    exchange.map_or(Ok(()), |what| attachment.can_exchange(what))?;
     let hold = attachment.hold(to, limit + MARGIN, SwitchOptions::default()).await?;
     if !json {
         print::progress(&format!("flows of {old} go on; new ones wait for {new}, {limit:?} at most"));
     }
-    let failure = match shell(command, limit).await {
+    let mut exchanged = false;
+    let failure = match deed.run(attachment, to, &mut exchanged).await {
         // What it was to move has been moved, whatever somebody wants meanwhile.
         Ok(()) => None,
         Err(_) if job::is_stopped() => Some("called off".to_owned()),
         Err(error) => Some(format!("{error:#}")),
     };
+    if let Some(what) = exchange.filter(|_| exchanged && failure.is_some()) {
+        attachment.exchange(what, to.other()).await.context("what had gone over could not be put back")?;
+    }
     let pumped = match failure {
         None => attachment.release(hold).await?,
         Some(_) => attachment.call_off(hold).await?,

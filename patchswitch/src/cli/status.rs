@@ -95,7 +95,8 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
                 (false, _) => "standby",
             };
             json!({
-                "netns": entry.netns, "role": role, "link": entry.link, "gone": record.gone(slot),
+                "netns": entry.netns, "role": role, "link": entry.link,
+                "uplink": record.own_uplinks.then(|| record.uplinks_of(slot)), "gone": record.gone(slot),
                 "paths_refused": record.paths_refused(slot),
                 "held_ms": plane.held(slot).ok().flatten().map(|left| left.as_millis() as u64),
             })
@@ -178,7 +179,8 @@ fn lines(state: &Value) -> anyhow::Result<String> {
             ("canary", share) => format!(", {share} of 100 new flows"),
             _ => String::new(),
         };
-        writeln!(text, "  {:<9}  {} ({}){share}{gone}", of("role"), of("netns"), of("link"))?;
+        let uplink = partition["uplink"][0].as_str().map(|link| format!(", at {link}")).unwrap_or_default();
+        writeln!(text, "  {:<9}  {} ({}){uplink}{share}{gone}", of("role"), of("netns"), of("link"))?;
         if let Some(left) = partition["held_ms"].as_u64() {
             writeln!(text, "             new flows wait for it, {left} ms more at most")?;
         }

@@ -9,6 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 
 use super::attach::Point;
 use super::{DataplaneError, maps};
+use crate::host::linux::mountns;
 
 /// The object that was built from `patchswitch-ebpf` and is checked in, so that no LLVM is needed to install.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/patchswitch.bpf.o");
@@ -224,8 +225,7 @@ pub fn ensure_bpffs() -> Result<(), DataplaneError> {
         return Ok(());
     }
     // What is pinned in a mount namespace of its own is gone with it, and the path of the packets as well.
-    let namespace = |process| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    if namespace("self") != namespace("1") {
+    if mountns::is_private() {
         return Err(DataplaneError::PrivateMounts);
     }
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;

@@ -12,6 +12,7 @@ use super::firewall::{self, Rules};
 use crate::config::{self, Runtime};
 use crate::dataplane::HookKind;
 use crate::host::linux::dm::{Dm, DmError};
+use crate::host::linux::mountns;
 use crate::host::linux::programs::{Program, Run};
 use crate::manager::chain;
 use crate::names::RUN_ROOT;
@@ -176,12 +177,7 @@ fn bpffs() -> Bpffs {
     if !kinds.lines().any(|line| line.ends_with("\tbpf")) {
         return Bpffs::None;
     }
-    let namespace = |process| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    // Who may not look at PID 1 is not root and mounts nothing anyway.
-    match (namespace("self"), namespace("1")) {
-        (Some(own), Some(first)) if own != first => Bpffs::Private,
-        _ => Bpffs::Mountable,
-    }
+    if mountns::is_private() { Bpffs::Private } else { Bpffs::Mountable }
 }
 
 fn cgroups() -> Cgroups {

@@ -298,6 +298,7 @@ fn spec(service: &Service) -> Spec {
         datagrams: service.datagrams.clone(),
         hook: None,
         of_service: true,
+        own_uplinks: false,
         with: None,
     }
 }

@@ -42,6 +42,7 @@ impl Product {
             datagrams: Datagrams::default(),
             hook: None,
             of_service: false,
+            own_uplinks: false,
             with: None,
         };
         let (first, second) = (partition(&lab.a, OWN_A)?, partition(&lab.b, OWN_B)?);

@@ -25,9 +25,11 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use super::pidfd::Process;
 
 mod graft;
+mod private;
 mod table;
 
 pub use graft::Tree;
+pub use private::is_private;
 pub use table::{Mount, parse as parse_mountinfo};
 
 /// `NSFS_MAGIC` of `linux/magic.h`: the file system of namespace files.

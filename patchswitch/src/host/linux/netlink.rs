@@ -74,6 +74,17 @@ pub struct Link {
     pub kind: Option<String>,
     /// Whether there is an XDP program on it.
     pub xdp: bool,
+    /// Of a veth, its other end.
+    pub peer: Option<Peer>,
+}
+
+/// The other end of a veth pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its index in its namespace.
+    pub index: u32,
+    /// The id of its namespace, as seen from this one; nothing if it is in this one.
+    pub nsid: Option<i32>,
 }
 
 /// A netlink connection into one network namespace.
@@ -156,6 +167,16 @@ impl Netlink {
         let message =
             LinkUnspec::new_with_index(index).setns_by_fd(to.raw_fd()).name(name.to_owned()).build();
         let action = format!("move a link into network namespace {to} as {name}");
+        self.handle.link().set(message).execute().await.map_err(failed(action))
+    }
+
+    /// Gives a link that is down another name.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`], e.g. if the name is taken.
+    pub async fn rename(&self, link: &Link, name: &str) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(link.index).name(name.to_owned()).build();
+        let action = format!("name {} {name}", link.name);
         self.handle.link().set(message).execute().await.map_err(failed(action))
     }
 
@@ -257,6 +278,16 @@ impl Netlink {
         request.execute().await.map_err(failed(action))
     }
 
+    /// Takes a host address off a link.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn delete_address(&self, link: &Link, address: IpAddr) -> Result<(), NetlinkError> {
+        let message = self.handle.address().add(link.index, address, width(address)).message_mut().clone();
+        let done = self.handle.address().del(message).execute().await;
+        done.or_else(unless(libc::EADDRNOTAVAIL, || format!("take {address} off {}", link.name)))
+    }
+
     /// Says for good which link-layer address a neighbour has.
     ///
     /// # Errors
@@ -333,12 +364,16 @@ fn link(message: LinkMessage) -> Link {
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         kind: None,
         xdp: false,
+        peer: None,
     };
+    let (mut peer, mut nsid) = (None, None);
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => found.name = name,
             LinkAttribute::Mtu(mtu) => found.mtu = mtu,
             LinkAttribute::Address(mac) => found.mac = mac.try_into().unwrap_or_default(),
+            LinkAttribute::Link(index) => peer = Some(index),
+            LinkAttribute::LinkNetNsId(id) => nsid = Some(id),
             LinkAttribute::LinkInfo(all) => {
                 found.kind = all.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.to_string()),
@@ -352,5 +387,6 @@ fn link(message: LinkMessage) -> Link {
             _ => {}
         }
     }
+    found.peer = peer.filter(|_| found.kind.as_deref() == Some("veth")).map(|index| Peer { index, nsid });
     found
 }

@@ -8,6 +8,7 @@ mod beside;
 mod client;
 mod database;
 mod decisions;
+mod exchange;
 mod failing;
 mod good;
 mod inputs;

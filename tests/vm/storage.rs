@@ -6,6 +6,7 @@
 mod commit;
 mod cut;
 mod death;
+mod engines;
 mod full;
 mod half;
 mod lab;

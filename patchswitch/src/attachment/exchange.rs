@@ -214,6 +214,10 @@ impl Attachment {
         xdp::receive(&self.record, &netns, &entry.inner_link)?;
         let known = self.plane.slot(*slot)?;
         self.plane.set_slot(*slot, &SlotEntry { ifindex: outer.index, ..known })?;
+        if let Some(other) = &self.record.slots[slot.other() as usize] {
+            // Behind this link it was until now.
+            wiring::forget_own(&self.host, other, outer).await?;
+        }
         wiring::host_side(&self.host, &self.record, *slot, entry).await?;
         wiring::own_addresses(&self.host, &self.record, *slot, entry).await?;
         let word = self.plane.word();

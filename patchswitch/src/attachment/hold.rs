@@ -21,7 +21,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, SwitchOptions, build};
+use super::{AttachError, Attachment, SwitchOptions, Switched, build};
 use crate::dataplane::{Dataplane, Hook, Point};
 use crate::host::linux::clock::boot_ns;
 use crate::host::linux::hold_guard::{FRAME, HoldGuard};
@@ -55,6 +55,7 @@ pub struct Hold {
     guard: HoldGuard,
     /// When the first packet can have been held.
     begun: Instant,
+    switched: Switched,
 }
 
 /// Where they wait.
@@ -84,6 +85,11 @@ pub struct Pumped {
 }
 
 impl Hold {
+    /// The switch with which it began.
+    pub fn switched(&self) -> Switched {
+        self.switched
+    }
+
     /// How much of its time is left.
     pub fn left(&self) -> Duration {
         Duration::from_nanos(self.until_ns.saturating_sub(boot_ns()))
@@ -165,6 +171,7 @@ impl Attachment {
         match self.give_flows(to, options).await {
             Ok(switched) => {
                 hold.begun = called + Duration::from_secs_f64(switched.prepare_us / 1e6);
+                hold.switched = switched;
                 Ok(hold)
             }
             // Something waits already.
@@ -198,7 +205,8 @@ impl Attachment {
         let until_ns = boot_ns().saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
         let guard = HoldGuard::start(&queue.tap, queue.link.mac, until_ns).map_err(failed)?;
         self.plane.hold(to, queue.link.index, until_ns)?;
-        Ok(Hold { to, until_ns, queue, guard, begun: Instant::now() })
+        let (begun, switched) = (Instant::now(), Switched::default());
+        Ok(Hold { to, until_ns, queue, guard, begun, switched })
     }
 
     async fn queue_link(&self, name: &str) -> Result<Link, AttachError> {

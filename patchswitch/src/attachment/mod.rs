@@ -136,7 +136,7 @@ impl Default for SwitchOptions {
 }
 
 /// What a switch did.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Switched {
     /// The generation of the word from then on.
     pub generation: u32,

@@ -287,6 +287,14 @@ pub(super) async fn host_side(
     Ok(())
 }
 
+/// Makes the host forget that a partition's own addresses are behind a link.
+pub(super) async fn forget_own(host: &Netlink, entry: &SlotRecord, link: &Link) -> Result<(), AttachError> {
+    for address in own(entry) {
+        host.delete_neighbour(link, *address).await?;
+    }
+    Ok(())
+}
+
 /// Routes a partition's own addresses to it and answers for them on the uplinks.
 pub(super) async fn own_addresses(
     host: &Netlink,

@@ -8,7 +8,7 @@ use clap::Args;
 use patchswitch::exit::ExitCode;
 use patchswitch::manager::Manager;
 use patchswitch::names::Name;
-use patchswitch::switchover::{self, Ended, Options, Watcher};
+use patchswitch::switchover::{self, Ended, Options, Summary, Watcher};
 use serde_json::json;
 
 use super::{background, print, report};
@@ -108,11 +108,12 @@ impl Apply {
             print::json(&json!({"schema": "patchswitch.plan/1", "plan": summary}))?;
         } else {
             print::text(&format!(
-                "{} would be cloned into {} and patched there with:\n  {}\nthen {1} would take over; flows that exist \
-                 stay with {0} until they end\nnothing was changed; next: patchswitch apply {}",
+                "{} would be cloned into {} and patched there with:\n  {}\nthen {1} would take over; {}\nnothing was \
+                 changed; next: patchswitch apply {}",
                 summary.active,
                 summary.standby,
                 summary.patches.join("\n  "),
+                course(&summary),
                 self.service
             ));
         }
@@ -227,4 +228,19 @@ pub(crate) async fn down(manager: &mut Manager, json: bool) -> anyhow::Result<Ex
         print::text(&format!("stopped: {}; `patchswitch up` brings them back", names.join(", ")));
     }
     Ok(ExitCode::Done)
+}
+
+/// What becomes of flows, by the strategy.
+fn course(summary: &Summary) -> String {
+    let (old, hold) = (&summary.active, summary.hold_s.unwrap_or_default());
+    let what = match summary.strategy {
+        "quiesce" => format!("{old} ends and gives its disk away"),
+        "device" => format!("the flows of {old} end and the two change their network devices"),
+        "address" => format!("the flows of {old} end and the addresses go to the other uplink"),
+        "letter" => {
+            return format!("flows of {old} go there as well, and connections are reset (strategy letter)");
+        }
+        _ => return format!("flows that exist stay with {old} until they end"),
+    };
+    format!("new flows wait while {what}, {hold} s at most (strategy {})", summary.strategy)
 }

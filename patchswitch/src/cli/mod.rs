@@ -17,6 +17,7 @@ mod service;
 mod size;
 mod status;
 mod watch;
+mod write_log;
 
 use std::io::IsTerminal as _;
 
@@ -91,6 +92,8 @@ enum Verb {
     Up,
     /// Take everything out of the kernel; what is stored stays.
     Down,
+    /// Show what a log of writes (dm-log-writes) has recorded of a disk, and when.
+    WriteLog(write_log::WriteLog),
 }
 
 /// Reads the arguments, runs the verb and turns its end into an exit code.
@@ -127,6 +130,7 @@ async fn execute(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Detach(verb) => verb.run(json).await,
         Verb::Status(verb) => verb.run(&arguments.config, json).await,
         Verb::Watch(verb) => verb.run(json).await,
+        Verb::WriteLog(verb) => verb.run(json),
         _ => execute_managed(arguments, &mut Manager::open(&arguments.config)?).await,
     }
 }

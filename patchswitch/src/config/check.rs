@@ -62,6 +62,15 @@ pub(super) fn service(service: &Service, place_of: Where<'_>) -> Result<(), Conf
         }
         positive(place_of, "quiesce.hold", quiesce.hold)?;
     }
+    if let Strategy::Device(exchange) | Strategy::Address(exchange) = &service.strategy {
+        positive(place_of, "exchange.hold", exchange.hold)?;
+    }
+    if matches!(service.strategy, Strategy::Address(_)) && service.uplinks.len() != 2 {
+        let message = "the address goes from one uplink to another (strategy = \"address\"): it needs two of them, the first \
+                       for the partition that serves first"
+            .to_owned();
+        return at(place_of, &["uplinks"], message);
+    }
     if service.strategy == Strategy::Letter && service.drain.on_deadline == OnDeadline::Abort {
         let message = "to the letter (strategy = \"letter\") every connection is left at the deadline: \"abort\" would turn \
                        each job back"

@@ -19,7 +19,7 @@
 //! partition = "web-a"                 # the one that serves when the service is added
 //! udp_idle = "10s"
 //! may_lose = ["/var/log/**"]
-//! strategy = "takeover"               # takeover | quiesce | letter
+//! strategy = "takeover"               # takeover | quiesce | device | address | letter
 //!
 //! [service.drain]
 //! command = "nginx -s quit"
@@ -49,6 +49,7 @@ pub mod duration;
 mod load;
 mod place;
 mod raw;
+mod strategy;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -57,6 +58,7 @@ pub(crate) use check::undeliverable;
 pub use datagrams::{BadDatagrams, Datagrams, Quic};
 pub use load::{DEFAULT_FILE, load};
 pub use place::Place;
+pub use strategy::{Exchange, Left, Quiesce, Strategy};
 
 /// `udp_idle` of a service that does not say: what most resolvers and NATs allow a silent flow.
 const DEFAULT_UDP_IDLE: Duration = Duration::from_secs(30);
@@ -166,7 +168,7 @@ pub struct Service {
     pub may_lose: Vec<String>,
     /// What the automatic give-back does if it would lose writes.
     pub lossy_give_back: LossyGiveBack,
-    /// `strategy` and `[service.quiesce]`: how another partition gets it.
+    /// `strategy`, `[service.quiesce]` and `[service.exchange]`: how another partition gets it.
     #[serde(default)]
     pub strategy: Strategy,
     /// `[service.gate]`: the checks before the switch.
@@ -197,35 +199,6 @@ pub enum LossyGiveBack {
     Refuse,
     /// It happens, and the loss is counted and reported.
     Allow,
-}
-
-/// How another partition gets a service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
-pub enum Strategy {
-    /// New flows go to the new partition, those that there are stay with the old one. The default.
-    #[default]
-    Takeover,
-    /// New flows wait while the old partition ends its work and gives its disk to the new one.
-    Quiesce(Quiesce),
-    /// Everything that is sent to the service goes to the new partition at once: see
-    /// [`SwitchOptions::letter`](crate::attachment::SwitchOptions::letter).
-    Letter,
-}
-
-/// `[service.quiesce]`: what is done with a single writer while new flows wait. The commands are of the shell, and are
-/// run inside the partition. What they are for may be so already: then they have nothing to do and end with 0.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quiesce {
-    /// Ends what clients do, and returns when that has ended; nothing: `stop` does that as well.
-    pub finish: Option<String>,
-    /// Ends the server, and returns when it has ended: nothing of it may have the disk open.
-    pub stop: String,
-    /// Begins it, and returns when it serves.
-    pub start: String,
-    /// How long new flows may wait for all of this.
-    #[serde(with = "duration")]
-    pub hold: Duration,
 }
 
 /// `[gate]`: all probes must succeed several times in a row.
@@ -486,7 +459,7 @@ impl Service {
     pub(crate) fn last_flows(&self) -> Duration {
         match self.strategy {
             Strategy::Letter => self.drain.deadline.min(self.udp_idle),
-            Strategy::Takeover | Strategy::Quiesce(_) => self.drain.deadline,
+            _ => self.drain.deadline,
         }
     }
 }

@@ -11,8 +11,8 @@ use toml::Spanned;
 use super::duration::Span;
 use super::place::{Place, Source};
 use super::{
-    Config, ConfigError, Datagrams, Drain, Gate, LossyGiveBack, Observe, OnDeadline, Policy, Probe, Quic,
-    Quiesce, Runtime, Service, Strategy, Uplink, check,
+    Config, ConfigError, Datagrams, Drain, Exchange, Gate, Left, LossyGiveBack, Observe, OnDeadline, Policy,
+    Probe, Quic, Quiesce, Runtime, Service, Strategy, Uplink, check,
 };
 use crate::names::Name;
 
@@ -71,7 +71,16 @@ struct RawScan {
 enum RawStrategy {
     Takeover,
     Quiesce,
+    Device,
+    Address,
     Letter,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawExchange {
+    hold: Opt<Span>,
+    on_deadline: Opt<Left>,
 }
 
 #[derive(Deserialize)]
@@ -134,6 +143,7 @@ struct RawService {
     lossy_give_back: Opt<LossyGiveBack>,
     strategy: Opt<RawStrategy>,
     quiesce: Opt<RawQuiesce>,
+    exchange: Opt<RawExchange>,
     #[serde(default)]
     gate: RawGate,
     #[serde(default)]
@@ -309,7 +319,7 @@ fn service(
         set.note("quic", quic.span());
         service.datagrams.quic = Some(quic_of(&quic, set.source)?);
     }
-    service.strategy = strategy(raw.strategy, raw.quiesce, set)?;
+    service.strategy = strategy(raw.strategy, (raw.quiesce, raw.exchange), set)?;
     set.gate(&mut service.gate, raw.gate);
     set.observe(&mut service.observe, raw.observe);
     set.drain(&mut service.drain, raw.drain);
@@ -320,37 +330,56 @@ fn service(
     Ok(service)
 }
 
-/// The table is there if it is needed, and only then.
+/// A table is there if it is needed, and only then.
 fn strategy(
     kind: Opt<RawStrategy>,
-    quiesce: Opt<RawQuiesce>,
+    (quiesce, exchange): (Opt<RawQuiesce>, Opt<RawExchange>),
     set: &mut Setter<'_>,
 ) -> Result<Strategy, ConfigError> {
-    let is = |wanted| kind.as_ref().is_some_and(|kind| *kind.get_ref() == wanted);
-    let (quiesces, to_the_letter) = (is(RawStrategy::Quiesce), is(RawStrategy::Letter));
-    let (span, message) = match (kind, quiesce) {
-        (None, Some(raw)) => (raw.span(), "only strategy = \"quiesce\" has this table"),
-        (Some(_), Some(raw)) if !quiesces => (raw.span(), "only strategy = \"quiesce\" has this table"),
-        (Some(kind), None) if quiesces => {
-            (kind.span(), "it needs a table [service.quiesce] with stop and start")
-        }
-        (_, None) if to_the_letter => return Ok(Strategy::Letter),
-        (_, None) => return Ok(Strategy::Takeover),
-        (_, Some(raw)) => {
-            let RawQuiesce { finish, stop, start, hold } = raw.into_inner();
-            set.note("quiesce.stop", stop.span());
-            set.note("quiesce.start", start.span());
-            let (stop, start) = (stop.into_inner(), start.into_inner());
-            let mut quiesce = Quiesce { finish: None, stop, start, hold: super::DEFAULT_HOLD };
-            if let Some(finish) = finish {
-                set.note("quiesce.finish", finish.span());
-                quiesce.finish = Some(finish.into_inner());
-            }
-            set.set("quiesce.hold", &mut quiesce.hold, hold);
-            return Ok(Strategy::Quiesce(quiesce));
-        }
+    let wrong = |span, message: &str, set: &Setter<'_>| {
+        Err(ConfigError::Text { place: set.source.place(span), message: message.to_owned() })
     };
-    Err(ConfigError::Text { place: set.source.place(span), message: message.to_owned() })
+    let of = kind.as_ref().map_or(RawStrategy::Takeover, |kind| *kind.get_ref());
+    if let Some(raw) = quiesce.as_ref().filter(|_| of != RawStrategy::Quiesce) {
+        return wrong(raw.span(), "only strategy = \"quiesce\" has this table", set);
+    }
+    let exchanges = matches!(of, RawStrategy::Device | RawStrategy::Address);
+    if let Some(raw) = exchange.as_ref().filter(|_| !exchanges) {
+        return wrong(raw.span(), "only strategy = \"device\" and \"address\" have this table", set);
+    }
+    match (of, quiesce) {
+        (RawStrategy::Takeover, _) => Ok(Strategy::Takeover),
+        (RawStrategy::Letter, _) => Ok(Strategy::Letter),
+        (RawStrategy::Device, _) => Ok(Strategy::Device(exchange_of(exchange, set))),
+        (RawStrategy::Address, _) => Ok(Strategy::Address(exchange_of(exchange, set))),
+        (RawStrategy::Quiesce, Some(raw)) => Ok(Strategy::Quiesce(quiesce_of(raw.into_inner(), set))),
+        (RawStrategy::Quiesce, None) => {
+            let span = kind.map_or(0..0, |kind| kind.span());
+            wrong(span, "it needs a table [service.quiesce] with stop and start", set)
+        }
+    }
+}
+
+fn quiesce_of(raw: RawQuiesce, set: &mut Setter<'_>) -> Quiesce {
+    let RawQuiesce { finish, stop, start, hold } = raw;
+    set.note("quiesce.stop", stop.span());
+    set.note("quiesce.start", start.span());
+    let (stop, start) = (stop.into_inner(), start.into_inner());
+    let mut quiesce = Quiesce { finish: None, stop, start, hold: super::DEFAULT_HOLD };
+    if let Some(finish) = finish {
+        set.note("quiesce.finish", finish.span());
+        quiesce.finish = Some(finish.into_inner());
+    }
+    set.set("quiesce.hold", &mut quiesce.hold, hold);
+    quiesce
+}
+
+fn exchange_of(raw: Opt<RawExchange>, set: &mut Setter<'_>) -> Exchange {
+    let RawExchange { hold, on_deadline } = raw.map(Spanned::into_inner).unwrap_or_default();
+    let mut exchange = Exchange { hold: super::DEFAULT_HOLD, on_deadline: Left::Abort };
+    set.set("exchange.hold", &mut exchange.hold, hold);
+    set.set("exchange.on_deadline", &mut exchange.on_deadline, on_deadline);
+    exchange
 }
 
 fn quic_of(raw: &Spanned<RawQuic>, source: &Source) -> Result<Quic, ConfigError> {

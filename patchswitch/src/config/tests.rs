@@ -205,6 +205,36 @@ fn a_strategy_has_the_table_that_it_needs_and_no_other() {
 }
 
 #[test]
+fn devices_and_addresses_go_over_with_or_without_their_table() {
+    let with = |strategy: &str, table: &str, uplinks: &str| {
+        let text = web("name = \"web\"\n", &format!("name = \"web\"\nstrategy = \"{strategy}\"\n"));
+        parse(&format!("{}{table}", text.replace("uplinks = [\"eth0\"]", uplinks)), "f.toml")
+    };
+    let one = "uplinks = [\"eth0\"]";
+    let exchange = |hold, on_deadline| Exchange { hold: Duration::from_secs(hold), on_deadline };
+    let device = |table: &str| with("device", table, one).unwrap().services[0].strategy.clone();
+    assert_eq!(device(""), Strategy::Device(exchange(30, Left::Abort)));
+    let table = "[service.exchange]\nhold = \"5s\"\non_deadline = \"reset\"\n";
+    assert_eq!(device(table), Strategy::Device(exchange(5, Left::Reset)));
+    assert!(!device(table).is_shared() && device(table).hold() == Some(Duration::from_secs(5)));
+    let two = with("address", table, "uplinks = [\"eth0\", \"eth1\"]").unwrap().services[0].strategy.clone();
+    assert_eq!(two, Strategy::Address(exchange(5, Left::Reset)));
+    for (found, words) in [
+        (with("address", "", one), "from one uplink to another"),
+        (with("takeover", table, one), "only strategy = \"device\" and \"address\" have this table"),
+        (
+            with("device", "[service.quiesce]\nstop = \"a\"\nstart = \"b\"\n", one),
+            "only strategy = \"quiesce\"",
+        ),
+        (with("device", "[service.exchange]\nhold = \"0s\"\n", one), "f.toml:"),
+        (with("device", "[service.exchange]\non_deadline = \"keep\"\n", one), "f.toml:"),
+    ] {
+        let error = found.unwrap_err().to_string();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}
+
+#[test]
 fn unknown_keys_are_errors_with_their_place_on_every_level() {
     let cases = [
         ("bogus = 1\n".to_owned(), "f.toml:1:1: unknown field `bogus`"),

@@ -298,7 +298,7 @@ fn spec(service: &Service) -> Spec {
         datagrams: service.datagrams.clone(),
         hook: None,
         of_service: true,
-        own_uplinks: false,
+        own_uplinks: matches!(service.strategy, Strategy::Address(_)),
         with: None,
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::StorageError;
+use super::copy;
 use super::table::Table;
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
 use crate::host::linux::dm::{Dm, Done, Info, Target};
@@ -296,6 +297,12 @@ fn adopt(dm: &Dm, disk: &Disk, attached: &Attached, info: &Info) -> Result<Done,
     let lines = dm.table(&disk.name)?;
     match Table::recognise(&lines, disk.sectors) {
         Some(Table::Linear { device } | Table::Origin { device }) if device == attached.device => {}
+        // Somebody who was killed was copying it: nobody will go on with that.
+        Some(Table::LogWrites { device, .. } | Table::Mirror { first: device, .. })
+            if device == attached.device =>
+        {
+            return copy::plain(dm, &disk.name, disk.sectors, device);
+        }
         _ => return Err(other_table(&disk.name, &lines, "this disk")),
     }
     if !info.suspended {

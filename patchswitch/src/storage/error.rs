@@ -122,6 +122,60 @@ pub enum StorageError {
     /// The count of what was written began again, so the difference is not known.
     #[error("device {0} is not the one that was marked (a reboot?): what was written since is not known")]
     AnotherDevice(DeviceNumber),
+    /// A log of writes that cannot be read.
+    #[error("failed to read the log of writes {log}")]
+    Log {
+        /// What it is in.
+        log: String,
+        /// What is wrong with it.
+        #[source]
+        source: super::write_log::format::BadLog,
+    },
+    /// The log of writes has no room for more: what was written since is not known.
+    #[error(
+        "the log of the writes to {name} is full ({used} bytes); the disk goes on, and its copy is worth nothing"
+    )]
+    LogFull {
+        /// The disk.
+        name: String,
+        /// What the log has, in bytes.
+        used: u64,
+    },
+    /// More is written than can be replayed.
+    #[error(
+        "{name} is written faster ({dirty:.0} bytes a second) than its log can be replayed ({replayed:.0}); the disk goes on, \
+         and its copy is worth nothing"
+    )]
+    DoesNotConverge {
+        /// The disk.
+        name: String,
+        /// Bytes written a second.
+        dirty: f64,
+        /// Bytes replayed a second.
+        replayed: f64,
+    },
+    /// A device of a mirror fails.
+    #[error("the mirror {name} has lost one of its devices ({status}); the disk goes on")]
+    MirrorBroken {
+        /// The disk.
+        name: String,
+        /// What the kernel says.
+        status: String,
+    },
+    /// A mirror is to be split before both devices have the same content.
+    #[error("{name} is not in sync yet, and cannot be split")]
+    NotInSync {
+        /// The disk.
+        name: String,
+    },
+    /// Something that should have come did not.
+    #[error("{what} after {waited:?}")]
+    NotInTime {
+        /// What is wrong.
+        what: &'static str,
+        /// How long it was waited for.
+        waited: std::time::Duration,
+    },
     /// The kernel could not go on merging.
     #[error("the merge of {name} failed (the kernel log says why); do not use its origin alone")]
     MergeFailed {

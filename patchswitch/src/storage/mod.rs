@@ -20,18 +20,32 @@
 //! | [`table`] | tables and status lines, typed and pure |
 //! | [`snapshot`] | the cut, its undo, the discard |
 //! | [`merge`] | the commit, and going on with it after a crash |
+//! | [`copy`] | a copy on another device, which may be written over until somebody has used it |
+//! | [`write_log`] | the engine that records writes and replays them |
+//! | [`mirror`] | the engine that mirrors and splits |
 //! | [`meter`] | what a switch or a rollback loses, in sectors and in files |
+//!
+//! Where the copy has to be on another device, and not only be another one:
+//!
+//! ```text
+//!               begin                                  cut, split
+//!  a: linear ───────────► a: log-writes or mirror ───────────────► a: linear    on what it was on
+//!                         │ while it serves                        b: linear    on the other device
+//! ```
 //!
 //! Everything here is synchronous, and idempotent where a crash may have come in between. Who calls: the switchover,
 //! `up` and `down`.
 
+pub mod copy;
 pub mod cow;
 pub mod disk;
 mod error;
 pub mod extend;
 pub mod merge;
 pub mod meter;
+pub mod mirror;
 pub mod snapshot;
 pub mod table;
+pub mod write_log;
 
 pub use error::{Failed, StorageError, Unfinished};

@@ -37,9 +37,26 @@ pub enum Table {
         /// What is becoming empty.
         cow: DeviceNumber,
     },
+    /// The same as `Linear`, and every write is recorded in another device, when it has been flushed.
+    LogWrites {
+        /// The device that is written.
+        device: DeviceNumber,
+        /// Where it is recorded.
+        log: DeviceNumber,
+    },
+    /// Two devices with the same content, once the second has been brought to that: it is read from the first.
+    Mirror {
+        /// What the content is taken from.
+        first: DeviceNumber,
+        /// What becomes the same.
+        second: DeviceNumber,
+    },
     /// Every read and write fails.
     Error,
 }
+
+/// Sectors of a mirror that are brought to the same content at once.
+pub const REGION: u64 = 1024;
 
 impl Table {
     /// The table of a device of so many sectors.
@@ -49,6 +66,10 @@ impl Table {
             Self::Origin { device } => ("snapshot-origin", device.to_string()),
             Self::Snapshot { origin, cow } => ("snapshot", format!("{origin} {cow} P {CHUNK}")),
             Self::Merge { origin, cow } => ("snapshot-merge", format!("{origin} {cow} P {CHUNK}")),
+            Self::LogWrites { device, log } => ("log-writes", format!("{device} {log}")),
+            Self::Mirror { first, second } => {
+                ("mirror", format!("core 1 {REGION} 2 {first} 0 {second} 0 1 handle_errors"))
+            }
             Self::Error => ("error", String::new()),
         };
         vec![Target { start: 0, sectors, kind: kind.to_owned(), params }]
@@ -74,6 +95,14 @@ impl Table {
             }
             ("snapshot-merge", [origin, cow, "P", chunk]) => {
                 both(origin, cow, chunk).map(|(origin, cow)| Self::Merge { origin, cow })
+            }
+            ("log-writes", [device, log]) => {
+                Some(Self::LogWrites { device: number(device)?, log: number(log)? })
+            }
+            ("mirror", ["core", "1", region, "2", first, "0", second, "0", "1", "handle_errors"])
+                if *region == REGION.to_string() =>
+            {
+                Some(Self::Mirror { first: number(first)?, second: number(second)? })
             }
             ("error", []) => Some(Self::Error),
             _ => None,
@@ -139,6 +168,70 @@ impl SnapshotStatus {
     }
 }
 
+/// What a `log-writes` says of itself (`log_writes_status`, `drivers/md/dm-log-writes.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogStatus {
+    /// Entries recorded.
+    pub entries: u64,
+    /// Sectors of the log in use.
+    pub used: u64,
+    /// Whether it records: no longer, once the log was full.
+    pub records: bool,
+}
+
+impl LogStatus {
+    /// Reads a status text.
+    ///
+    /// # Errors
+    /// [`BadStatus`].
+    pub fn parse(text: &str) -> Result<Self, BadStatus> {
+        let words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let read = |entries: &str, last: &str, records| {
+            Some(Self { entries: digits(entries)?, used: digits(last)?.checked_add(1)?, records })
+        };
+        match words.as_slice() {
+            [entries, last] => read(entries, last, true),
+            [entries, last, "logging_disabled"] => read(entries, last, false),
+            _ => None,
+        }
+        .ok_or_else(|| BadStatus(text.to_owned()))
+    }
+}
+
+/// What a `mirror` of two says of itself (`mirror_status`, `drivers/md/dm-raid1.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MirrorStatus {
+    /// Regions that are the same.
+    pub synced: u64,
+    /// All of them.
+    pub regions: u64,
+    /// Whether both devices work.
+    pub healthy: bool,
+}
+
+impl MirrorStatus {
+    /// Reads a status text.
+    ///
+    /// # Errors
+    /// [`BadStatus`].
+    pub fn parse(text: &str) -> Result<Self, BadStatus> {
+        let words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let read = || match words.as_slice() {
+            ["2", _, _, synced, "1", health, ..] => {
+                let (synced, regions) = synced.split_once('/')?;
+                Some(Self { synced: digits(synced)?, regions: digits(regions)?, healthy: *health == "AA" })
+            }
+            _ => None,
+        };
+        read().ok_or_else(|| BadStatus(text.to_owned()))
+    }
+
+    /// Whether both are the same all over.
+    pub fn is_synced(self) -> bool {
+        self.healthy && self.synced >= self.regions
+    }
+}
+
 fn digits(text: &str) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
@@ -158,6 +251,12 @@ mod tests {
             (Table::Origin { device: A }, "snapshot-origin", "254:16"),
             (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 P 16"),
             (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 P 16"),
+            (Table::LogWrites { device: A, log: B }, "log-writes", "254:16 7:300"),
+            (
+                Table::Mirror { first: A, second: B },
+                "mirror",
+                "core 1 1024 2 254:16 0 7:300 0 1 handle_errors",
+            ),
             (Table::Error, "error", ""),
         ];
         for (table, kind, params) in all {
@@ -181,6 +280,10 @@ mod tests {
             ("snapshot", "254:16 7:300 P 16 1 discard_zeroes_cow"),
             ("snapshot-merge", "254:16 7:300 N 16"),
             ("thin", "254:16 1"),
+            ("log-writes", "254:16"),
+            ("mirror", "core 1 1024 2 254:16 0 7:300 0"),
+            ("mirror", "core 2 1024 nosync 2 254:16 0 7:300 0 1 handle_errors"),
+            ("mirror", "core 1 512 2 254:16 0 7:300 0 1 handle_errors"),
             ("error", "0"),
         ];
         for (kind, params) in others {
@@ -210,6 +313,24 @@ mod tests {
             ("1/18446744073709551616 3", bad("1/18446744073709551616 3")),
         ] {
             assert_eq!(SnapshotStatus::parse(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn statuses_of_copies_are_read() {
+        let log = |entries, used, records| Ok(LogStatus { entries, used, records });
+        assert_eq!(LogStatus::parse("15 40959"), log(15, 40960, true));
+        assert_eq!(LogStatus::parse("15 40959 logging_disabled"), log(15, 40960, false));
+        for bad in ["", "15", "15 -1", "15 18446744073709551615", "15 1 other", "15 1 logging_disabled x"] {
+            assert!(LogStatus::parse(bad).is_err(), "{bad:?}");
+        }
+        let mirror = MirrorStatus::parse("2 254:16 254:80 44/512 1 AA 1 core").unwrap();
+        assert_eq!(mirror, MirrorStatus { synced: 44, regions: 512, healthy: true });
+        assert!(!mirror.is_synced());
+        assert!(MirrorStatus::parse("2 254:16 254:80 512/512 1 AA 1 core").unwrap().is_synced());
+        assert!(!MirrorStatus::parse("2 254:16 254:80 512/512 1 AD 1 core").unwrap().is_synced());
+        for bad in ["", "3 a b c 1/1 1 AAA 1 core", "2 a b 1 1 AA 1 core", "2 a b x/1 1 AA 1 core"] {
+            assert!(MirrorStatus::parse(bad).is_err(), "{bad:?}");
         }
     }
 

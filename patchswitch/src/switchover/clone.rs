@@ -55,7 +55,7 @@ impl Plan {
         job.report.to = Some(self.standby.name().clone());
         let intent = self.intent();
         job.step(Phase::Clone, intent, async |job| {
-            let Self { active, standby, patches } = self;
+            let Self { active, standby, patches, .. } = self;
             let clones = clones(&active, &standby).map_err(at(Phase::Clone))?;
             let service = job.service.name.clone();
             let standby = job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;

@@ -8,6 +8,7 @@
 //! ```
 //!
 //! A service with a single writer goes over with its disk, while new flows wait: there `quiesce` is what arm and TAKE OVER are.
+//! Where the network device or the address goes over, new flows wait as well, and nothing has to be armed.
 //!
 //! Every step is written into the journal before it is done and after it. One struct per phase, each consumed by the
 //! next: taking over a clone that was not verified does not compile. An error says which phase it was, why, how the
@@ -20,6 +21,7 @@ mod clone;
 mod commit;
 mod context;
 mod drain;
+mod exchange;
 mod look;
 mod observe;
 mod patch;

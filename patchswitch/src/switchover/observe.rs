@@ -140,7 +140,10 @@ impl TakenOver {
         }
         // A service that fails is given back also where that cuts flows that found no room to be remembered.
         let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-        let switched = turn(job, Turn { phase, to, slot, from, patched, options }).await?;
+        let switched = turn(job, Turn { phase, to, slot, from, patched, options }).await;
+        // What went over went half-way back.
+        job.unfinished |= switched.as_ref().is_err_and(|failure| failure.code == ExitCode::GiveBackFailed);
+        let switched = switched?;
         job.report.give_back = Some(switched);
         Ok(Some((switched.flip_us * 10.0).round() / 10.0))
     }

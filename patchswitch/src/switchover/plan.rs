@@ -34,6 +34,7 @@ pub struct Plan {
     pub(super) active: Machine,
     pub(super) standby: Machine,
     pub(super) patches: Vec<Patch>,
+    strategy: Strategy,
 }
 
 /// A plan, for people and programs.
@@ -43,6 +44,10 @@ pub struct Summary {
     pub active: Name,
     /// The standby that is taken.
     pub standby: Name,
+    /// How the service goes over: the name of its strategy.
+    pub strategy: &'static str,
+    /// For how long new flows may wait for that, in seconds, if they do.
+    pub hold_s: Option<f64>,
     /// The patches, in the order in which they are applied.
     pub patches: Vec<String>,
     /// What the clone's store has, in bytes, and what it needs.
@@ -75,14 +80,15 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
         let letter = settings.strategy == Strategy::Letter;
         view.check_switch(SwitchOptions { letter, ..SwitchOptions::default() })?;
     }
-    Ok(Plan { active, standby, patches })
+    Ok(Plan { active, standby, patches, strategy: settings.strategy })
 }
 
 /// A disk with one writer goes over only while that is quiesced, and what is quiesced has something to give over.
 fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> {
     let moving: Vec<&str> = active.moving().map(|(disk, _)| disk.name.as_str()).collect();
     let message = match (&service.strategy, moving.as_slice()) {
-        (Strategy::Takeover | Strategy::Letter, [first, ..]) => format!(
+        (Strategy::Quiesce(_), [_, ..]) => return Ok(()),
+        (_, [first, ..]) => format!(
             "disk {first} of {} has one writer at a time (:move), and service {} is taken over while both sides run; set \
              strategy = \"quiesce\", with its commands",
             active.name(),
@@ -153,6 +159,8 @@ impl Plan {
         Summary {
             active: self.active.name().clone(),
             standby: self.standby.name().clone(),
+            strategy: self.strategy.name(),
+            hold_s: self.strategy.hold().map(|hold| hold.as_secs_f64()),
             patches: self.patches.iter().map(|patch| patch.file.to_string()).collect(),
             store_bytes: self.standby.disks.iter().map(|disk| disk.sectors * 512).sum(),
             store_needed_bytes: self.active.disks.iter().map(needed).sum(),

@@ -31,7 +31,7 @@ use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
 /// How much longer flows may wait than the deed may take: what comes after it is done by then.
-const MARGIN: Duration = Duration::from_secs(2);
+pub(super) const MARGIN: Duration = Duration::from_secs(2);
 /// How long a connection may take to end whose server has ended.
 const MOMENT: Duration = Duration::from_secs(1);
 /// What is put back may take at least so long, whatever is left of the time.
@@ -44,12 +44,14 @@ pub struct Waited {
     pub finish_ms: f64,
     /// Until the server had ended.
     pub stop_ms: f64,
-    /// Until the disk was at the other partition.
+    /// Until the disk, the device or the address was at the other partition.
     pub move_ms: f64,
     /// Until the server was there again.
     pub start_ms: f64,
     /// Until its probes had passed.
     pub check_ms: f64,
+    /// Flows that were reset because they had not ended in their time.
+    pub reset: usize,
     /// What waited.
     pub flows: Pumped,
 }
@@ -71,7 +73,7 @@ pub(super) struct Handing<'a> {
 pub(super) fn commands(service: &Service) -> Option<&Quiesce> {
     match &service.strategy {
         Strategy::Quiesce(quiesce) => Some(quiesce),
-        Strategy::Takeover | Strategy::Letter => None,
+        Strategy::Takeover | Strategy::Device(_) | Strategy::Address(_) | Strategy::Letter => None,
     }
 }
 
@@ -127,7 +129,7 @@ pub(super) async fn hand_over(
 
 /// An earlier switch is over when this one begins: what its old side still has to send, it sends within a moment, since its server
 /// has ended.
-async fn settle(job: &mut Context<'_>) -> Result<(), AttachError> {
+pub(super) async fn settle(job: &mut Context<'_>) -> Result<(), AttachError> {
     if job.attachment.plane().word().phase() == WordPhase::Draining {
         let options = DrainOptions { deadline: Some(MOMENT), on_deadline: OnDeadline::Keep };
         let _ = job.attachment.drain(&options, |_| {}).await?;
@@ -218,7 +220,7 @@ impl Deed<'_> {
         let moved = Instant::now();
         self.command(job, &new, "start", start)?;
         let started = Instant::now();
-        self.check(job, &new)?;
+        check(job, (phase, &new, self.handing.slot), &|| self.left())?;
         let finished = finished.unwrap_or(begun);
         self.waited.finish_ms = ms(finished - begun);
         self.waited.stop_ms = ms(stopped - finished);
@@ -271,43 +273,46 @@ impl Deed<'_> {
 
     fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: Ready) -> Result<(), Failure> {
         let phase = self.handing.phase;
-        self.go_on(job)?;
+        go_on(job, phase)?;
         let done = command.run(self.left()).map(|done| CommandEnd::Exited(done.code, done.stderr));
         let why = not_done(done.map_err(|error| CannotTell::Inside(Box::new(error))));
         why.map_or(Ok(()), |why| Err(failed(phase, at, what, why)))
     }
 
-    /// What is given back is given back, also if nobody wants the job any more.
-    fn go_on(&self, job: &Context<'_>) -> Result<(), Failure> {
-        match self.handing.phase {
-            Phase::GiveBack => Ok(()),
-            phase => job.go_on(phase),
-        }
-    }
-
     fn left(&self) -> Duration {
         self.hold.left().saturating_sub(MARGIN)
     }
+}
 
-    /// Its probes pass once, through its own link.
-    fn check(&self, job: &Context<'_>, new: &Machine) -> Result<(), Failure> {
-        let phase = self.handing.phase;
-        let prober = job.attachment.prober(self.handing.slot).map_err(at(phase))?;
-        let open = |address| prober.socket(address);
-        let run = inside(job.manager, new);
-        let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
-        loop {
-            let timeout = job.service.gate.timeout.min(self.left());
-            let round = round(target, Reach { open: &open, run: &run }, timeout);
-            if round.passed() {
-                return Ok(());
-            }
-            if self.left() <= job.service.gate.every {
-                return Err(failed(phase, new, "check", round.failures.join("; ")));
-            }
-            self.go_on(job)?;
-            std::thread::sleep(job.service.gate.every);
+/// What is given back is given back, also if nobody wants the job any more.
+fn go_on(job: &Context<'_>, phase: Phase) -> Result<(), Failure> {
+    match phase {
+        Phase::GiveBack => Ok(()),
+        phase => job.go_on(phase),
+    }
+}
+
+/// The probes of who gets the service pass once, through its own link, in the time that is left.
+pub(super) fn check(
+    job: &Context<'_>,
+    (phase, new, slot): (Phase, &Machine, Slot),
+    left: &dyn Fn() -> Duration,
+) -> Result<(), Failure> {
+    let prober = job.attachment.prober(slot).map_err(at(phase))?;
+    let open = |address| prober.socket(address);
+    let run = inside(job.manager, new);
+    let target = Target { addresses: &job.service.addresses, probes: &job.service.probes };
+    loop {
+        let timeout = job.service.gate.timeout.min(left());
+        let round = round(target, Reach { open: &open, run: &run }, timeout);
+        if round.passed() {
+            return Ok(());
         }
+        if left() <= job.service.gate.every {
+            return Err(failed(phase, new, "check", round.failures.join("; ")));
+        }
+        go_on(job, phase)?;
+        std::thread::sleep(job.service.gate.every);
     }
 }
 
@@ -319,7 +324,13 @@ pub(crate) async fn reunite(
     settings: &Service,
     attachment: &mut Attachment,
 ) -> Result<(), ManagerError> {
-    let Some(how) = commands(settings) else { return Ok(()) };
+    let Some(how) = commands(settings) else {
+        // Whoever was killed while flows waited for something else had given them to the new side already.
+        return match settings.strategy.hold() {
+            Some(_) => Ok(attachment.await_hold().await?),
+            None => Ok(()),
+        };
+    };
     let serving = manager.active(settings)?;
     if let Some(other) = manager.other(&settings.name)? {
         manager.tidy_moves(&serving, &other)?;
@@ -373,6 +384,6 @@ fn failed(phase: Phase, machine: &Machine, what: &str, why: String) -> Failure {
     Failure { phase, reason, code }
 }
 
-fn ms(time: Duration) -> f64 {
+pub(super) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }

@@ -148,7 +148,8 @@ impl Report {
 
     /// The end of a command that went as planned.
     pub(super) fn exit_code(&self) -> ExitCode {
-        if self.drain.as_ref().is_some_and(|drain| drain.reset > 0) {
+        let cut = self.drain.as_ref().is_some_and(|drain| drain.reset > 0);
+        if cut || self.waited.as_ref().is_some_and(|waited| waited.reset > 0) {
             return ExitCode::DrainForced;
         }
         ExitCode::Done

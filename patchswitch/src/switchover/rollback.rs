@@ -83,7 +83,7 @@ async fn reverse(
     let is_lost = Serves::of(job, &new).lost().is_some();
     let slot = match still_serving(job, &old, is_lost)? {
         // Who is lost, or is stopped for the switch, answers nothing that would have to be remembered, and somebody waits.
-        Some(slot) if is_lost || commands(&job.service).is_some() => slot,
+        Some(slot) if is_lost || !job.service.strategy.is_shared() => slot,
         Some(slot) => {
             remembered(job).await?;
             slot
@@ -258,9 +258,6 @@ async fn come_up(job: &mut Context<'_>, old: &Machine, slot: Slot) -> Result<(),
         Ok(((), json!({"rounds": passed.rounds})))
     })
     .await?;
-    if commands(&job.service).is_some() {
-        return Ok(());
-    }
     arm(job).await
 }
 

@@ -114,8 +114,8 @@ async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result
 ///
 /// The switch is made: that they cannot be remembered is told, and no reason to do anything about it.
 fn remember(job: &mut Context<'_>) {
-    if job.service.strategy == Strategy::Letter {
-        // A client of the old side is answered by the new one as well: what is remembered of it must stay the old one's, whose answers
+    if job.service.strategy != Strategy::Takeover {
+        // Where flows waited there is nobody else whose flows they could be. And to the letter, a client of the old side is answered by the new one as well: what is remembered of it must stay the old one's, whose answers
         // get the service's address by that.
         return;
     }
@@ -124,11 +124,15 @@ fn remember(job: &mut Context<'_>) {
     }
 }
 
-/// Flows without a socket of their own are remembered for at least one idle time before the switch.
+/// Flows without a socket of their own are remembered for at least one idle time before the switch, unless they are to have
+/// ended by then.
 ///
 /// A clone that is about to run out of room ends the job, unless that is what takes the clone away: then the time that
 /// is left is too short to wait.
 pub(super) async fn arm(job: &mut Context<'_>) -> Result<(), Failure> {
+    if !job.service.strategy.is_shared() {
+        return Ok(());
+    }
     let idle = job.service.udp_idle;
     job.step(Phase::Arm, json!({"udp_idle_s": idle.as_secs_f64()}), async |job| {
         // Learning began when the partition booted; what is missing to the idle time is waited for.

@@ -1,8 +1,8 @@
 //! The switch with its record, used in both directions.
 //!
 //! ```text
-//!  record (durable) ─► store of the word ─► patches follow who serves
-//!                           └ refused: the record is put back
+//!  record (durable) ─► store of the word, and what goes over with it ─► patches follow who serves
+//!                           └ refused, or put back: so is the record
 //! ```
 //!
 //! The record comes first: the side that gets the flows writes to a disk of its own, and after a power cut the disk
@@ -10,14 +10,15 @@
 
 use patchswitch_common::Slot;
 
-use super::Context;
 use super::context::{Failure, Phase, at};
+use super::{Context, exchange};
 use crate::attachment::{ANNOUNCE_EVERY, SwitchOptions, Switched};
 use crate::config::Strategy;
 use crate::manager::{Machine, Manager};
 use crate::store::JobId;
 
 /// Who gets the new flows, and from whom.
+#[derive(Clone, Copy)]
 pub(super) struct Turn<'a> {
     /// The phase in which it happens.
     pub(super) phase: Phase,
@@ -39,11 +40,17 @@ pub(super) struct Turn<'a> {
 /// [`Failure`]. Whether it was made all the same is in the phase word; the record says the same.
 pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switched, Failure> {
     let Turn { phase, to, slot, from, patched, options } = turn;
-    let options = SwitchOptions { letter: job.service.strategy == Strategy::Letter, ..options };
     let service = job.service.name.clone();
     let generation = job.manager.next_generation(&service).map_err(at(phase))?;
     let _ = job.manager.store.record_switch(&service, to.name(), generation).map_err(at(phase))?;
-    let switched = job.attachment.switch_with(slot, options).await;
+    let switched = match exchange::of(&job.service).map(|(what, how)| (what, how.clone())) {
+        Some(exchanged) => exchange::hand_over(job, &turn, exchanged).await,
+        None => {
+            let letter = job.service.strategy == Strategy::Letter;
+            let options = SwitchOptions { letter, ..options };
+            job.attachment.switch_with(slot, options).await.map_err(at(phase))
+        }
+    };
     if job.attachment.plane().word().active() != slot {
         // Nothing was switched, so the record must not say so: undo goes by it.
         let back = job.manager.store.record_switch(&service, from.name(), generation + 1);
@@ -57,7 +64,7 @@ pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switch
     // From now on somebody waits and looks: neighbours are watched as well, until the job ends.
     let attachment = &job.attachment;
     let _ = job.watching.get_or_insert_with(|| attachment.watch_neighbours(ANNOUNCE_EVERY));
-    switched.map_err(at(phase))
+    switched
 }
 
 /// The patches that the service runs with are those of whoever serves.

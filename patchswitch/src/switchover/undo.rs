@@ -6,7 +6,6 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
-use super::quiesce::commands;
 use super::report::AtSwitch;
 use super::{Context, Loss};
 use crate::config::Service;
@@ -51,9 +50,9 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
         // The store was made before something that belongs to it failed.
         return serving_anyway(job, failure);
     }
-    let quiesces = commands(&job.service).is_some();
-    if quiesces && failure.code == ExitCode::GiveBackFailed {
-        // Whoever has the disk is to serve, and perhaps nobody does.
+    let holds = !job.service.strategy.is_shared();
+    if holds && failure.code == ExitCode::GiveBackFailed {
+        // Whoever has what went over is to serve, and perhaps nobody does.
         job.unfinished = true;
         job.report.outcome = "failed".to_owned();
         let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
@@ -61,8 +60,8 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
         let code = failure.code;
         return error(failure, now, serving, code);
     }
-    // New flows waited, and its server was stopped for them.
-    let again = quiesces && job.report.at_switch.is_some();
+    // New flows waited for what it was to give away.
+    let again = holds && job.report.at_switch.is_some();
     let how = if again { "again" } else { "it was not touched" };
     let undone = discard(job).await;
     let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());

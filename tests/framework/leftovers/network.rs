@@ -141,7 +141,8 @@ fn links(snapshot: &mut Snapshot, scope: &str, links: &[Object]) {
             // Follow the other end's state, not anybody's setting.
             flags.retain(|flag| !["LOWER_UP", "NO-CARRIER", "M-DOWN"].contains(&flag.as_str().unwrap_or("")));
         }
-        if let Some(Value::Object(info)) = link.get_mut("linkinfo").and_then(|info| info.get_mut("info_data")) {
+        if let Some(Value::Object(info)) = link.get_mut("linkinfo").and_then(|info| info.get_mut("info_data"))
+        {
             // What a bridge counts down by itself.
             info.retain(|key, _| !key.ends_with("_timer") && !key.starts_with("topology_change"));
         }

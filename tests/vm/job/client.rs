@@ -26,10 +26,10 @@ pub(super) struct Asked {
 }
 
 /// Asks a service at one of its addresses, on a new connection. To be called in the client's namespace.
-fn get(address: &str) -> anyhow::Result<String> {
+fn get(address: &str, limit: Duration) -> anyhow::Result<String> {
     let address = SocketAddr::new(address.parse::<IpAddr>()?, PORT);
-    let mut stream = TcpStream::connect_timeout(&address, LIMIT).context("connect")?;
-    stream.set_read_timeout(Some(LIMIT))?;
+    let mut stream = TcpStream::connect_timeout(&address, limit).context("connect")?;
+    stream.set_read_timeout(Some(limit))?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").context("write")?;
     let mut text = String::new();
     stream.read_to_string(&mut text).context("read")?;
@@ -46,7 +46,7 @@ pub(super) fn who(client: &Ns) -> anyhow::Result<String> {
 /// As [`who`], at other addresses.
 pub(super) fn who_at(client: &Ns, addresses: [&str; 2]) -> anyhow::Result<String> {
     client.enter(|| {
-        let [v4, v6] = addresses.map(get);
+        let [v4, v6] = addresses.map(|address| get(address, LIMIT));
         let (v4, v6) = (v4?, v6?);
         ensure!(v4 == v6, "{v4} answers in IPv4, {v6} in IPv6");
         Ok(v4)
@@ -125,6 +125,11 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn start(client: &Ns) -> Self {
+        Self::start_patient(client, LIMIT)
+    }
+
+    /// With another time after which a request has failed.
+    pub(super) fn start_patient(client: &Ns, limit: Duration) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, client) = (stop.clone(), client.clone());
         let thread = std::thread::spawn(move || {
@@ -135,7 +140,10 @@ impl Client {
                         break;
                     }
                     let at = Instant::now();
-                    asked.push(Asked { at, answer: get(address).map_err(|error| format!("{error:#}")) });
+                    asked.push(Asked {
+                        at,
+                        answer: get(address, limit).map_err(|error| format!("{error:#}")),
+                    });
                     std::thread::sleep(PAUSE);
                 }
                 Ok(asked)

@@ -313,6 +313,17 @@ impl Dm {
         self.lines("read the status of", name, wire::NOFLUSH)
     }
 
+    /// Tells the target that has a sector something; what, is between it and its driver.
+    ///
+    /// # Errors
+    /// [`DmError::NoDevice`], [`DmError::Call`].
+    pub fn message(&self, name: &str, sector: u64, text: &str) -> Result<(), DmError> {
+        const VERB: &str = "send a message to";
+        let call =
+            find(VERB, name, Command::Message)?.message(sector, text).map_err(malformed(VERB, name))?;
+        self.call(VERB, name, call).map(|_answer| ())
+    }
+
     /// The path to open or mount a device by; its node is made if nobody has made it.
     ///
     /// # Errors

@@ -70,6 +70,8 @@ pub(super) enum Command {
     TableLoad = 9,
     TableClear = 10,
     TableStatus = 12,
+    /// Tells a target something: `struct dm_target_msg`, a sector and a text.
+    Message = 14,
     TargetVersion = 17,
 }
 
@@ -178,6 +180,17 @@ impl Call {
             put(&mut self.bytes, start + SPEC, target.params.as_bytes());
         }
         self.set(offset_of!(Header, target_count), targets.len() as u32);
+        Ok(self.sized(0))
+    }
+
+    /// Appends a message for the target that has a sector.
+    pub(super) fn message(mut self, sector: u64, text: &str) -> Result<Self, Malformed> {
+        if text.is_empty() || text.contains('\0') {
+            return Err(Malformed::BadText { what: "message", text: text.to_owned() });
+        }
+        self.bytes.extend(sector.to_ne_bytes());
+        self.bytes.extend(text.as_bytes());
+        self.bytes.push(0);
         Ok(self.sized(0))
     }
 
@@ -368,6 +381,7 @@ mod tests {
         assert_eq!(Command::Create.request(), 0xc138_fd03);
         assert_eq!(Command::Suspend.request(), 0xc138_fd06);
         assert_eq!(Command::TableStatus.request(), 0xc138_fd0c);
+        assert_eq!(Command::Message.request(), 0xc138_fd0e);
         assert_eq!(Command::TargetVersion.request(), 0xc138_fd11);
     }
 
@@ -394,6 +408,17 @@ mod tests {
         assert_eq!(Answer::parse(call.bytes()).unwrap().name, longest);
         assert!(call.clone().targets(&[line(0, 1, "a-kind-of-16-let", "")]).is_err());
         assert!(call.targets(&[line(0, 1, "linear", "7:0\0 0")]).is_err());
+    }
+
+    #[test]
+    fn a_message_is_a_sector_and_a_text() {
+        let call = || Call::new(Command::Message).uuid("u").unwrap();
+        let bytes = call().message(8, "mark x").unwrap().into_bytes();
+        assert!(is_sound(&bytes));
+        assert_eq!(&bytes[CALL..], [&8_u64.to_ne_bytes()[..], b"mark x\0"].concat());
+        for bad in ["", "mark\0x"] {
+            assert!(matches!(call().message(0, bad), Err(Malformed::BadText { .. })), "{bad:?}");
+        }
     }
 
     #[test]

@@ -308,6 +308,16 @@ impl Netlink {
         request.execute().await.map_err(failed(format!("add neighbour {address} on {}", link.name)))
     }
 
+    /// Ends [`Netlink::add_neighbour`].
+    ///
+    /// # Errors
+    /// [`NetlinkError::Request`].
+    pub async fn delete_neighbour(&self, link: &Link, address: IpAddr) -> Result<(), NetlinkError> {
+        let message = self.handle.neighbours().add(link.index, address).message_mut().clone();
+        let done = self.handle.neighbours().del(message).execute().await;
+        done.or_else(unless(libc::ENOENT, || format!("forget neighbour {address} on {}", link.name)))
+    }
+
     /// Makes the host answer ARP or NDP for exactly this address on a link.
     ///
     /// # Errors

@@ -1,0 +1,93 @@
+//! `write-log`: what a log of writes has recorded, for whoever wants to see what a disk was written.
+
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use patchswitch::exit::ExitCode;
+use patchswitch::storage::disk::Backing;
+use patchswitch::storage::write_log::format::What;
+use patchswitch::storage::write_log::{Reader, Record};
+use serde_json::json;
+
+use super::print;
+
+/// Arguments of `write-log`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each line is a record: its number, what was done, where and how much of it in bytes, and when, in seconds since the boot:
+the marks that are recorded ten times a second have the time, and a record lies between two of them. A log that is being
+written is shown as far as it is. `--json` has the same for programs, with times in nanoseconds.")]
+pub(crate) struct WriteLog {
+    /// The device, or the image, to which dm-log-writes has written.
+    log: PathBuf,
+    /// Show only writes and discards, and only those that touch this byte of the disk.
+    #[arg(long, value_name = "BYTE")]
+    at: Option<u64>,
+}
+
+impl WriteLog {
+    pub(crate) fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        let kind = std::fs::symlink_metadata(&self.log);
+        let kind = kind.with_context(|| format!("failed to look at {}", self.log.display()))?.file_type();
+        let log = match kind.is_file() {
+            true => Backing::Image(self.log.clone()),
+            false if kind.is_block_device() || kind.is_symlink() => Backing::Device(self.log.clone()),
+            false => anyhow::bail!("{} is neither an image nor a block device", self.log.display()),
+        };
+        let records = Reader::all(&log);
+        // Only what was attached for this goes: whoever uses it has it open.
+        log.detach()?;
+        let mut records = records?;
+        records.retain(|record| self.at.is_none_or(|byte| touches(&record.what, byte)));
+        if json {
+            print::json(&json!({"schema": "patchswitch.write-log/1", "records": records}))?;
+        } else {
+            records.iter().for_each(|record| print::text(&line(record)));
+        }
+        Ok(ExitCode::Done)
+    }
+}
+
+fn touches(what: &What, byte: u64) -> bool {
+    match what {
+        What::Write { at, bytes } | What::Discard { at, bytes } => {
+            (*at..at.saturating_add(*bytes)).contains(&byte)
+        }
+        What::Flush | What::Mark { .. } => false,
+    }
+}
+
+fn line(record: &Record) -> String {
+    let time = |ns: Option<u64>| match ns.map(std::time::Duration::from_nanos) {
+        Some(time) => format!("{:.3}", time.as_secs_f64()),
+        None => "?".to_owned(),
+    };
+    let what = match &record.what {
+        What::Write { at, bytes } => format!("write    {at:>14} {bytes:>10}"),
+        What::Discard { at, bytes } => format!("discard  {at:>14} {bytes:>10}"),
+        What::Flush => "flush".to_owned(),
+        What::Mark { text } => format!("mark     {text}"),
+    };
+    format!("{:>8}  {:>12} to {:<12}  {what}", record.number, time(record.after_ns), time(record.before_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_a_line_with_its_place_and_its_time() {
+        let write = What::Write { at: 4096, bytes: 512 };
+        assert!(
+            touches(&write, 4096)
+                && touches(&write, 4607)
+                && !touches(&write, 4608)
+                && !touches(&What::Flush, 0)
+        );
+        let record = Record { number: 3, what: write, after_ns: Some(1_500_000_000), before_ns: None };
+        let words: Vec<_> = line(&record).split_whitespace().map(str::to_owned).collect();
+        assert_eq!(words, ["3", "1.500", "to", "?", "write", "4096", "512"]);
+    }
+}

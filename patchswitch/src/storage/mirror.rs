@@ -1,0 +1,155 @@
+//! A disk copied by being mirrored to another device, and split from it at one instant (the patent's variant with two disks
+//! that are mirrored, and separated for the time of a correction).
+//!
+//! ```text
+//!               begin                     in sync                 split
+//!  a: linear ───────────► a: mirror ─────────────────► a: mirror ───────► a: linear     on its own device
+//!                         │ region by region, while it serves             b: linear     on the other one, the same at that instant
+//! ```
+//!
+//! To mirror again is to say whose content stays: both may have changed since. What only the other one had is listed before it is
+//! written over.
+
+use std::time::{Duration, Instant};
+
+use super::copy::{self, Checked, CopyOf, Extent, Instantly};
+use super::disk::other_table;
+use super::table::{MirrorStatus, Table};
+use super::{Failed, StorageError};
+use crate::host::linux::dm::Dm;
+
+/// How often the kernel is asked how far it is.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Disks that are mirrored.
+#[derive(Debug)]
+pub struct Mirrors<'dm> {
+    dm: &'dm Dm,
+    disks: Vec<Checked>,
+}
+
+/// Begins to mirror disks; nobody waits for it. What the other devices had is lost.
+///
+/// # Errors
+/// [`Failed`] with the reason; everything that was done has been undone.
+pub fn begin<'dm>(dm: &'dm Dm, copies: &[CopyOf]) -> Result<Mirrors<'dm>, Failed> {
+    let clean = |cause| Failed { cause, undo: Vec::new() };
+    if copies.is_empty() {
+        return Err(clean(StorageError::NoDisks));
+    }
+    let disks = copies.iter().map(|of| copy::check(dm, of)).collect::<Result<Vec<_>, _>>().map_err(clean)?;
+    let begun = disks.iter().try_for_each(|disk| {
+        let table = Table::Mirror { first: disk.origin.device(), second: disk.target.device() };
+        dm.load(&disk.of.active, &table.lines(disk.of.sectors))?;
+        Ok(dm.swap(&disk.of.active)?)
+    });
+    match begun {
+        Ok(()) => Ok(Mirrors { dm, disks }),
+        Err(cause) => Err(Failed { cause, undo: copy::undo(dm, disks.iter()) }),
+    }
+}
+
+impl Mirrors<'_> {
+    /// How far each is.
+    ///
+    /// # Errors
+    /// [`StorageError::MirrorBroken`] if one of the devices fails, [`StorageError::OtherTable`].
+    pub fn status(&self) -> Result<Vec<MirrorStatus>, StorageError> {
+        self.disks.iter().map(|disk| status(self.dm, disk)).collect()
+    }
+
+    /// Waits until all are the same as their disks. `progress` is told of each change and may end it.
+    ///
+    /// # Errors
+    /// As [`Mirrors::status`]; [`StorageError::NotInTime`] at the end of the time.
+    pub fn wait(
+        &self,
+        limit: Duration,
+        mut progress: impl FnMut(&[MirrorStatus]) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let (begun, mut last) = (Instant::now(), Vec::new());
+        loop {
+            let now = self.status()?;
+            if now != last {
+                progress(&now)?;
+                last.clone_from(&now);
+            }
+            if now.iter().all(|status| status.is_synced()) {
+                return Ok(());
+            }
+            if begun.elapsed() >= limit {
+                return Err(StorageError::NotInTime { what: "the mirror is not in sync", waited: limit });
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Splits all of them at one instant: from then on each disk is on its own device, and each copy is what it was.
+    ///
+    /// # Errors
+    /// [`Failed`]; the disks are plain, and there is no copy.
+    pub fn split(self) -> Result<Instantly, Failed> {
+        let done = self.split_all();
+        done.map_err(|cause| Failed { cause, undo: copy::undo(self.dm, self.disks.iter()) })
+    }
+
+    fn split_all(&self) -> Result<Instantly, StorageError> {
+        for (disk, status) in self.disks.iter().zip(self.status()?) {
+            if !status.is_synced() {
+                return Err(StorageError::NotInSync { name: disk.of.active.clone() });
+            }
+            copy::make_waiting(self.dm, disk)?;
+        }
+        let disks: Vec<&Checked> = self.disks.iter().collect();
+        let wake: Vec<&str> = self.disks.iter().map(|disk| disk.of.copy.as_str()).collect();
+        let (freeze, before, marks) = copy::cut(self.dm, &disks, &wake)?;
+        let copies = self.disks.iter().map(|disk| copy::made(self.dm, disk)).collect::<Result<_, _>>()?;
+        Ok(Instantly { freeze, before, copies, marks })
+    }
+
+    /// Ends it: the disks are plain, and there is no copy.
+    ///
+    /// # Errors
+    /// [`StorageError`] of the first that could not be; the others are.
+    pub fn abandon(self) -> Result<(), StorageError> {
+        copy::undo(self.dm, self.disks.iter()).into_iter().next().map_or(Ok(()), Err)
+    }
+}
+
+fn status(dm: &Dm, disk: &Checked) -> Result<MirrorStatus, StorageError> {
+    let lines = dm.status(&disk.of.active)?;
+    match lines.as_slice() {
+        [line] if line.kind == "mirror" => {
+            let status = MirrorStatus::parse(&line.params)?;
+            if status.healthy {
+                return Ok(status);
+            }
+            Err(StorageError::MirrorBroken { name: disk.of.active.clone(), status: line.params.clone() })
+        }
+        lines => Err(other_table(&disk.of.active, lines, "a mirror")),
+    }
+}
+
+/// Whose content stays when two that were split are mirrored again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Winner {
+    /// The disk's.
+    Active,
+    /// The copy's: the disk and the copy change their devices first.
+    Copy,
+}
+
+/// What is lost when the copy of a disk is brought to the content of the winner, and the request by which [`begin`] does it. Nobody
+/// may have the copy open; with [`Winner::Copy`] nobody the disk either, which is to be made anew over the winner's device.
+///
+/// # Errors
+/// [`StorageError`] if the devices cannot be read.
+pub fn again(of: &CopyOf, winner: Winner) -> Result<(CopyOf, Vec<Extent>), StorageError> {
+    let (origin, target) = (of.origin.attach()?, of.target.attach()?);
+    let lost = copy::differences(origin.device(), target.device(), of.sectors)?;
+    let (origin, target) = match winner {
+        Winner::Active => (of.origin.clone(), of.target.clone()),
+        Winner::Copy => (of.target.clone(), of.origin.clone()),
+    };
+    Ok((CopyOf { origin, target, ..of.clone() }, lost))
+}

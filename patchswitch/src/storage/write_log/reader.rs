@@ -1,0 +1,170 @@
+//! Reads a log while it is being written, record by record.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use serde::Serialize;
+
+use super::format::{BadLog, Entry, Super, What};
+use crate::host::linux::block::{self, DeviceNumber};
+use crate::storage::StorageError;
+use crate::storage::copy::Buffer;
+use crate::storage::disk::Backing;
+
+/// What a sector of a log may have at most, in bytes.
+const SECTOR_MAX: u64 = 65536;
+
+/// Reads a log from its beginning to where it is at the moment.
+#[derive(Debug)]
+pub struct Reader {
+    device: File,
+    sector: u32,
+    /// Where the next entry is, in bytes; nothing before the beginning was read.
+    next: Option<u64>,
+    read: u64,
+    known: u64,
+}
+
+/// Why a log cannot be read.
+#[derive(Debug)]
+pub(super) enum ReadError {
+    Bad(BadLog),
+    Io(std::io::Error),
+}
+
+impl ReadError {
+    pub(super) fn of(self, log: &Backing) -> StorageError {
+        match self {
+            Self::Bad(source) => StorageError::Log { log: log.to_string(), source },
+            Self::Io(source) => StorageError::io("read", log.path())(source),
+        }
+    }
+}
+
+/// A record with the time in which it was written, as far as the marks tell: both ends in nanoseconds since the boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Record {
+    /// Its number.
+    pub number: u64,
+    /// What was recorded.
+    #[serde(flatten)]
+    pub what: What,
+    /// The last mark before it.
+    pub after_ns: Option<u64>,
+    /// The first mark behind it.
+    pub before_ns: Option<u64>,
+}
+
+impl Reader {
+    pub(super) fn open(log: DeviceNumber) -> Result<Self, StorageError> {
+        Ok(Self { device: block::open_direct(log)?, sector: 512, next: None, read: 0, known: 0 })
+    }
+
+    /// How many entries have been read.
+    pub fn read(&self) -> u64 {
+        self.read
+    }
+
+    /// The next entry, if there is one already.
+    pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, ReadError> {
+        if self.read >= self.known {
+            self.look()?;
+        }
+        let Some(at) = self.next.filter(|_| self.read < self.known) else { return Ok(None) };
+        let mut buffer = Buffer::new();
+        let sector = buffer.piece(u64::from(self.sector));
+        self.device.read_exact_at(sector, at).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => ReadError::Bad(BadLog::Short(self.read)),
+            _ => ReadError::Io(error),
+        })?;
+        let entry = Entry::parse(sector, self.sector, (self.read, at)).map_err(ReadError::Bad)?;
+        self.next = Some(entry.next);
+        self.read += 1;
+        Ok(Some(entry))
+    }
+
+    /// Reads data that an entry names.
+    pub(super) fn read_data(&self, piece: &mut [u8], at: u64) -> std::io::Result<()> {
+        self.device.read_exact_at(piece, at)
+    }
+
+    /// How many entries there are now. Before the first mark or barrier the log has no beginning.
+    fn look(&mut self) -> Result<(), ReadError> {
+        let mut buffer = Buffer::new();
+        let first = buffer.piece(SECTOR_MAX.min(4096));
+        self.device.read_exact_at(first, 0).map_err(ReadError::Io)?;
+        if self.next.is_none() && first.iter().all(|byte| *byte == 0) {
+            return Ok(());
+        }
+        let Super { entries, sector } = Super::parse(first).map_err(ReadError::Bad)?;
+        if self.next.is_none() {
+            self.sector = sector;
+            self.next = Some(u64::from(sector));
+        }
+        self.known = entries;
+        Ok(())
+    }
+}
+
+impl Reader {
+    /// All records of a log that nobody writes any more, or of one that somebody does as far as it is, each with its time.
+    ///
+    /// # Errors
+    /// [`StorageError::Log`] if it is none or ends before its end, [`StorageError::Io`].
+    pub fn all(log: &Backing) -> Result<Vec<Record>, StorageError> {
+        let attached = log.attach()?;
+        let mut reader = Self::open(attached.device())?;
+        let mut records = Vec::new();
+        while let Some(entry) = reader.next_entry().map_err(|error| error.of(log))? {
+            let number = reader.read - 1;
+            records.push(Record { number, what: entry.what, after_ns: None, before_ns: None });
+        }
+        if reader.next.is_none() {
+            return Err(StorageError::Log { log: log.to_string(), source: BadLog::NotALog });
+        }
+        date(&mut records);
+        Ok(records)
+    }
+}
+
+/// Gives each record the marks around it.
+fn date(records: &mut [Record]) {
+    let mut last = None;
+    for record in records.iter_mut() {
+        record.after_ns = last;
+        last = record.what.time_ns().or(last);
+    }
+    let mut next = None;
+    for record in records.iter_mut().rev() {
+        record.before_ns = next;
+        next = record.what.time_ns().or(next);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_have_the_time_of_the_marks_around_them() {
+        let write = || What::Write { at: 0, bytes: 512 };
+        let mark = |text: &str| What::Mark { text: text.to_owned() };
+        let all = [
+            write(),
+            mark("patchswitch:10"),
+            write(),
+            mark("other"),
+            mark("patchswitch:round:1:30"),
+            write(),
+        ];
+        let mut records: Vec<_> = (0..)
+            .zip(all)
+            .map(|(number, what)| Record { number, what, after_ns: None, before_ns: None })
+            .collect();
+        date(&mut records);
+        let times: Vec<_> = records.iter().map(|record| (record.after_ns, record.before_ns)).collect();
+        assert_eq!(times[0], (None, Some(10)));
+        assert_eq!(times[2], (Some(10), Some(30)));
+        assert_eq!(times[5], (Some(30), None));
+    }
+}

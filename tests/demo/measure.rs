@@ -89,6 +89,9 @@ impl Evidence {
         let stats = self.run.stats(self.quiet);
         let running = self.run.longest_running_gap(self.quiet);
         let near: Vec<Window> = records.iter().flat_map(|record| self.near_flips(record)).collect();
+        let standstills = self.run.standstills.iter();
+        let elsewhere = standstills.filter(|still| near.iter().all(|flip| flip.overlap(still).is_none()));
+        let elsewhere = elsewhere.map(|still| seconds(*still) * 1000.0);
         Quiet {
             seconds: seconds(self.quiet),
             requests: stats.requests,
@@ -98,15 +101,23 @@ impl Evidence {
             longest_gap_ms: stats.longest_gap.map_or(f64::INFINITY, |gap| gap.ms),
             running_gap_ms: running.map_or(f64::INFINITY, |gap| gap.running_ms()),
             stood_still_ms: self.run.stood_still_ms(self.quiet),
-            longest_standstill_ms: self
-                .longest_standstill_ms(|still| near.iter().all(|flip| flip.overlap(still).is_none())),
+            longest_standstill_ms: elsewhere.max_by(f64::total_cmp).unwrap_or(0.0),
         }
     }
 
-    /// The longest time for which the machine stood still, of those that count.
-    fn longest_standstill_ms(&self, counts: impl Fn(&Window) -> bool) -> f64 {
-        let standstills = self.run.standstills.iter().filter(|still| counts(still));
-        standstills.map(|still| seconds(*still) * 1000.0).max_by(f64::total_cmp).unwrap_or(0.0)
+    /// The longest time for which the machine stood still near one of some flips, and when that began from the flip on, in
+    /// milliseconds.
+    fn longest_standstill(&self, flips: &[u64]) -> Option<(f64, f64)> {
+        let ms = |ns: u64| std::time::Duration::from_nanos(ns).as_secs_f64() * 1e3;
+        let near = self.run.standstills.iter().flat_map(|still| {
+            let touched = flips.iter().filter(|at| Window::around(**at, NEAR_NS).overlap(still).is_some());
+            touched.map(|at| {
+                let from =
+                    if still.from_ns >= *at { ms(still.from_ns - at) } else { -ms(at - still.from_ns) };
+                (ms(still.to_ns - still.from_ns), from)
+            })
+        });
+        near.max_by(|a, b| a.0.total_cmp(&b.0))
     }
 
     /// The times near the flips of a job.
@@ -194,6 +205,7 @@ impl Evidence {
             flips: flips.clone(),
         };
         let traffic = self.run.traffic(&job);
+        let longest = self.longest_standstill(&flips);
         let prefix = format!("{}/", record.name);
         let gaps = traffic
             .gaps_ms
@@ -219,9 +231,8 @@ impl Evidence {
             running_gap_ms: traffic.running_gap_ms,
             running_gap_quiet_ms: quiet.running_gap_ms,
             stood_still_ms: self.run.stood_still_ms(record.window),
-            longest_standstill_ms: self.longest_standstill_ms(|still| {
-                flips.iter().any(|at| Window::around(*at, NEAR_NS).overlap(still).is_some())
-            }),
+            longest_standstill_ms: longest.map_or(0.0, |(ms, _)| ms),
+            longest_standstill_at_ms: longest.map(|(_, at)| at),
             download_ok: traffic.download_ok,
             idle_connection_ok: traffic.idle_connection_ok,
             failures: self.failures(record.window, &prefix),
@@ -457,6 +468,7 @@ mod tests {
         let quiet = evidence.quiet(&[record(Vec::new())]);
         let job = evidence.job(&record(Vec::new()), &quiet);
         assert_eq!((quiet.longest_standstill_ms.round(), job.longest_standstill_ms.round()), (14.0, 31.0));
+        assert_eq!(job.longest_standstill_at_ms.map(f64::round), Some(-510.0));
         assert_eq!(evidence.quiet(&[]).longest_standstill_ms.round(), 31.0, "of what nobody flipped");
         assert!(quiet.running_gap_ms <= quiet.longest_gap_ms);
     }

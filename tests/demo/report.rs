@@ -99,6 +99,8 @@ pub(crate) struct JobReport {
     pub(crate) stood_still_ms: f64,
     /// And the longest of these times near a flip: a switch must not be what it stands still for.
     pub(crate) longest_standstill_ms: f64,
+    /// When it began, from the flip on.
+    pub(crate) longest_standstill_at_ms: Option<f64>,
     pub(crate) download_ok: Option<bool>,
     pub(crate) idle_connection_ok: Option<bool>,
     pub(crate) old_flows_at_flip: Option<u64>,
@@ -226,11 +228,13 @@ impl JobReport {
         );
         let (still, elsewhere) = (self.longest_standstill_ms, quiet.longest_standstill_ms);
         let limit = derive::gap_limit_ms(elsewhere);
+        let when =
+            self.longest_standstill_at_ms.map(|at| format!(", {at:+.0} ms from it")).unwrap_or_default();
         checks.add(
             still <= limit,
             format!(
-                "longest time for which the machine stood still at the flip: {still:.0} ms; elsewhere {elsewhere:.0} \
-                 ms, limit {limit:.0} ms"
+                "longest time for which the machine stood still at the flip: {still:.0} ms{when}; elsewhere \
+                 {elsewhere:.0} ms, limit {limit:.0} ms"
             ),
         );
         let (v4, v6) = (self.rewritten_v4, self.rewritten_v6);

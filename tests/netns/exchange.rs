@@ -1,5 +1,6 @@
 //! What only one side can have goes over while new flows wait: the network device, or the address at an uplink.
 
+use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -90,8 +91,11 @@ fn flows_of_the_old_side_end_first() {
     let [v4, v6] = ends();
     let mut kept = [v4, v6].map(|end| Asking::from(&rig.lab.client, end).unwrap());
     // They do not: then nothing is switched, and they go on.
-    let text = rig.refused(&[&EXCHANGE[..], &["--hold", "1s"]].concat(), 22);
-    assert!(text.is_ok() || text.unwrap_err().to_string().contains("have not ended"));
+    let ended = rig.run(&[&EXCHANGE[..], &["--hold", "1s"]].concat()).unwrap();
+    assert!(
+        ended.code == Some(22) && ended.stdout.contains("2 flows of the old side have not ended"),
+        "{ended:?}"
+    );
     assert_eq!(links(&rig).unwrap(), at_first);
     for asking in &mut kept {
         assert_eq!(asking.who().unwrap(), "a");
@@ -113,7 +117,8 @@ fn flows_of_the_old_side_end_first() {
     // They are reset, if somebody wants that.
     let mut kept = Asking::from(&rig.lab.client, v6).unwrap();
     assert_eq!(kept.who().unwrap(), "b");
-    rig.ok(&[&EXCHANGE[..], &["--hold", "1s", "--left", "reset"]].concat()).unwrap();
+    let ended = rig.run(&[&EXCHANGE[..], &["--hold", "1s", "--left", "reset"]].concat()).unwrap();
+    assert!(ended.code == Some(24) && ended.stdout.contains("1 flows had not ended in time"), "{ended:?}");
     assert!(kept.who().is_err());
     assert_eq!(who(&rig.lab.client, v6).unwrap(), "a");
     rig.finish().unwrap();
@@ -286,20 +291,83 @@ fn the_address_goes_to_the_other_uplink_and_all_neighbours_know() {
     rig.finish().unwrap();
 }
 
-#[test]
-fn a_side_that_cannot_take_the_address_does_not_get_it() {
-    let (rig, _servers) = readdressed("addressback").unwrap();
-    let links: Value = serde_json::from_str(&rig.lab.b.ip("-j link show type veth").unwrap()).unwrap();
-    let name = links[0]["ifname"].as_str().unwrap();
-    rig.lab.b.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1").unwrap();
-    let ended = rig.run(&[&READDRESS[..], &["--hold", "10s"]].concat()).unwrap();
-    assert!(ended.code == Some(22) || ended.code == Some(1), "{ended:?}");
-    assert_eq!(answering(&rig).unwrap(), [UPLINK; 2]);
+const ONLY_PORT: u16 = 40_001;
+
+/// The first side serves, and has all that belongs to it.
+#[track_caller]
+fn assert_first_serves(rig: &Rig) {
+    assert_eq!(answering(rig).unwrap(), [UPLINK; 2]);
+    let (a, b) = (rig.lab.a.ip("-br addr show").unwrap(), rig.lab.b.ip("-br addr show").unwrap());
+    assert!(SERVICE.iter().all(|address| a.contains(address)), "{a} {b}");
     for end in ends() {
         assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
     }
-    assert!(rig.lab.a.ip("-br addr show").unwrap().contains(SERVICE[1]));
+}
+
+#[test]
+fn a_side_that_cannot_take_the_address_does_not_get_it() {
+    let (rig, _servers) = readdressed("addressback").unwrap();
+    // What fails after it.
+    let ended = rig.run(&[&READDRESS[..], &["--hold", "10s", "--run", "exit 3"]].concat()).unwrap();
+    assert_eq!(ended.code, Some(22), "{ended:?}");
+    assert_first_serves(&rig);
+    // No socket of its can have the address: the only port that there is has somebody else.
+    let taken = rig.lab.b.enter(|| Ok(TcpListener::bind(("::", ONLY_PORT))?)).unwrap();
+    rig.lab.b.sysctl("net/ipv4/ip_local_port_range", &format!("{ONLY_PORT} {ONLY_PORT}")).unwrap();
+    let ended = rig.run(&[&READDRESS[..], &["--hold", "10s"]].concat()).unwrap();
+    assert_eq!(ended.code, Some(22), "{ended:?}");
+    assert!(ended.stdout.contains("cannot be used in the partition that was given it"), "{ended:?}");
+    assert_first_serves(&rig);
+    drop(taken);
+    rig.lab.b.sysctl("net/ipv4/ip_local_port_range", "32768 60999").unwrap();
+    // It has no IPv6: found before anybody waits.
+    let links: Value = serde_json::from_str(&rig.lab.b.ip("-j link show type veth").unwrap()).unwrap();
+    let name = links[0]["ifname"].as_str().unwrap();
+    rig.lab.b.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1").unwrap();
+    rig.refused(&[&READDRESS[..], &["--hold", "10s"]].concat(), 1).unwrap();
+    assert_first_serves(&rig);
     rig.finish().unwrap();
+}
+
+#[test]
+fn whoever_gives_the_address_away_may_be_killed() {
+    let (rig, _servers) = readdressed("addresskill").unwrap();
+    let program = programs::built("patchswitch").unwrap();
+    let program = program.to_string_lossy();
+    let argv = [&[program.as_ref()], &READDRESS[..], &["--hold", "2s", "--run", "exec sleep 3"]].concat();
+    for (to, serving) in [(&rig.lab.b, "b"), (&rig.lab.a, "a")] {
+        let from = if serving == "b" { &rig.lab.a } else { &rig.lab.b };
+        let mut running = rig.lab.host.spawn(&argv, None).unwrap();
+        let end = Instant::now() + Duration::from_secs(30);
+        while from.ip("-br addr show").unwrap().contains(SERVICE[0]) {
+            assert!(Instant::now() < end && !running.has_ended(), "{}", running.output());
+        }
+        running.signal(Signal::KILL).unwrap();
+        running.wait(Duration::from_secs(10)).unwrap();
+        std::thread::sleep(Duration::from_millis(3200));
+        rig.ok(&["switch", NAME, "--to", to.name()]).unwrap();
+        for end in ends() {
+            assert_eq!(who(&rig.lab.client, end).unwrap(), serving);
+        }
+        let uplink = if serving == "b" { SECOND } else { UPLINK };
+        assert_eq!(answering(&rig).unwrap(), [uplink; 2]);
+    }
+    assert_first_serves(&rig);
+    // As if it had been killed when it had put back all but the word: who serves has nothing any more.
+    let links: Value = serde_json::from_str(&rig.lab.a.ip("-j link show type veth").unwrap()).unwrap();
+    let name = links[0]["ifname"].as_str().unwrap();
+    for (address, width) in SERVICE.iter().zip([32, 128]) {
+        rig.lab.a.ip(&format!("addr del {address}/{width} dev {name}")).unwrap();
+    }
+    rig.ok(&["switch", NAME, "--to", rig.lab.a.name()]).unwrap();
+    assert_first_serves(&rig);
+    // The other side's uplink is gone: no hindrance for the one that is there.
+    rig.lab.host.ip(&format!("link del {SECOND}")).unwrap();
+    rig.run(&["switch", NAME, "--to", rig.lab.a.name()]).unwrap();
+    for end in ends() {
+        assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
+    }
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
 }
 
 #[test]

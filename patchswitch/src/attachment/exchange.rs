@@ -89,7 +89,7 @@ impl Attachment {
         }
         // 1504, 1601, 1602: the other one's is.
         let netns = self.netns(to)?;
-        wiring::hold_addresses(&self.record, to, new, &netns).await?;
+        wiring::inside(&self.record, to, new, &netns).await?;
         wiring::prefer_source(&self.record, new, &netns, true).await?;
         // 1604: it says whether that went well, by what its sockets can have.
         for address in &self.record.addresses {
@@ -98,17 +98,18 @@ impl Attachment {
         }
         // 1603 and 1505: both tell the devices on the network.
         self.answer(to).await?;
-        announce::announce(&self.record, self.record.uplinks_of(to), &self.host, announce::VOLLEY).await;
         self.announce_own(to.other()).await;
         Ok(())
     }
 
-    /// Where each side has an uplink of its own: the host answers for the service at the one of who serves.
+    /// Where each side has an uplink of its own: the host answers for the service at the one of who serves, and says so.
     pub(super) async fn answer(&self, active: Slot) -> Result<(), AttachError> {
         if !self.record.own_uplinks {
             return Ok(());
         }
-        wiring::answer(&self.host, &self.record, active).await
+        let answers = wiring::answer(&self.host, &self.record, active).await;
+        announce::announce(&self.record, self.record.uplinks_of(active), &self.host, announce::VOLLEY).await;
+        answers
     }
 
     /// Tells everybody where a partition's own addresses are.
@@ -144,18 +145,19 @@ impl Attachment {
 
     /// Brings each device to the partition of which the record says that it is its, and returns whether one was elsewhere.
     pub(super) async fn settle_devices(&mut self) -> Result<bool, AttachError> {
-        let astray = self.astray().await?;
+        let (astray, mut errors) = (self.astray().await?, Vec::new());
+        // One that cannot be brought home must not keep the other from it.
         for Astray { slot, entry, outer } in &astray {
-            self.fetch(*slot, entry, outer).await?;
+            errors.extend(self.fetch(*slot, entry, outer).await.err());
         }
         for one in &astray {
-            self.furnish(one).await?;
+            errors.extend(self.furnish(one).await.err());
         }
         if astray.is_empty() {
             return Ok(false);
         }
         wiring::slow_path(&self.host, &self.record, self.slot(self.plane.word().active())?).await?;
-        Ok(true)
+        errors.into_iter().next().map_or(Ok(true), Err)
     }
 
     /// The devices that are not where they belong, or not yet by their name, or that the programs know as another's.
@@ -212,8 +214,6 @@ impl Attachment {
         inside.rename(&inner, &entry.inner_link).await?;
         wiring::inside(&self.record, *slot, entry, &netns).await?;
         xdp::receive(&self.record, &netns, &entry.inner_link)?;
-        let known = self.plane.slot(*slot)?;
-        self.plane.set_slot(*slot, &SlotEntry { ifindex: outer.index, ..known })?;
         if let Some(other) = &self.record.slots[slot.other() as usize] {
             // Behind this link it was until now.
             wiring::forget_own(&self.host, other, outer).await?;
@@ -222,7 +222,10 @@ impl Attachment {
         wiring::own_addresses(&self.host, &self.record, *slot, entry).await?;
         let word = self.plane.word();
         let retires = word.phase() == Phase::Draining && word.active() != *slot;
-        wiring::prefer_source(&self.record, entry, &netns, !retires).await
+        wiring::prefer_source(&self.record, entry, &netns, !retires).await?;
+        // Last: a device that the programs know is one that is furnished.
+        let known = self.plane.slot(*slot)?;
+        Ok(self.plane.set_slot(*slot, &SlotEntry { ifindex: outer.index, ..known })?)
     }
 }
 

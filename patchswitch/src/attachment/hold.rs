@@ -21,7 +21,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase;
 use serde::Serialize;
 
-use super::{AttachError, Attachment, SwitchOptions, Switched, build};
+use super::{AttachError, Attachment, SwitchOptions, Switched, build, remove};
 use crate::dataplane::{Dataplane, Hook, Point};
 use crate::host::linux::clock::boot_ns;
 use crate::host::linux::hold_guard::{FRAME, HoldGuard};
@@ -265,7 +265,6 @@ impl Attachment {
     async fn deliver(&mut self, mut hold: Hold, receiver: Slot) -> Result<Pumped, AttachError> {
         // Whoever cannot be asked gets no more at once than is usual.
         let (begun, most) = (Instant::now(), self.burst(receiver).unwrap_or(BURST));
-        self.answer(receiver).await?;
         let queue = &mut hold.queue;
         queue.pump(most).map_err(failed)?;
         self.plane.release(hold.to)?;
@@ -276,6 +275,12 @@ impl Attachment {
         self.plane.fence()?;
         queue.pump(most).map_err(failed)?;
         queue.pumped.pump_ms = begun.elapsed().as_secs_f64() * 1e3;
+        if let Err(error) = self.answer(receiver).await {
+            tracing::warn!(
+                "the uplink of who serves may not answer for the service: {}",
+                remove::text(&error)
+            );
+        }
         hold.guard.dismiss();
         queue.pumped.lost += self.host.dropped(&queue.link).await.unwrap_or_default();
         let pumped = queue.pumped;

@@ -464,8 +464,9 @@ impl Attachment {
         }
         let netns = self.netns(to)?;
         if self.record.own_uplinks {
-            // It may have given them up when it retired.
-            wiring::hold_addresses(&self.record, to, &target, &netns).await?;
+            // It may have given them up when it retired, and with the last address of a link the kernel takes its routes and its
+            // neighbours away, also the permanent ones.
+            wiring::inside(&self.record, to, &target, &netns).await?;
         }
         wiring::prefer_source(&self.record, &target, &netns, true).await
     }

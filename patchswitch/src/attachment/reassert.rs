@@ -56,7 +56,7 @@ impl Attachment {
             Ok(what) => mended.extend(what),
             Err(error) => errors.push(error),
         }
-        errors.extend(self.answer(word.active()).await.err());
+        errors.extend(self.reassert_addresses(word.active()).await.err());
         for (slot, serving) in [(Some(word.active()), true), (sharing, true), (retiring, false)] {
             match self.reassert_source(slot, serving).await {
                 Ok(what) => mended.extend(what),
@@ -128,6 +128,17 @@ impl Attachment {
             is_other = true;
         }
         Ok(is_other.then(|| format!("partitions send packets of at most {mtu} bytes, as the uplinks do")))
+    }
+
+    /// Where each side has an uplink of its own: who serves has the addresses, and his uplink answers for them.
+    async fn reassert_addresses(&self, active: Slot) -> Result<(), AttachError> {
+        if !self.record.own_uplinks {
+            return Ok(());
+        }
+        if self.record.gone(active).is_none() {
+            wiring::inside(&self.record, active, self.slot(active)?, &self.netns(active)?).await?;
+        }
+        self.answer(active).await
     }
 
     async fn reassert_route(&self, active: Slot) -> Result<Option<String>, AttachError> {

@@ -336,43 +336,31 @@ pub(super) async fn is_slow_path(
     Ok(true)
 }
 
-/// Makes the host answer ARP and NDP for the service on the uplinks of who serves, and on no other one.
+/// Makes the host answer ARP and NDP for the service on the uplinks of who serves, and on no other one. Goes on after errors: one
+/// uplink must not keep another one from answering.
+///
+/// # Errors
+/// The first. An uplink that is gone and need not answer is none.
 pub(super) async fn answer(host: &Netlink, record: &Record, active: Slot) -> Result<(), AttachError> {
-    let answering = record.uplinks_of(active);
+    let (answering, mut errors) = (record.uplinks_of(active), Vec::new());
     // Nobody must be told two things, so the other one is silent first.
-    let (silent, speaking): (Vec<_>, Vec<_>) =
-        record.uplinks.iter().partition(|one| !answering.contains(one));
-    for uplink in silent {
-        let link = host.link(uplink).await?;
+    for uplink in record.uplinks.iter().filter(|uplink| !answering.contains(uplink)) {
+        let Ok(link) = host.link(uplink).await else { continue };
         for address in &record.addresses {
-            host.delete_proxy(&link, *address).await?;
+            errors.extend(host.delete_proxy(&link, *address).await.err());
         }
     }
-    for uplink in speaking {
-        let link = host.link(uplink).await?;
-        for address in &record.addresses {
-            host.add_proxy(&link, *address).await?;
+    for uplink in answering {
+        match host.link(uplink).await {
+            Ok(link) => {
+                for address in &record.addresses {
+                    errors.extend(host.add_proxy(&link, *address).await.err());
+                }
+            }
+            Err(error) => errors.push(error),
         }
     }
-    Ok(())
-}
-
-/// Gives a partition the service's addresses, if it has given them up, and all that the kernel took away with them: with the
-/// last IPv4 address of a link go its routes and its neighbours, also the permanent ones.
-pub(super) async fn hold_addresses(
-    record: &Record,
-    slot: Slot,
-    entry: &SlotRecord,
-    netns: &Netns,
-) -> Result<(), AttachError> {
-    let nl = Netlink::open(netns)?;
-    let link = nl.link(&entry.inner_link).await?;
-    for address in &record.addresses {
-        if nl.address_on(&link, *address).await?.is_none() {
-            return inside(record, slot, entry, netns).await;
-        }
-    }
-    Ok(())
+    errors.into_iter().next().map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// Takes the service's addresses from a partition: it is known by its own ones from then on.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, ValueEnum};
-use patchswitch::attachment::{Attachment, DrainOptions, Exchange, OnDeadline, Pumped, SwitchOptions};
+use patchswitch::attachment::{Attachment, DrainOptions, Exchange, Hold, OnDeadline, Pumped, SwitchOptions};
 use patchswitch::config::duration;
 use patchswitch::exit::ExitCode;
 use patchswitch::host::linux::programs::{Program, Run};
@@ -55,7 +55,7 @@ enum What {
 enum Left {
     /// Those that wait go to the side that served before, and patchswitch ends with 22.
     Abort,
-    /// They are reset.
+    /// They are reset, and patchswitch ends with 24.
     Reset,
 }
 
@@ -88,14 +88,23 @@ fn some_time(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// How far a deed has come.
+#[derive(Clone, Copy, Debug, Default)]
+struct SoFar {
+    /// Flows that were reset.
+    reset: usize,
+    /// Whether there is something that goes back when something after it fails.
+    exchanged: bool,
+}
+
 impl Deed<'_> {
-    /// Does it; `exchanged` if that is to be undone when something after it fails.
-    async fn run(self, attachment: &mut Attachment, to: Slot, exchanged: &mut bool) -> anyhow::Result<()> {
+    /// Does it.
+    async fn run(self, attachment: &mut Attachment, to: Slot, so_far: &mut SoFar) -> anyhow::Result<()> {
         let end = Instant::now() + self.limit;
         let left = || end.saturating_duration_since(Instant::now());
         if let Some(what) = self.exchange {
-            self.finish(attachment).await?;
-            *exchanged = true;
+            so_far.reset = self.finish(attachment).await?;
+            so_far.exchanged = true;
             attachment.exchange(what, to).await?;
         }
         match self.command {
@@ -104,8 +113,8 @@ impl Deed<'_> {
         }
     }
 
-    /// Waits until the old side has no flow left.
-    async fn finish(self, attachment: &mut Attachment) -> anyhow::Result<()> {
+    /// Waits until the old side has no flow left; how many were cut.
+    async fn finish(self, attachment: &mut Attachment) -> anyhow::Result<usize> {
         let on_deadline = match self.left {
             Left::Abort => OnDeadline::Keep,
             Left::Reset => OnDeadline::Reset,
@@ -114,7 +123,7 @@ impl Deed<'_> {
         let options = DrainOptions { deadline: Some(self.limit / 2), on_deadline };
         let drained = attachment.drain_until(&options, &job::is_stopped, |_| {}).await?;
         anyhow::ensure!(drained.settled, "{} flows of the old side have not ended", drained.left);
-        Ok(())
+        Ok(drained.reset)
     }
 }
 
@@ -133,34 +142,61 @@ pub(crate) async fn run(
     if !json {
         print::progress(&format!("flows of {old} go on; new ones wait for {new}, {limit:?} at most"));
     }
-    let mut exchanged = false;
-    let failure = match deed.run(attachment, to, &mut exchanged).await {
+    let mut so_far = SoFar::default();
+    let failure = match deed.run(attachment, to, &mut so_far).await {
         // What it was to move has been moved, whatever somebody wants meanwhile.
         Ok(()) => None,
         Err(_) if job::is_stopped() => Some("called off".to_owned()),
         Err(error) => Some(format!("{error:#}")),
     };
-    if let Some(what) = exchange.filter(|_| exchanged && failure.is_some()) {
-        attachment.exchange(what, to.other()).await.context("what had gone over could not be put back")?;
-    }
-    let pumped = match failure {
+    let pumped = match &failure {
         None => attachment.release(hold).await?,
-        Some(_) => attachment.call_off(hold).await?,
+        Some(why) => {
+            let exchanged = exchange.filter(|_| so_far.exchanged);
+            put_back(attachment, exchanged, (to.other(), hold)).await.with_context(|| why.clone())?
+        }
     };
     let serving = if failure.is_none() { &new } else { &old };
     if json {
         print::json(&json!({
             "schema": "patchswitch.hold/1", "changed": failure.is_none(), "serving": serving, "failure": failure,
-            "waited": pumped,
+            "waited": pumped, "reset": so_far.reset,
         }))?;
     } else {
-        print::text(&conclusion(failure.as_deref(), serving, pumped, &attachment.record().name.to_string()));
+        let name = attachment.record().name.to_string();
+        print::text(&conclusion(failure.as_deref(), serving, (pumped, so_far.reset), &name));
     }
     Ok(match failure {
+        None if so_far.reset > 0 => ExitCode::DrainForced,
         None => ExitCode::Done,
         Some(_) if job::is_stopped() => ExitCode::Interrupted,
         Some(_) => ExitCode::GivenBack,
     })
+}
+
+/// What went over goes back, and what waits as well.
+async fn put_back(
+    attachment: &mut Attachment,
+    exchanged: Option<Exchange>,
+    (old, hold): (Slot, Hold),
+) -> anyhow::Result<Pumped> {
+    let Some(what) = exchanged else { return Ok(attachment.call_off(hold).await?) };
+    if hold.left().is_zero() {
+        // Clients have the new side by now: what they use is not taken away under them.
+        attachment.release(hold).await?;
+        anyhow::bail!(
+            "the {} was not put back: the time was over, and the new side has got the flows",
+            what.name()
+        );
+    }
+    let back = attachment.exchange(what, old).await;
+    let pumped = attachment.call_off(hold).await;
+    if let Err(error) = back {
+        // Once more, by what the record says.
+        let _ = attachment.reassert().await?;
+        return Err(error).context("what had gone over was put back only at the second attempt");
+    }
+    Ok(pumped?)
 }
 
 /// Runs a command of the administrator's; what it prints goes where our own errors go.
@@ -173,7 +209,7 @@ async fn shell(command: &str, limit: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn conclusion(failure: Option<&str>, serving: &str, pumped: Pumped, name: &str) -> String {
+fn conclusion(failure: Option<&str>, serving: &str, (pumped, reset): (Pumped, usize), name: &str) -> String {
     let Pumped { frames, connections, repeats, lost, held_ms, pump_ms } = pumped;
     let first = match failure {
         None => format!("{serving} gets new flows"),
@@ -187,6 +223,9 @@ fn conclusion(failure: Option<&str>, serving: &str, pumped: Pumped, name: &str) 
     );
     if lost > 0 {
         text.push_str(&format!("\n{lost} found no room; those of TCP are sent again by their clients"));
+    }
+    if reset > 0 {
+        text.push_str(&format!("\n{reset} flows had not ended in time, and were reset"));
     }
     if failure.is_none() {
         text.push_str(&format!("\nnext: patchswitch drain {name}"));

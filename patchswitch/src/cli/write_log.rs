@@ -16,9 +16,10 @@ use super::print;
 /// Arguments of `write-log`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each line is a record: its number, what was done, where and how much of it in bytes, and when, in seconds since the boot:
-the marks that are recorded ten times a second have the time, and a record lies between two of them. A log that is being
-written is shown as far as it is. `--json` has the same for programs, with times in nanoseconds.")]
+Each line is a record: its number, what was done, where and how much of it in bytes, and when it was on disk, in seconds since
+the boot. What is written is flushed ten times a second, and a mark with the time is recorded then: what lies between two
+marks was written between them, or in the tenth of a second before. Of a log that is being written the last records may not
+be there yet. `--json` has the same for programs, with times in nanoseconds.")]
 pub(crate) struct WriteLog {
     /// The device, or the image, to which dm-log-writes has written.
     log: PathBuf,
@@ -52,7 +53,7 @@ impl WriteLog {
 
 fn touches(what: &What, byte: u64) -> bool {
     match what {
-        What::Write { at, bytes } | What::Discard { at, bytes } => {
+        What::Write { at, bytes, .. } | What::Discard { at, bytes } => {
             (*at..at.saturating_add(*bytes)).contains(&byte)
         }
         What::Flush | What::Mark { .. } => false,
@@ -65,7 +66,7 @@ fn line(record: &Record) -> String {
         None => "?".to_owned(),
     };
     let what = match &record.what {
-        What::Write { at, bytes } => format!("write    {at:>14} {bytes:>10}"),
+        What::Write { at, bytes, .. } => format!("write    {at:>14} {bytes:>10}"),
         What::Discard { at, bytes } => format!("discard  {at:>14} {bytes:>10}"),
         What::Flush => "flush".to_owned(),
         What::Mark { text } => format!("mark     {text}"),
@@ -79,7 +80,7 @@ mod tests {
 
     #[test]
     fn a_record_is_a_line_with_its_place_and_its_time() {
-        let write = What::Write { at: 4096, bytes: 512 };
+        let write = What::Write { at: 4096, bytes: 512, at_once: false };
         assert!(
             touches(&write, 4096)
                 && touches(&write, 4607)

@@ -5,6 +5,7 @@
 //! Whatever boots from it makes it [`Booted`], and there is no way back: a file system that was mounted is destroyed by blocks
 //! from another time. So the kind of a copy is a type, and a replay onto a booted one does not compile.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::marker::PhantomData;
 use std::os::unix::fs::FileExt;
@@ -111,13 +112,9 @@ pub(super) struct Checked {
 
 /// Checks a disk and what is to become its copy, before anything is changed.
 pub(super) fn check(dm: &Dm, of: &CopyOf) -> Result<Checked, StorageError> {
-    if of.active == of.copy {
-        return Err(StorageError::Twice(of.active.clone()));
-    }
     let (origin, target) = (of.origin.attach()?, of.target.attach()?);
-    if origin.device() == target.device() {
-        return Err(StorageError::Twice(of.target.to_string()));
-    }
+    let devices = [(origin.device(), &of.origin), (target.device(), &of.target)];
+    refuse_twice([&of.active, &of.copy].into_iter(), devices.into_iter())?;
     let lines = dm.table(&of.active)?;
     if Table::recognise(&lines, of.sectors) != Some(Table::Linear { device: origin.device() }) {
         return Err(other_table(&of.active, &lines, "a linear disk over the origin"));
@@ -136,6 +133,33 @@ pub(super) fn check(dm: &Dm, of: &CopyOf) -> Result<Checked, StorageError> {
     refuse_on_itself(dm, of, &of.target)?;
     block::open_exclusive(target.device())?;
     Ok(Checked { of: of.clone(), origin, target })
+}
+
+/// Checks that no disk and no device has two parts in what is to be done.
+pub(super) fn refuse_twice<'c>(
+    names: impl Iterator<Item = &'c String>,
+    devices: impl Iterator<Item = (DeviceNumber, &'c Backing)>,
+) -> Result<(), StorageError> {
+    let (mut known, mut seen) = (BTreeSet::new(), BTreeSet::new());
+    for name in names {
+        if !known.insert(name) {
+            return Err(StorageError::Twice(name.clone()));
+        }
+    }
+    for (device, backing) in devices {
+        if !seen.insert(device) {
+            return Err(StorageError::Twice(backing.to_string()));
+        }
+    }
+    Ok(())
+}
+
+impl Checked {
+    /// Its names, and its devices with what they are.
+    pub(super) fn parts(&self) -> ([&String; 2], [(DeviceNumber, &Backing); 2]) {
+        let devices = [(self.origin.device(), &self.of.origin), (self.target.device(), &self.of.target)];
+        ([&self.of.active, &self.of.copy], devices)
+    }
 }
 
 /// What is written because a disk is written must not lie on that disk.
@@ -335,6 +359,32 @@ pub fn differences(
     Ok(found)
 }
 
+/// Parts of a disk, those that overlap or touch joined: where they begin, and where they end.
+#[derive(Debug, Default)]
+pub(super) struct Parts(BTreeMap<u64, u64>);
+
+impl Parts {
+    pub(super) fn add(&mut self, at: u64, bytes: u64) {
+        let (mut from, mut to) = (at, at.saturating_add(bytes));
+        while let Some((&begin, &end)) = self.0.range(..=to).next_back()
+            && end >= from
+        {
+            (from, to) = (from.min(begin), to.max(end));
+            self.0.remove(&begin);
+        }
+        self.0.insert(from, to);
+    }
+
+    /// Whether one of them has a byte of this.
+    pub(super) fn touch(&self, at: u64, bytes: u64) -> bool {
+        self.0.range(..at.saturating_add(bytes)).next_back().is_some_and(|(_, end)| *end > at)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = Extent> {
+        self.0.iter().map(|(at, end)| Extent { at: *at, bytes: end - at })
+    }
+}
+
 /// Adds a part behind others.
 fn join(found: &mut Vec<Extent>, next: Extent) {
     match found.last_mut() {
@@ -353,6 +403,20 @@ mod tests {
         assert_eq!(buffer.piece(u64::MAX).len(), PIECE);
         assert_eq!(buffer.piece(512).len(), 512);
         assert_eq!(buffer.piece(512).as_ptr() as usize % ALIGNED, 0);
+    }
+
+    #[test]
+    fn parts_that_overlap_or_touch_are_joined() {
+        let mut parts = Parts::default();
+        for (at, bytes) in [(100, 10), (120, 10), (110, 5), (300, 1), (90, 45)] {
+            parts.add(at, bytes);
+        }
+        let found: Vec<_> = parts.iter().map(|part| (part.at, part.bytes)).collect();
+        assert_eq!(found, [(90, 45), (300, 1)]);
+        assert!(
+            parts.touch(134, 1) && !parts.touch(135, 165) && parts.touch(135, 166) && parts.touch(0, 1000)
+        );
+        assert!(!parts.touch(0, 90) && !Parts::default().touch(0, u64::MAX));
     }
 
     #[test]

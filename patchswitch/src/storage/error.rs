@@ -154,6 +154,17 @@ pub enum StorageError {
         /// Bytes replayed a second.
         replayed: f64,
     },
+    /// The log does not tell which of two writes to a place was the later one, and the disk cannot be asked any more.
+    #[error(
+        "which of several writes to {bytes} bytes of {name} was the last at the cut is not in its log; the disk goes on, and its \
+         copy is worth nothing: try again"
+    )]
+    OrderUnknown {
+        /// The disk.
+        name: String,
+        /// How much of it.
+        bytes: u64,
+    },
     /// A device of a mirror fails.
     #[error("the mirror {name} has lost one of its devices ({status}); the disk goes on")]
     MirrorBroken {

@@ -16,7 +16,7 @@ use super::copy::{self, Checked, CopyOf, Extent, Instantly};
 use super::disk::other_table;
 use super::table::{MirrorStatus, Table};
 use super::{Failed, StorageError};
-use crate::host::linux::dm::Dm;
+use crate::host::linux::dm::{Dm, DmError};
 
 /// How often the kernel is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
@@ -38,6 +38,8 @@ pub fn begin<'dm>(dm: &'dm Dm, copies: &[CopyOf]) -> Result<Mirrors<'dm>, Failed
         return Err(clean(StorageError::NoDisks));
     }
     let disks = copies.iter().map(|of| copy::check(dm, of)).collect::<Result<Vec<_>, _>>().map_err(clean)?;
+    let names = disks.iter().flat_map(|disk| disk.parts().0);
+    copy::refuse_twice(names, disks.iter().flat_map(|disk| disk.parts().1)).map_err(clean)?;
     let begun = disks.iter().try_for_each(|disk| {
         let table = Table::Mirror { first: disk.origin.device(), second: disk.target.device() };
         dm.load(&disk.of.active, &table.lines(disk.of.sectors))?;
@@ -94,6 +96,8 @@ impl Mirrors<'_> {
     }
 
     fn split_all(&self) -> Result<Instantly, StorageError> {
+        // A device that fails from here on is told by an event: afterwards there is no mirror that could be asked.
+        let events = self.events()?;
         for (disk, status) in self.disks.iter().zip(self.status()?) {
             if !status.is_synced() {
                 return Err(StorageError::NotInSync { name: disk.of.active.clone() });
@@ -103,8 +107,23 @@ impl Mirrors<'_> {
         let disks: Vec<&Checked> = self.disks.iter().collect();
         let wake: Vec<&str> = self.disks.iter().map(|disk| disk.of.copy.as_str()).collect();
         let (freeze, before, marks) = copy::cut(self.dm, &disks, &wake)?;
+        for ((disk, before), now) in self.disks.iter().zip(events).zip(self.events()?) {
+            if before != now {
+                let status = "an event while it was split".to_owned();
+                return Err(StorageError::MirrorBroken { name: disk.of.active.clone(), status });
+            }
+        }
         let copies = self.disks.iter().map(|disk| copy::made(self.dm, disk)).collect::<Result<_, _>>()?;
         Ok(Instantly { freeze, before, copies, marks })
+    }
+
+    /// How many events each disk's targets have raised.
+    fn events(&self) -> Result<Vec<u32>, StorageError> {
+        let event = |disk: &Checked| -> Result<u32, StorageError> {
+            let info = self.dm.info(&disk.of.active)?;
+            Ok(info.ok_or_else(|| DmError::NoDevice(disk.of.active.clone()))?.event_nr)
+        };
+        self.disks.iter().map(event).collect()
     }
 
     /// Ends it: the disks are plain, and there is no copy.

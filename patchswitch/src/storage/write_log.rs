@@ -4,15 +4,21 @@
 //! ```text
 //!               begin: 801, 802           rounds: 804, 805               cut
 //!  a: linear ───────────────► a: log-writes ───────────────► a: log-writes ─────► a: linear
-//!                             │ bulk copy, while it serves   │ each shorter       │ the rest is replayed, nobody waits for it
-//!                             └ the log: address, length,    └ than the one       ▼
-//!                               data, and a mark with the      before             b: linear, what a was at that instant
+//!                             │ bulk copy, while it serves   │ to the other log,  │ the rest is replayed
+//!                             └ the log: address, length,    │ while this one is  ▼
+//!                               data, and a mark with the    └ replayed           b: linear, what a was at that instant
 //!                               time ten times a second
 //! ```
 //!
-//! The log takes what has been flushed (`dm-log-writes` records a write when the flush after it has come), so each round
-//! begins with a flush. The cut is a change of tables like any other: what was written before it is in the log to the last record
-//! when the device is plain again, so the last round is replayed after it, and writers do not wait for that.
+//! Two facts of `dm-log-writes` shape this. It does not wait for what it writes to its log before it counts it: a log is only
+//! read when its table is gone, which waits for all of it; so there are two logs in turn, and a round is a change of tables. And a
+//! write that is on disk at once (FUA) is recorded at once, others with the next flush: of two to the same place the older one may
+//! come last. Such places are read from the disk itself, as the bulk copy is: what is written there later is in the log that is
+//! being written. Only in the last round nobody can ask the disk any more, and such a copy is refused.
+//!
+//! A change of tables costs writers what a suspend without a freeze does. At the cut file systems are frozen as for any other
+//! engine; what was written since the last round has to get into the log before the next of several disks goes on, so a round and
+//! a flush come right before it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -23,13 +29,13 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::copy::{self, Buffer, Bulk, Checked, CopyOf, Instantly};
+use super::copy::{self, Buffer, Bulk, Checked, CopyOf, Extent, Instantly, Parts};
 use super::disk::{Attached, Backing, other_table};
 use super::table::{LogStatus, Table};
 use super::{Failed, StorageError};
 use crate::host::linux::block::{self, SECTOR};
 use crate::host::linux::clock::boot_ns;
-use crate::host::linux::dm::Dm;
+use crate::host::linux::dm::{Dm, Done};
 
 pub mod format;
 mod reader;
@@ -38,12 +44,10 @@ pub use reader::{Reader, Record};
 
 use format::{END, OURS, What};
 
+/// What is wiped of a log before it is used, in bytes: more than its beginning has.
+const WIPED: u64 = 64 << 10;
 /// How often the time is recorded.
 const EVERY: Duration = Duration::from_millis(100);
-/// How long a mark may take to be in the log.
-const MARKED: Duration = Duration::from_secs(30);
-/// How often the log is looked at for it.
-const POLL: Duration = Duration::from_millis(2);
 /// A round that is not shorter than so many hundredths of the one before does not lead anywhere.
 const SHRINKS: u64 = 90;
 /// And so many of them are no accident.
@@ -54,8 +58,9 @@ const STUBBORN: u32 = 3;
 pub struct LogOf {
     /// What is copied, and whereto.
     pub copy: CopyOf,
-    /// Where its writes are recorded: as large as what is written meanwhile, with a sector for each write, and nobody else's.
-    pub log: Backing,
+    /// Where its writes are recorded, in turn: each as large as what is written in the bulk copy, with a sector for each write, and
+    /// nobody else's.
+    pub logs: [Backing; 2],
 }
 
 /// When rounds are over.
@@ -115,9 +120,9 @@ fn rate(bytes: u64, seconds: f64) -> f64 {
 #[derive(Debug)]
 struct Logged {
     disk: Checked,
-    _log: Attached,
-    backing: Backing,
-    reader: Reader,
+    logs: [(Attached, Backing); 2],
+    /// The log that is being written.
+    current: usize,
     target: File,
     bulk: Bulk,
     rounds: Vec<Round>,
@@ -141,63 +146,55 @@ pub fn begin<'dm>(
     logs: &[LogOf],
     mut go_on: impl FnMut(&CopyOf, u64) -> Result<(), StorageError>,
 ) -> Result<WriteLogs<'dm>, Failed> {
-    let clean = |cause| Failed { cause, undo: Vec::new() };
-    if logs.is_empty() {
-        return Err(clean(StorageError::NoDisks));
+    let mut disks = check(dm, logs).map_err(|cause| Failed { cause, undo: Vec::new() })?;
+    let begun = record(dm, &mut disks).and_then(|clock| {
+        for disk in &mut disks {
+            disk.bulk = copy::bulk(&disk.disk, &mut |bytes| go_on(&disk.disk.of, bytes))?;
+        }
+        Ok(clock)
+    });
+    match begun {
+        Ok(clock) => Ok(WriteLogs { dm, disks, _clock: clock }),
+        Err(cause) => Err(Failed { cause, undo: undo(dm, &disks) }),
     }
-    let mut checked = Vec::new();
-    for of in logs {
-        checked.push((of, check(dm, of).map_err(clean)?));
-    }
-    let undo = |cause| Failed { cause, undo: copy::undo(dm, logs_of(&checked)) };
-    let clock = record(dm, &checked).map_err(undo)?;
-    let last = Instant::now();
-    let mut bulks = Vec::new();
-    for (_, (disk, _)) in &checked {
-        bulks.push(copy::bulk(disk, &mut |bytes| go_on(&disk.of, bytes)).map_err(undo)?);
+}
+
+/// Checks everything before anything is changed.
+fn check(dm: &Dm, all: &[LogOf]) -> Result<Vec<Logged>, StorageError> {
+    if all.is_empty() {
+        return Err(StorageError::NoDisks);
     }
     let mut disks = Vec::new();
-    for ((of, (disk, log)), bulk) in checked.into_iter().zip(bulks) {
-        let opened = Reader::open(log.device())
-            .and_then(|reader| Ok((reader, block::open_direct(disk.target.device())?)));
-        let (reader, target) =
-            opened.map_err(|cause| Failed { cause, undo: copy::undo(dm, std::iter::once(&disk)) })?;
-        let (backing, rounds) = (of.log.clone(), Vec::new());
-        disks.push(Logged { disk, _log: log, backing, reader, target, bulk, rounds, last });
+    for of in all {
+        let disk = copy::check(dm, &of.copy)?;
+        let attach = |log: &Backing| {
+            copy::refuse_on_itself(dm, &of.copy, log)?;
+            let attached = log.attach()?;
+            block::open_exclusive(attached.device())?;
+            Ok::<_, StorageError>((attached, log.clone()))
+        };
+        let [first, second] = &of.logs;
+        let logs = [attach(first)?, attach(second)?];
+        let target = block::open_direct(disk.target.device())?;
+        let (current, bulk, rounds, last) = (0, Bulk::default(), Vec::new(), Instant::now());
+        disks.push(Logged { disk, logs, current, target, bulk, rounds, last });
     }
-    Ok(WriteLogs { dm, disks, _clock: clock })
-}
-
-fn logs_of<'c>(checked: &'c [(&LogOf, (Checked, Attached))]) -> impl DoubleEndedIterator<Item = &'c Checked> {
-    checked.iter().map(|(_, (disk, _))| disk)
-}
-
-fn check(dm: &Dm, of: &LogOf) -> Result<(Checked, Attached), StorageError> {
-    let disk = copy::check(dm, &of.copy)?;
-    let log = of.log.attach()?;
-    if [disk.origin.device(), disk.target.device()].contains(&log.device()) {
-        return Err(StorageError::Twice(of.log.to_string()));
-    }
-    copy::refuse_on_itself(dm, &of.copy, &of.log)?;
-    block::open_exclusive(log.device())?;
-    Ok((disk, log))
+    let names = disks.iter().flat_map(|disk| disk.disk.parts().0);
+    let devices = disks.iter().flat_map(|disk| {
+        let logs = disk.logs.iter().map(|(log, backing)| (log.device(), backing));
+        disk.disk.parts().1.into_iter().chain(logs)
+    });
+    copy::refuse_twice(names, devices)?;
+    Ok(disks)
 }
 
 /// From now on every write is recorded.
-fn record(dm: &Dm, checked: &[(&LogOf, (Checked, Attached))]) -> Result<Clock, StorageError> {
-    let mut names = Vec::new();
-    for (of, (disk, log)) in checked {
-        // An older log must not be taken for this one.
-        let device = block::open_direct(log.device())?;
-        let wiped = device.write_all_at(Buffer::new().piece(8 * SECTOR), 0).and_then(|()| device.sync_all());
-        wiped.map_err(StorageError::io("clear", of.log.path()))?;
-        drop(device);
-        let table = Table::LogWrites { device: disk.origin.device(), log: log.device() };
-        dm.load(&disk.of.active, &table.lines(disk.of.sectors))?;
-        dm.swap(&disk.of.active)?;
-        names.push(disk.of.active.clone());
+fn record(dm: &Dm, disks: &mut [Logged]) -> Result<Clock, StorageError> {
+    for disk in disks.iter_mut() {
+        disk.record_in(dm, 0)?;
+        disk.last = Instant::now();
     }
-    Ok(Clock::start(names))
+    Ok(Clock::start(disks.iter().map(|disk| disk.disk.of.active.clone()).collect()))
 }
 
 impl WriteLogs<'_> {
@@ -249,14 +246,16 @@ impl WriteLogs<'_> {
     /// # Errors
     /// [`Failed`]; the disks are plain, and there is no copy.
     pub fn cut(mut self) -> Result<(Instantly, Vec<Vec<Round>>), Failed> {
-        let dm = self.dm;
         let done = self.cut_all();
-        done.map_err(|cause| Failed { cause, undo: copy::undo(dm, self.disks.iter().map(|disk| &disk.disk)) })
+        done.map_err(|cause| Failed { cause, undo: undo(self.dm, &self.disks) })
     }
 
     fn cut_all(&mut self) -> Result<(Instantly, Vec<Vec<Round>>), StorageError> {
         for disk in &mut self.disks {
             let _ = disk.round(self.dm)?;
+        }
+        for disk in &self.disks {
+            flush(self.dm, &disk.disk.of.active)?;
         }
         let disks: Vec<&Checked> = self.disks.iter().map(|disk| &disk.disk).collect();
         let (freeze, before, marks) = copy::cut(self.dm, &disks, &[])?;
@@ -267,6 +266,9 @@ impl WriteLogs<'_> {
             self.dm.resume(&disk.disk.of.copy)?;
             copies.push(copy::made(self.dm, &disk.disk)?);
             rounds.push(std::mem::take(&mut disk.rounds));
+            for (_, log) in &disk.logs {
+                log.detach()?;
+            }
         }
         Ok((Instantly { freeze, before, copies, marks }, rounds))
     }
@@ -276,102 +278,157 @@ impl WriteLogs<'_> {
     /// # Errors
     /// [`StorageError`] of the first that could not be; the others are.
     pub fn abandon(self) -> Result<(), StorageError> {
-        let errors = copy::undo(self.dm, self.disks.iter().map(|disk| &disk.disk));
-        errors.into_iter().next().map_or(Ok(()), Err)
+        undo(self.dm, &self.disks).into_iter().next().map_or(Ok(()), Err)
     }
 }
 
-impl Logged {
-    /// Replays what has been written until now.
-    fn round(&mut self, dm: &Dm) -> Result<Round, StorageError> {
-        let name = self.disk.of.active.clone();
-        let node = dm.node(&name)?;
-        // What was not flushed is not in the log.
-        let flushed = File::open(&node).and_then(|device| device.sync_all());
-        flushed.map_err(StorageError::io("flush", node))?;
-        let text = format!("{OURS}round:{}:{}", self.rounds.len(), boot_ns());
-        dm.message(&name, 0, &format!("mark {text}"))?;
-        let recorded = self.last.elapsed();
-        self.last = Instant::now();
-        let round = self.replay(&text, || records(dm, &name))?;
-        let round = Round {
-            recorded_s: recorded.as_secs_f64(),
-            replayed_s: self.last.elapsed().as_secs_f64(),
-            ..round
-        };
-        self.rounds.push(round);
-        Ok(round)
-    }
+/// Undoes whatever has been done, and goes on after errors.
+fn undo(dm: &Dm, disks: &[Logged]) -> Vec<StorageError> {
+    let mut errors = copy::undo(dm, disks.iter().map(|disk| &disk.disk));
+    errors.extend(disks.iter().flat_map(|disk| &disk.logs).filter_map(|(_, log)| log.detach().err()));
+    errors
+}
 
-    /// Replays what was written before the cut: the log is at its end.
-    fn rest(&mut self) -> Result<(), StorageError> {
-        let (recorded, begun) = (self.last.elapsed(), Instant::now());
-        let round = self.replay(END, || Ok(()))?;
-        self.target.sync_all().map_err(StorageError::io("write", self.disk.of.target.path()))?;
-        self.rounds.push(Round {
-            recorded_s: recorded.as_secs_f64(),
-            replayed_s: begun.elapsed().as_secs_f64(),
-            ..round
-        });
+/// Takes everything of a copy away, whatever of it is there, as [`copy::abandon`] does, and the logs' devices. Right also after a
+/// crash.
+///
+/// # Errors
+/// [`StorageError`]; the rest is done.
+pub fn abandon(dm: &Dm, of: &LogOf, limit: Duration) -> Result<Done, StorageError> {
+    let done = copy::abandon(dm, &of.copy, limit);
+    for log in &of.logs {
+        log.detach()?;
+    }
+    done
+}
+
+impl Logged {
+    /// Records in a log from now on; the one before is complete when this returns.
+    fn record_in(&mut self, dm: &Dm, log: usize) -> Result<(), StorageError> {
+        let (attached, backing) = &self.logs[log];
+        // An older log must not be taken for this one.
+        let device = block::open_direct(attached.device())?;
+        let wiped = device.write_all_at(Buffer::new().piece(WIPED), 0).and_then(|()| device.sync_all());
+        wiped.map_err(StorageError::io("clear", backing.path()))?;
+        drop(device);
+        let table = Table::LogWrites { device: self.disk.origin.device(), log: attached.device() };
+        dm.load(&self.disk.of.active, &table.lines(self.disk.of.sectors))?;
+        dm.swap(&self.disk.of.active)?;
+        self.current = log;
         Ok(())
     }
 
-    /// Replays up to a mark, which may still have to come.
-    fn replay(
-        &mut self,
-        mark: &str,
-        alive: impl Fn() -> Result<(), StorageError>,
-    ) -> Result<Round, StorageError> {
-        let (begun, mut round) = (Instant::now(), Round::default());
-        let size = self.disk.of.sectors.saturating_mul(SECTOR);
-        let mut buffer = Buffer::new();
-        loop {
-            while let Some(entry) = self.reader.next_entry().map_err(|error| error.of(&self.backing))? {
-                round.records += 1;
-                match entry.what {
-                    What::Mark { text } if text == mark => return Ok(round),
-                    What::Write { at, bytes } | What::Discard { at, bytes }
-                        if at.saturating_add(bytes) > size =>
-                    {
-                        let entry = self.reader.read().saturating_sub(1);
-                        return Err(StorageError::Log {
-                            log: self.backing.to_string(),
-                            source: format::BadLog::Entry(entry),
-                        });
-                    }
-                    What::Write { at, bytes } => {
-                        self.write(&mut buffer, entry.data, at, bytes)?;
-                        round.bytes += bytes;
-                    }
-                    What::Discard { at, bytes } => {
-                        let zeroed = copy::zero(&self.target, at, bytes);
-                        zeroed.map_err(StorageError::io("clear", self.disk.of.target.path()))?;
-                        round.bytes += bytes;
-                    }
-                    What::Mark { .. } | What::Flush => {}
-                }
-            }
-            alive()?;
-            if begun.elapsed() >= MARKED {
-                return Err(StorageError::NotInTime { what: "the log of writes has no end", waited: MARKED });
-            }
-            std::thread::sleep(POLL);
+    /// Replays what has been written until now, while what is written from now on is recorded in the other log.
+    fn round(&mut self, dm: &Dm) -> Result<Round, StorageError> {
+        records(dm, &self.disk.of.active)?;
+        let (full, recorded) = (self.current, self.last.elapsed());
+        self.record_in(dm, 1 - full)?;
+        self.last = Instant::now();
+        let (round, doubtful) = self.replay(full)?;
+        for part in doubtful.iter() {
+            self.read_again(part)?;
         }
+        Ok(self.note(round, recorded))
     }
 
-    fn write(&self, buffer: &mut Buffer, from: u64, to: u64, bytes: u64) -> Result<(), StorageError> {
+    /// Replays what was written before the cut.
+    fn rest(&mut self) -> Result<(), StorageError> {
+        let recorded = self.last.elapsed();
+        self.last = Instant::now();
+        let (round, doubtful) = self.replay(self.current)?;
+        let bytes: u64 = doubtful.iter().map(|part| part.bytes).sum();
+        if bytes > 0 {
+            return Err(StorageError::OrderUnknown { name: self.disk.of.active.clone(), bytes });
+        }
+        self.target.sync_all().map_err(StorageError::io("write", self.disk.of.target.path()))?;
+        let _ = self.note(round, recorded);
+        Ok(())
+    }
+
+    fn note(&mut self, round: Round, recorded: Duration) -> Round {
+        let replayed_s = self.last.elapsed().as_secs_f64();
+        let round = Round { recorded_s: recorded.as_secs_f64(), replayed_s, ..round };
+        self.rounds.push(round);
+        round
+    }
+
+    /// Replays a log that nobody writes any more, and says where it does not tell which of two writes was the later one.
+    fn replay(&self, log: usize) -> Result<(Round, Parts), StorageError> {
+        let (attached, backing) = &self.logs[log];
+        let mut reader = Reader::open(attached.device())?;
+        let (mut round, mut at_once, mut doubtful) = (Round::default(), Parts::default(), Parts::default());
+        let size = self.disk.of.sectors.saturating_mul(SECTOR);
+        let mut buffer = Buffer::new();
+        while let Some(entry) = reader.next_entry().map_err(|error| error.of(backing))? {
+            round.records += 1;
+            let (part, is_at_once) = match entry.what {
+                What::Mark { text } if text == END => return Ok((round, doubtful)),
+                What::Mark { .. } | What::Flush => continue,
+                What::Write { at, bytes, at_once } => (Extent { at, bytes }, at_once),
+                What::Discard { at, bytes } => {
+                    let zeroed = copy::zero(&self.target, at, bytes.min(size.saturating_sub(at)));
+                    zeroed.map_err(StorageError::io("clear", self.disk.of.target.path()))?;
+                    round.bytes += bytes;
+                    if at_once.touch(at, bytes) {
+                        doubtful.add(at, bytes);
+                    }
+                    continue;
+                }
+            };
+            if part.at.saturating_add(part.bytes) > size {
+                let source = format::BadLog::Entry(reader.read().saturating_sub(1));
+                return Err(StorageError::Log { log: backing.to_string(), source });
+            }
+            if is_at_once {
+                at_once.add(part.at, part.bytes);
+            } else if at_once.touch(part.at, part.bytes) {
+                doubtful.add(part.at, part.bytes);
+            }
+            self.write(&mut buffer, (&reader, backing), entry.data, part)?;
+            round.bytes += part.bytes;
+        }
+        // The kernel had no room for its own mark at the end.
+        let used = attached.device().sectors()?.saturating_mul(SECTOR);
+        Err(StorageError::LogFull { name: self.disk.of.active.clone(), used })
+    }
+
+    fn write(
+        &self,
+        buffer: &mut Buffer,
+        (reader, log): (&Reader, &Backing),
+        from: u64,
+        to: Extent,
+    ) -> Result<(), StorageError> {
         let mut done = 0;
-        while done < bytes {
-            let piece = buffer.piece(bytes - done);
-            self.reader
-                .read_data(piece, from + done)
-                .map_err(StorageError::io("read", self.backing.path()))?;
-            let written = self.target.write_all_at(piece, to + done);
+        while done < to.bytes {
+            let piece = buffer.piece(to.bytes - done);
+            reader.read_data(piece, from + done).map_err(StorageError::io("read", log.path()))?;
+            let written = self.target.write_all_at(piece, to.at + done);
             written.map_err(StorageError::io("write", self.disk.of.target.path()))?;
             done += piece.len() as u64;
         }
         Ok(())
     }
+
+    /// Copies a part as the bulk copy does: what is written there from now on is recorded.
+    fn read_again(&self, part: Extent) -> Result<(), StorageError> {
+        let (from, mut buffer, mut done) = (block::open_direct(self.disk.origin.device())?, Buffer::new(), 0);
+        while done < part.bytes {
+            let piece = buffer.piece(part.bytes - done);
+            let read = from.read_exact_at(piece, part.at + done);
+            read.map_err(StorageError::io("read", self.disk.of.origin.path()))?;
+            let written = self.target.write_all_at(piece, part.at + done);
+            written.map_err(StorageError::io("write", self.disk.of.target.path()))?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Has everything that was written to a disk on disk, and so in its log.
+fn flush(dm: &Dm, name: &str) -> Result<(), StorageError> {
+    let node = dm.node(name)?;
+    File::open(&node).and_then(|device| device.sync_all()).map_err(StorageError::io("flush", node))
 }
 
 /// Whether writes are still recorded.
@@ -388,7 +445,8 @@ fn records(dm: &Dm, name: &str) -> Result<(), StorageError> {
     }
 }
 
-/// Records the time, on a thread of its own, until it is dropped.
+/// Flushes disks and records the time, on a thread of its own, until it is dropped. The flush gives a record its time, and keeps what
+/// waits for it small: the kernel has a copy of each write in memory until then.
 #[derive(Debug)]
 struct Clock {
     stop: Arc<AtomicBool>,
@@ -404,6 +462,7 @@ impl Clock {
             let Ok(dm) = Dm::open() else { return };
             while !stopped.load(Ordering::Relaxed) {
                 for name in &names {
+                    let _ = flush(&dm, name);
                     let _ = dm.message(name, 0, &format!("mark {OURS}{}", boot_ns()));
                 }
                 std::thread::sleep(EVERY);

@@ -12,11 +12,13 @@
 
 use std::time::{Duration, Instant};
 
+use patchswitch_common::Slot;
+
 use super::Context;
 use super::context::{Failure, Phase, at};
 use super::quiesce::{self, MARGIN, Waited, ms};
 use super::turn::Turn;
-use crate::attachment::{DrainOptions, Exchange, Hold, OnDeadline, SwitchOptions, Switched};
+use crate::attachment::{AttachError, DrainOptions, Exchange, Hold, OnDeadline, SwitchOptions, Switched};
 use crate::config::{self, Left, Service, Strategy};
 use crate::exit::ExitCode;
 
@@ -63,14 +65,9 @@ pub(super) async fn hand_over(
             Ok(switched)
         }
         Err(failure) => {
-            let back = async {
-                if exchanged {
-                    job.attachment.exchange(what, slot.other()).await?;
-                }
-                job.attachment.call_off(hold).await
-            };
-            match back.await.map_err(at(phase)) {
-                Ok(_) => Err(failure),
+            let back = put_back(job, (what, slot.other(), exchanged), hold).await;
+            match back.map_err(at(phase)) {
+                Ok(()) => Err(failure),
                 Err(second) => {
                     let reason = format!("{}; putting back failed: {}", failure.reason, second.reason);
                     Err(Failure { reason, code: ExitCode::GiveBackFailed, ..failure })
@@ -78,6 +75,26 @@ pub(super) async fn hand_over(
             }
         }
     }
+}
+
+/// What went over goes back, and what waits as well, whichever of the two can be done.
+async fn put_back(
+    job: &mut Context<'_>,
+    (what, old, exchanged): (Exchange, Slot, bool),
+    hold: Hold,
+) -> Result<(), AttachError> {
+    if exchanged && hold.left().is_zero() {
+        // Clients have the new side by now: what they use is not taken away under them.
+        job.attachment.release(hold).await?;
+        return Err(AttachError::Refused("its time was over, and the new side has got the flows".to_owned()));
+    }
+    let back = if exchanged { job.attachment.exchange(what, old).await } else { Ok(()) };
+    let called_off = job.attachment.call_off(hold).await;
+    if back.is_err() {
+        // Once more, by what the record says.
+        let _ = job.attachment.reassert().await?;
+    }
+    back.and(called_off.map(drop))
 }
 
 /// What is done while flows wait.

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::clone::{Clone, Injected};
 use super::context::{at, with};
+use super::take_over::learn;
 use super::{Context, Failure, Phase};
 use crate::exit::ExitCode;
 use crate::manager::{Manager, Running, attachable};
@@ -38,7 +39,7 @@ impl Injected {
             job.attachment.join(self.clone.slot, &partition).await.map_err(at(Phase::Boot))?;
             // What the old side answers from now on without a socket of its own is its flow; it takes a while to see
             // them all, so this begins early.
-            job.attachment.learn().map_err(at(Phase::Boot))?;
+            learn(job, Phase::Boot)?;
             Ok((Booted { clone: self.clone, table: self.table, running }, json!({})))
         })
         .await

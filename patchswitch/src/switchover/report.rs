@@ -149,7 +149,8 @@ impl Report {
     /// The end of a command that went as planned.
     pub(super) fn exit_code(&self) -> ExitCode {
         let cut = self.drain.as_ref().is_some_and(|drain| drain.reset > 0);
-        if cut || self.waited.as_ref().is_some_and(|waited| waited.reset > 0) {
+        let waited = [&self.waited, &self.waited_back].into_iter().flatten();
+        if cut || waited.into_iter().any(|waited| waited.reset > 0) {
             return ExitCode::DrainForced;
         }
         ExitCode::Done

@@ -11,7 +11,7 @@ use super::drain::Ask;
 use super::quiesce::{self, Handing, commands};
 use super::report::{AtSwitch, Report};
 use super::serves::Serves;
-use super::take_over::arm;
+use super::take_over::{arm, learn};
 use super::turn::{Turn, turn};
 use super::verify::inside;
 use super::{Context, Loss, drain, undo};
@@ -156,7 +156,7 @@ async fn remembered(job: &mut Context<'_>) -> Result<(), Failure> {
     if job.attachment.plane().word().learns() {
         return Ok(());
     }
-    job.attachment.learn().map_err(at(Phase::Arm))?;
+    learn(job, Phase::Arm)?;
     arm(job).await
 }
 
@@ -242,7 +242,7 @@ async fn come_up(job: &mut Context<'_>, old: &Machine, slot: Slot) -> Result<(),
         }
         let mut running = job.manager.start(old, true).map_err(at(Phase::Boot))?;
         job.attachment.join(slot, &attachable(old)).await.map_err(at(Phase::Boot))?;
-        job.attachment.learn().map_err(at(Phase::Boot))?;
+        learn(job, Phase::Boot)?;
         Manager::wait_started(&mut running, old, limit).map_err(at(Phase::Boot))?;
         Ok(((), json!({})))
     })

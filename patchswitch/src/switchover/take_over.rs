@@ -124,6 +124,15 @@ fn remember(job: &mut Context<'_>) {
     }
 }
 
+/// Begins to remember flows without a socket of their own, unless they are to have ended at the switch: then to remember them
+/// would be to wait for the end of those that somebody keeps alive.
+pub(super) fn learn(job: &mut Context<'_>, phase: Phase) -> Result<(), Failure> {
+    match job.service.strategy.is_shared() {
+        true => job.attachment.learn().map_err(at(phase)),
+        false => Ok(()),
+    }
+}
+
 /// Flows without a socket of their own are remembered for at least one idle time before the switch, unless they are to have
 /// ended by then.
 ///

@@ -45,11 +45,6 @@ pub(super) async fn put_down(
 
 /// After a failure before the switch: undone, and told.
 pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchError {
-    let patched = job.report.to.clone();
-    if patched.is_some() && serving(job) == patched {
-        // The store was made before something that belongs to it failed.
-        return serving_anyway(job, failure);
-    }
     let holds = !job.service.strategy.is_shared();
     if holds && failure.code == ExitCode::GiveBackFailed {
         // Whoever has what went over is to serve, and perhaps nobody does.
@@ -59,6 +54,11 @@ pub(super) async fn after(job: &mut Context<'_>, failure: Failure) -> SwitchErro
         let now = "perhaps nobody serves; `patchswitch up` goes on with it".to_owned();
         let code = failure.code;
         return error(failure, now, serving, code);
+    }
+    let patched = job.report.to.clone();
+    if patched.is_some() && serving(job) == patched {
+        // The store was made before something that belongs to it failed.
+        return serving_anyway(job, failure);
     }
     // New flows waited for what it was to give away.
     let again = holds && job.report.at_switch.is_some();

@@ -20,6 +20,7 @@ pub const SUPER: usize = 28;
 /// Size of the structure of an entry, in bytes.
 pub const ENTRY: usize = 32;
 
+const FUA: u64 = 1 << 1;
 const DISCARD: u64 = 1 << 2;
 const MARK: u64 = 1 << 3;
 /// The text of the mark that the kernel makes when it has recorded everything (`log_writes_dtr`).
@@ -94,6 +95,9 @@ pub enum What {
         at: u64,
         /// How many.
         bytes: u64,
+        /// Whether it was on disk at once (`REQ_FUA`). Such a record does not wait for a flush as others do, and so comes before
+        /// records of what was written before it.
+        at_once: bool,
     },
     /// Data was given up.
     Discard {
@@ -154,7 +158,11 @@ impl Entry {
         if flags & DISCARD != 0 {
             return Ok(Self { what: What::Discard { at: place, bytes: size }, data, next: data });
         }
-        let what = if size == 0 { What::Flush } else { What::Write { at: place, bytes: size } };
+        let what = if size == 0 {
+            What::Flush
+        } else {
+            What::Write { at: place, bytes: size, at_once: flags & FUA != 0 }
+        };
         Ok(Self { what, data, next: data.checked_add(size).ok_or_else(wrong)? })
     }
 }
@@ -195,8 +203,10 @@ mod tests {
 
     #[test]
     fn entries_say_what_was_written_and_where_the_next_one_is() {
-        let write = What::Write { at: 8 * 512, bytes: 1024 };
-        assert_eq!(entry([8, 2, 0, 1024], &[]), Ok(Entry { what: write, data: 4608, next: 5632 }));
+        for (flags, at_once) in [(0, false), (FUA, true)] {
+            let write = What::Write { at: 8 * 512, bytes: 1024, at_once };
+            assert_eq!(entry([8, 2, flags, 1024], &[]), Ok(Entry { what: write, data: 4608, next: 5632 }));
+        }
         let discard = What::Discard { at: 8 * 512, bytes: 1024 };
         assert_eq!(entry([8, 2, DISCARD, 0], &[]), Ok(Entry { what: discard, data: 4608, next: 4608 }));
         assert_eq!(entry([0, 0, 1, 0], &[]).unwrap().what, What::Flush);
@@ -218,7 +228,7 @@ mod tests {
             let _ = Super::parse(&bytes);
             if let Ok(entry) = Entry::parse(&bytes, 512, (0, at)) {
                 prop_assert!(entry.data > at && entry.next >= entry.data);
-                if let What::Write { at, bytes } | What::Discard { at, bytes } = entry.what {
+                if let What::Write { at, bytes, .. } | What::Discard { at, bytes } = entry.what {
                     prop_assert!(at.checked_add(bytes).is_some());
                 }
             }

@@ -14,7 +14,8 @@ use crate::storage::disk::Backing;
 /// What a sector of a log may have at most, in bytes.
 const SECTOR_MAX: u64 = 65536;
 
-/// Reads a log from its beginning to where it is at the moment.
+/// Reads a log from its beginning to where it is at the moment. The kernel does not wait for what it writes there before it says how
+/// many records there are: only a log that nobody writes any more is to be believed to its last record.
 #[derive(Debug)]
 pub struct Reader {
     device: File,
@@ -41,7 +42,8 @@ impl ReadError {
     }
 }
 
-/// A record with the time in which it was written, as far as the marks tell: both ends in nanoseconds since the boot.
+/// A record with the time in which it was on disk, as far as the marks tell: both ends in nanoseconds since the boot. It may have been
+/// written a moment before: what was not flushed is not recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Record {
     /// Its number.
@@ -147,7 +149,7 @@ mod tests {
 
     #[test]
     fn records_have_the_time_of_the_marks_around_them() {
-        let write = || What::Write { at: 0, bytes: 512 };
+        let write = || What::Write { at: 0, bytes: 512, at_once: false };
         let mark = |text: &str| What::Mark { text: text.to_owned() };
         let all = [
             write(),

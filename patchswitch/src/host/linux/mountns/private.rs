@@ -6,13 +6,15 @@ use std::path::PathBuf;
 /// So many ancestors are looked at; more is a circle, or somebody's joke.
 const MOST: usize = 64;
 
-/// Whether what is mounted here is seen by this process and its children alone, as after `ip netns exec`: then one of those
-/// who started it has another mount namespace. Who may not be looked at is passed over: PID 1 may have rights that we
-/// have not.
+/// Whether what is mounted here is seen by this process and its children alone, as after `ip netns exec`: then PID 1 has another
+/// mount namespace. It may have rights that we have not, and not be looked at: then those who started us are asked.
 pub fn is_private() -> bool {
     let Some(own) = namespace("self") else { return false };
+    if let Some(first) = namespace("1") {
+        return first != own;
+    }
     let ancestors = std::iter::successors(parent("self"), |pid| parent(&pid.to_string()));
-    let mut others = ancestors.take(MOST).chain([1]).filter_map(|pid| namespace(&pid.to_string()));
+    let mut others = ancestors.take(MOST).filter_map(|pid| namespace(&pid.to_string()));
     others.any(|other| other != own)
 }
 

@@ -468,7 +468,7 @@ mod tests {
         let quiet = evidence.quiet(&[record(Vec::new())]);
         let job = evidence.job(&record(Vec::new()), &quiet);
         assert_eq!((quiet.longest_standstill_ms.round(), job.longest_standstill_ms.round()), (14.0, 31.0));
-        assert_eq!(job.longest_standstill_at_ms.map(f64::round), Some(-510.0));
+        assert_eq!(job.longest_standstill_at_ms.map(f64::round), Some(-500.0));
         assert_eq!(evidence.quiet(&[]).longest_standstill_ms.round(), 31.0, "of what nobody flipped");
         assert!(quiet.running_gap_ms <= quiet.longest_gap_ms);
     }

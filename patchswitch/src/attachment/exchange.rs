@@ -160,7 +160,8 @@ impl Attachment {
         errors.into_iter().next().map_or(Ok(true), Err)
     }
 
-    /// The devices that are not where they belong, or not yet by their name, or that the programs know as another's.
+    /// The devices that are not where they belong, or still have the name of their way, or that the programs know as another's. One
+    /// that somebody has given another name at its place is his.
     async fn astray(&self) -> Result<Vec<Astray>, AttachError> {
         let (links, mut astray) = (self.host.links().await?, Vec::new());
         for slot in [Slot::A, Slot::B] {
@@ -173,7 +174,7 @@ impl Attachment {
                     .links()
                     .await?
                     .iter()
-                    .any(|inner| inner.index == peer.index && inner.name == entry.inner_link);
+                    .any(|inner| inner.index == peer.index && inner.name != passage(&entry));
             if !is_home || known.ifindex != outer.index {
                 astray.push(Astray { slot, entry, outer: outer.clone() });
             }

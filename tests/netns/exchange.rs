@@ -47,6 +47,27 @@ fn ask_on(rig: &Rig, ending: &AtomicBool) -> anyhow::Result<(Vec<String>, Durati
     Ok((answers, longest))
 }
 
+/// Kills a command as soon as something is so, and waits for the end of the hold that nobody ends any more.
+#[track_caller]
+fn killed_when(rig: &Rig, argv: &[&str], is_so: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    let mut running = rig.lab.host.spawn(argv, None).unwrap();
+    while !is_so() {
+        assert!(Instant::now() < end && !running.has_ended(), "{}", running.output());
+    }
+    running.signal(Signal::KILL).unwrap();
+    running.wait(Duration::from_secs(10)).unwrap();
+    let waits = || {
+        let status = rig.ok(&["status", NAME]).unwrap();
+        let partitions = status["attachments"][0]["partitions"].as_array().cloned().unwrap_or_default();
+        partitions.iter().any(|partition| partition["held_ms"].as_u64() > Some(0))
+    };
+    while waits() {
+        assert!(Instant::now() < end, "the hold has no end");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 #[test]
 fn new_flows_wait_for_the_device_and_nobody_fails() {
     let (rig, _servers) = served("device").unwrap();
@@ -151,15 +172,8 @@ fn a_device_that_is_elsewhere_is_brought_back() {
     let program = program.to_string_lossy();
     let argv = [&[program.as_ref()], &EXCHANGE[..], &["--hold", "2s", "--run", "exec sleep 3"]].concat();
     let at_first = links(&rig).unwrap();
-    let mut running = rig.lab.host.spawn(&argv, None).unwrap();
-    let end = Instant::now() + Duration::from_secs(30);
-    while !links(&rig).is_ok_and(|now| now != at_first) {
-        assert!(Instant::now() < end && !running.has_ended(), "{}", running.output());
-    }
-    // Killed right then, with all the devices' addresses yet to come.
-    running.signal(Signal::KILL).unwrap();
-    running.wait(Duration::from_secs(10)).unwrap();
-    std::thread::sleep(Duration::from_millis(3200));
+    // With all the devices' addresses yet to come.
+    killed_when(&rig, &argv, || links(&rig).is_ok_and(|now| now != at_first));
     let mended = rig.ok(&["switch", NAME, "--to", rig.lab.b.name()]).unwrap();
     assert!(!mended["mended"].as_array().unwrap().is_empty(), "{mended}");
     for end in ends() {
@@ -337,14 +351,7 @@ fn whoever_gives_the_address_away_may_be_killed() {
     let argv = [&[program.as_ref()], &READDRESS[..], &["--hold", "2s", "--run", "exec sleep 3"]].concat();
     for (to, serving) in [(&rig.lab.b, "b"), (&rig.lab.a, "a")] {
         let from = if serving == "b" { &rig.lab.a } else { &rig.lab.b };
-        let mut running = rig.lab.host.spawn(&argv, None).unwrap();
-        let end = Instant::now() + Duration::from_secs(30);
-        while from.ip("-br addr show").unwrap().contains(SERVICE[0]) {
-            assert!(Instant::now() < end && !running.has_ended(), "{}", running.output());
-        }
-        running.signal(Signal::KILL).unwrap();
-        running.wait(Duration::from_secs(10)).unwrap();
-        std::thread::sleep(Duration::from_millis(3200));
+        killed_when(&rig, &argv, || !from.ip("-br addr show").unwrap().contains(SERVICE[0]));
         rig.ok(&["switch", NAME, "--to", to.name()]).unwrap();
         for end in ends() {
             assert_eq!(who(&rig.lab.client, end).unwrap(), serving);

@@ -89,7 +89,7 @@ pub struct Spec {
     /// Whether a service of that name has it, whose record has to follow every switch.
     pub of_service: bool,
     /// Whether each partition has an uplink of its own, at which the host answers for the service while that partition serves:
-    /// the first of two for the first slot. Else it answers on all.
+    /// the first of two for the first slot (figure 17 of the patent). Else it answers on all.
     pub own_uplinks: bool,
     /// An attachment with which it is to be in a group: both switch by one store.
     pub with: Option<Name>,

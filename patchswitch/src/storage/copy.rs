@@ -3,7 +3,8 @@
 //!
 //! A copy is [`Pristine`] until somebody has had it open to write: only then may blocks of its source be written over it.
 //! Whatever boots from it makes it [`Booted`], and there is no way back: a file system that was mounted is destroyed by blocks
-//! from another time. So the kind of a copy is a type, and a replay onto a booted one does not compile.
+//! from another time. So the kind of a copy is a type: the engines give pristine ones away and write to none afterwards, and only a
+//! booted one has a path to mount it by.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

@@ -44,8 +44,8 @@ pub async fn rollback(
         Err(failure) => {
             job.report.outcome = "failed".to_owned();
             let code = failure.code;
-            let now = match (job.unfinished, commands(&job.service)) {
-                (true, Some(_)) if code == ExitCode::GiveBackFailed => {
+            let now = match (job.unfinished, job.service.strategy.is_shared()) {
+                (true, false) if code == ExitCode::GiveBackFailed => {
                     "perhaps nobody serves; `patchswitch up` goes on with it".to_owned()
                 }
                 (true, _) => format!("{serving} serves again; `patchswitch up` takes the patched one away"),
@@ -110,7 +110,9 @@ async fn reverse(
     });
     if let Err(failure) = turned.await {
         // Switched, but not with all that belongs to it: from there on there is no other way, and `up` goes it.
-        job.unfinished = job.attachment.plane().word().active() == slot;
+        // The same if what was to go over is neither here nor there.
+        job.unfinished =
+            job.attachment.plane().word().active() == slot || failure.code == ExitCode::GiveBackFailed;
         let code = if job.unfinished { ExitCode::GiveBackFailed } else { failure.code };
         return Err(Failure { code, ..failure });
     }

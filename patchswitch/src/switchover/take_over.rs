@@ -115,8 +115,8 @@ async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result
 /// The switch is made: that they cannot be remembered is told, and no reason to do anything about it.
 fn remember(job: &mut Context<'_>) {
     if job.service.strategy != Strategy::Takeover {
-        // Where flows waited there is nobody else whose flows they could be. And to the letter, a client of the old side is answered by the new one as well: what is remembered of it must stay the old one's, whose answers
-        // get the service's address by that.
+        // Where flows waited there is nobody else whose flows they could be. And to the letter, a client of the old side is answered
+        // by the new one as well: what is remembered of it must stay the old one's, whose answers get the service's address by that.
         return;
     }
     if let Err(error) = job.attachment.learn() {

@@ -14,9 +14,6 @@ use crate::watch::Samples;
 /// A transition counts when this many requests after it agree: neighbours may overtake each other.
 const AGREE: usize = 6;
 
-/// How late a request may be sent on a busy machine.
-const SENT_LATE_NS: u64 = 200_000_000;
-
 /// What was recorded of a job while it ran.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
@@ -158,20 +155,18 @@ impl Evidence {
     }
 
     /// Datagrams that were sent to the old side after the flip and before the way back, and how many of them were
-    /// answered; none if nothing was switched. The flip is seen by when requests were due, and a request may be sent a
-    /// moment later: what was due within [`SENT_LATE_NS`] of it may have been answered before it.
+    /// answered; none if nothing was switched. On a busy machine a request is sent later than it was due: it is
+    /// counted only where that makes no difference.
     fn in_flight(&self, record: &Record) -> Option<(u64, u64)> {
         let patched = self.patched(record);
         let moves = moves(&self.run, record.window, &patched);
         let (flip, _) = *moves.first()?;
-        let window = Window {
-            from_ns: flip + SENT_LATE_NS,
-            to_ns: moves.get(1).map_or(record.window.to_ns, |(at, _)| *at),
-        };
+        let window = self.surely_served(&patched, record.window)?;
         let is_old = |instance: &str| patched.iter().all(|name| name != instance);
         let by_old = |answer: &patchswitch_load::record::Answer| {
             let instance = self.run.instances.get(usize::from(answer.instance));
-            window.contains(self.run.started_ns + answer.due_us() * 1000)
+            let (due, done) = (answer.due_us(), answer.done_us);
+            [due, done].iter().all(|us| window.contains(self.run.started_ns + us * 1000))
                 && instance.is_some_and(|name| is_old(name))
         };
         let udp = self.run.answers.iter().filter(|series| series.class == Class::Udp);
@@ -181,6 +176,23 @@ impl Evidence {
             failure.class == Class::Udp && failure.opened_ns.is_some_and(|opened| opened < flip)
         });
         Some((lost.count() as u64 + answered, answered))
+    }
+
+    /// The time in which new flows surely went to these: from when the first of them had been answered, to when the last
+    /// of them, which was opened no earlier, was due.
+    fn surely_served(&self, names: &[String], window: Window) -> Option<Window> {
+        let by_them = |answer: &patchswitch_load::record::Answer| {
+            let instance = self.run.instances.get(usize::from(answer.instance));
+            instance.is_some_and(|name| names.contains(name))
+        };
+        let series = self.run.answers.iter().filter(|series| series.class == Class::New);
+        let answers = series.flat_map(|series| series.iter().filter(by_them));
+        let at = |us| self.run.started_ns + us * 1000;
+        let times = answers.map(|answer| Window { from_ns: at(answer.done_us), to_ns: at(answer.due_us()) });
+        let times = times.filter(|time| window.contains(time.to_ns));
+        let whole =
+            |a: Window, b: Window| Window { from_ns: a.from_ns.min(b.from_ns), to_ns: a.to_ns.max(b.to_ns) };
+        times.reduce(whole).filter(|time| time.from_ns < time.to_ns)
     }
 
     /// The names of the patched side of a job.
@@ -422,9 +434,18 @@ mod tests {
     fn flows_in_flight_are_those_of_the_old_side_after_the_flip() {
         let mut run = run(10, 14);
         let mut echoes = Series::new(Class::Udp, Family::V4);
-        // Of the old side after the flip at 110 s, of the new one, of the old one before.
-        for (due_us, instance) in [(9_000_000, 0), (10_500_000, 0), (10_600_000, 1), (11_000_000, 0)] {
-            echoes.push(Answer { done_us: due_us + 1000, latency_us: 1000, instance });
+        // Of the old side after the flip at 110 s, of the new one, of the old one before. The one of 9 s that took two
+        // seconds may have been sent before the flip, that of 13.999 s after the way back.
+        let (in_time, late) = (1000, 2_000_000);
+        for (due_us, took_us, instance) in [
+            (9_000_000, in_time, 0),
+            (10_500_000, in_time, 0),
+            (10_600_000, in_time, 1),
+            (9_000_000, late, 0),
+            (11_000_000, in_time, 0),
+            (13_999_000, in_time, 0),
+        ] {
+            echoes.push(Answer { done_us: due_us + took_us, latency_us: took_us, instance });
         }
         run.answers.push(echoes);
         let failure = |due_ns, opened_ns| Failure {

@@ -123,8 +123,9 @@ pub struct Context<'a> {
     pub attachment: Attachment,
     /// The job's number.
     pub job: JobId,
-    /// Neighbours are watched as long as this is here: from the switch on.
-    pub watching: Option<Watching>,
+    /// Neighbours are watched as long as this is here. From the beginning: to open sockets and to have their filters
+    /// compiled is work that is better done at any other time than at the switch.
+    pub watching: Watching,
     /// What was asked for.
     pub options: Options,
     /// What was done, with its figures.

@@ -20,9 +20,7 @@ use serde::Serialize;
 use super::Context;
 use super::context::{Failure, Phase, at};
 use super::verify::inside;
-use crate::attachment::{
-    ANNOUNCE_EVERY, AttachError, Attachment, DrainOptions, Hold, OnDeadline, Pumped, SwitchOptions,
-};
+use crate::attachment::{AttachError, Attachment, DrainOptions, Hold, OnDeadline, Pumped, SwitchOptions};
 use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::runtime::Ready;
@@ -108,8 +106,6 @@ pub(super) async fn hand_over(
                 super::turn::applied(job.manager, patched, to.is_clone())
                     .map_err(|error| at(phase)(ManagerError::from(error)))?;
             }
-            let attachment = &job.attachment;
-            let _ = job.watching.get_or_insert_with(|| attachment.watch_neighbours(ANNOUNCE_EVERY));
             waited.flows = released?;
             Ok((old, new, waited))
         }

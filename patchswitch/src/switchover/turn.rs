@@ -12,7 +12,7 @@ use patchswitch_common::Slot;
 
 use super::context::{Failure, Phase, at};
 use super::{Context, exchange};
-use crate::attachment::{ANNOUNCE_EVERY, SwitchOptions, Switched};
+use crate::attachment::{SwitchOptions, Switched};
 use crate::config::Strategy;
 use crate::manager::{Machine, Manager};
 use crate::store::JobId;
@@ -61,9 +61,6 @@ pub(super) async fn turn(job: &mut Context<'_>, turn: Turn<'_>) -> Result<Switch
     } else if let Some(patched) = patched {
         applied(job.manager, patched, to.is_clone()).map_err(at(phase))?;
     }
-    // From now on somebody waits and looks: neighbours are watched as well, until the job ends.
-    let attachment = &job.attachment;
-    let _ = job.watching.get_or_insert_with(|| attachment.watch_neighbours(ANNOUNCE_EVERY));
     switched
 }
 

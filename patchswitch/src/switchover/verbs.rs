@@ -9,7 +9,7 @@ use super::report::ROLLBACK;
 use super::rollback::{Kept, kept};
 use super::stop::stop_job;
 use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
-use crate::attachment::Attachment;
+use crate::attachment::{ANNOUNCE_EVERY, Attachment};
 use crate::exit::ExitCode;
 use crate::manager::{Manager, ManagerError, chain};
 use crate::names::{Name, RUN_ROOT};
@@ -143,9 +143,9 @@ fn begin<'a>(
         report: Report::new(job, kind, service),
         manager,
         service: settings,
+        watching: attachment.watch_neighbours(ANNOUNCE_EVERY),
         attachment,
         job,
-        watching: None,
         options: options.clone(),
         watched: Vec::new(),
         unfinished: false,

@@ -445,7 +445,7 @@ mod tests {
             (11_000_000, in_time, 0),
             (13_999_000, in_time, 0),
         ] {
-            echoes.push(Answer { done_us: due_us + took_us, latency_us: took_us, instance });
+            echoes.push(Answer { done_us: due_us + u64::from(took_us), latency_us: took_us, instance });
         }
         run.answers.push(echoes);
         let failure = |due_ns, opened_ns| Failure {

@@ -1,4 +1,4 @@
-//! The measurements of the data path: `cargo xtask bench net`.
+//! The measurements of the data path, `cargo xtask bench net`, and of clones, `cargo xtask bench disk` (see [`disk`]).
 //!
 //! ```text
 //!  peers (a laboratory each) ─► programs (12, 22) ─► packets (8, 9), rr (10), memory (18) ─► handover (1 to 7), loads (1, 2)
@@ -8,6 +8,7 @@
 //! Nothing is judged by its time alone: what is compared was measured in turn in one run (ABBA), and so was patchswitch
 //! with itself (A/A). Runs as root in network namespaces of its own.
 
+mod disk;
 mod flip;
 mod flows;
 mod handover;
@@ -33,7 +34,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use patchswitch_tests::leftovers::{List, Snapshot};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -45,9 +46,21 @@ use crate::report::{Found, say};
 /// More files than one process of a measurement has open at once.
 const FILES: u64 = 18_000;
 
-/// Measures the data path of patchswitch and of its peers.
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// The data path and the switch.
+    Net,
+    /// Clones.
+    Disk,
+}
+
+/// Measures patchswitch and its peers.
 #[derive(Debug, Parser)]
 struct Cli {
+    /// What is measured
+    #[arg(value_enum, default_value = "net")]
+    what: What,
     /// Fewer and shorter blocks: under five minutes
     #[arg(long)]
     quick: bool,
@@ -58,8 +71,8 @@ struct Cli {
     #[arg(long)]
     list: bool,
     /// Where the results go
-    #[arg(long, value_name = "DIRECTORY", default_value = "target/bench/net")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIRECTORY")]
+    out: Option<PathBuf>,
     /// Hold so many connections from an address; a measurement starts itself so
     #[arg(long, hide = true, num_args = 2, value_names = ["ADDRESS", "COUNT"])]
     hold: Vec<String>,
@@ -68,30 +81,60 @@ struct Cli {
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     if cli.list {
-        list();
+        list(cli.what);
         return Ok(ExitCode::SUCCESS);
     }
     if let [from, count] = &cli.hold[..] {
         flows::hold(from, count)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let keys: Vec<&str> = peers::ALL.iter().map(|(key, _)| *key).collect();
-    let selection = Selection::parse(&cli.only, &keys)?;
+    let (rows, keys): (&[(u8, &str)], Vec<&str>) = match cli.what {
+        What::Net => (&ROWS, peers::ALL.iter().map(|(key, _)| *key).collect()),
+        What::Disk => (&disk::ROWS, disk::keys().collect()),
+    };
+    let selection = Selection::parse(&cli.only, rows, &keys)?;
     let scale = Scale { quick: cli.quick };
     raise_limit()?;
     let begun = Instant::now();
-    std::fs::create_dir_all(&cli.out).with_context(|| format!("failed to make {}", cli.out.display()))?;
+    let name = cli.what.name();
+    let out = cli.out.unwrap_or_else(|| Path::new("target/bench").join(name));
+    std::fs::create_dir_all(&out).with_context(|| format!("failed to make {}", out.display()))?;
     let before = Snapshot::take()?;
-    let head = Head::read(cli.quick, scale.blocks());
+    let disks = disk::Scale { quick: cli.quick };
+    let blocks = if cli.what == What::Net { scale.blocks() } else { disks.rounds() };
+    let head = Head::read(cli.quick, blocks);
     say(&head.text());
     let mut found = Found::default();
-    let measured = measure(scale, &selection, &mut found);
+    let measured = match cli.what {
+        What::Net => measure(scale, &selection, &mut found),
+        What::Disk => disk::measure(disks, &selection, &mut found),
+    };
     // What was measured until something failed is kept all the same.
-    write(&cli.out, &head, &found)?;
+    write((&out, cli.what), &head, &found)?;
     say(&found.table());
-    say(&format!("{}; the whole took {:.0} s", cli.out.display(), begun.elapsed().as_secs_f64()));
+    say(&format!("{}; the whole took {:.0} s", out.display(), begun.elapsed().as_secs_f64()));
     measured?;
     clean(&before)
+}
+
+impl What {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Net => "net",
+            Self::Disk => "disk",
+        }
+    }
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Net => {
+                "patchswitch in relation to its peers (veth; higher is better for rates, lower for gaps and latencies)"
+            }
+            Self::Disk => {
+                "clones in relation to those of others (lower is better for times, higher for bytes a second)"
+            }
+        }
+    }
 }
 
 /// A process may have as many files open as it needs. Only who may change the limit itself (`CAP_SYS_RESOURCE`) can go
@@ -106,9 +149,14 @@ fn raise_limit() -> Result<()> {
     })
 }
 
-fn list() {
-    for (number, what) in ROWS {
+fn list(what: What) {
+    let rows: &[(u8, &str)] = if what == What::Net { &ROWS } else { &disk::ROWS };
+    for (number, what) in rows {
         say(&format!("{number:>2}  {what}"));
+    }
+    if what == What::Disk {
+        disk::keys().for_each(say);
+        return;
     }
     for (key, what) in peers::ALL {
         say(&format!("{key:<12} {what}"));
@@ -139,17 +187,17 @@ fn measure(scale: Scale, selection: &Selection, found: &mut Found) -> Result<()>
     Ok(())
 }
 
-fn write(directory: &Path, head: &Head, found: &Found) -> Result<()> {
+fn write((directory, what): (&Path, What), head: &Head, found: &Found) -> Result<()> {
+    let name = what.name();
     let file = |name: &str, text: String| {
         let path = directory.join(name);
         std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))
     };
-    file("net.json", serde_json::to_string_pretty(&found.rows())?)?;
+    file(&format!("{name}.json"), serde_json::to_string_pretty(&found.rows())?)?;
     let raw = serde_json::json!({ "head": head, "figures": found.figures, "not_run": found.not_run });
     file("raw.json", serde_json::to_string_pretty(&raw)?)?;
-    let title = "patchswitch in relation to its peers (veth; higher is better for rates, lower for gaps and latencies)";
-    file("net.svg", plot::svg(title, &found.figures))?;
-    file("net.txt", head.text() + &found.table())
+    file(&format!("{name}.svg"), plot::svg(what.title(), &found.figures))?;
+    file(&format!("{name}.txt"), head.text() + &found.table())
 }
 
 /// Nothing of the laboratories may be left.

@@ -139,11 +139,11 @@ pub(crate) struct Selection {
 
 impl Selection {
     /// Reads numbers of rows and keys of peers.
-    pub(crate) fn parse(words: &[String], peers: &[&str]) -> anyhow::Result<Self> {
+    pub(crate) fn parse(words: &[String], rows: &[(u8, &str)], peers: &[&str]) -> anyhow::Result<Self> {
         let mut selection = Self::default();
         for word in words {
             match word.parse::<u8>() {
-                Ok(row) if ROWS.iter().any(|(number, _)| *number == row) => selection.rows.push(row),
+                Ok(row) if rows.iter().any(|(number, _)| *number == row) => selection.rows.push(row),
                 Err(_) if peers.contains(&word.as_str()) => selection.peers.push(word.clone()),
                 _ => anyhow::bail!("{word} is neither a row nor a peer: see --list"),
             }
@@ -170,7 +170,7 @@ mod tests {
     fn rows_and_peers_are_told_apart() {
         let parse = |words: &[&str]| {
             let words: Vec<String> = words.iter().map(ToString::to_string).collect();
-            Selection::parse(&words, &["floor", "bridge"])
+            Selection::parse(&words, &ROWS, &["floor", "bridge"])
         };
         let some = parse(&["8", "bridge", "12"]).unwrap();
         assert!(some.rows(&[8, 9]) && some.rows(&[12]) && !some.rows(&[1, 2]));

@@ -161,7 +161,11 @@ impl Evidence {
         let patched = self.patched(record);
         let moves = moves(&self.run, record.window, &patched);
         let (flip, _) = *moves.first()?;
-        let window = self.surely_served(&patched, record.window)?;
+        let served = self.surely_served(&patched, record.window)?;
+        // Until the switch is over the old side may still answer with the service's address by itself: its own becomes its
+        // source only after the flip.
+        let over = self.phase(record, "take_over").map_or(served.from_ns, |phase| phase.to_ns);
+        let window = Window { from_ns: served.from_ns.max(over), ..served };
         let is_old = |instance: &str| patched.iter().all(|name| name != instance);
         let by_old = |answer: &patchswitch_load::record::Answer| {
             let instance = self.run.instances.get(usize::from(answer.instance));
@@ -176,6 +180,12 @@ impl Evidence {
             failure.class == Class::Udp && failure.opened_ns.is_some_and(|opened| opened < flip)
         });
         Some((lost.count() as u64 + answered, answered))
+    }
+
+    /// When a job was in a phase.
+    fn phase(&self, record: &Record, phase: &str) -> Option<Window> {
+        let name = format!("{}/{phase}", record.name);
+        self.run.phases().into_iter().find(|(found, _)| **found == name).map(|(_, window)| window)
     }
 
     /// The time in which new flows surely went to these: from when the first of them had been answered, to when the last
@@ -433,12 +443,17 @@ mod tests {
     #[test]
     fn flows_in_flight_are_those_of_the_old_side_after_the_flip() {
         let mut run = run(10, 14);
+        let mark = |name: &str, at_ns| Mark { name: name.into(), at_ns };
+        run.marks.extend([mark("job/take_over", 109 * S), mark("job/observe", 110 * S + S / 5)]);
+        run.marks.retain(|mark| mark.name != "job/drain");
         let mut echoes = Series::new(Class::Udp, Family::V4);
         // Of the old side after the flip at 110 s, of the new one, of the old one before. The one of 9 s that took two
-        // seconds may have been sent before the flip, that of 13.999 s after the way back.
+        // seconds may have been sent before the flip, that of 13.999 s after the way back; the one of 10.1 s was answered
+        // before the switch was over.
         let (in_time, late) = (1000, 2_000_000);
         for (due_us, took_us, instance) in [
             (9_000_000, in_time, 0),
+            (10_100_000, in_time, 0),
             (10_500_000, in_time, 0),
             (10_600_000, in_time, 1),
             (9_000_000, late, 0),

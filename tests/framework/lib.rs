@@ -8,6 +8,7 @@ pub mod observe;
 pub mod postgres;
 pub mod programs;
 pub mod redis;
+pub mod root;
 pub mod sockets;
 pub mod standstill;
 pub mod sums;

@@ -8,5 +8,3 @@ mod life;
 mod limits;
 mod mounts;
 mod patches;
-
-pub(crate) use lab::{put_programs, small_root};

@@ -33,6 +33,7 @@ pub(crate) struct Options {
 #[derive(Debug, clap::Subcommand)]
 enum What {
     Net(Net),
+    Disk(Disk),
 }
 
 /// The data path and the switch, against a plain route, a bridge, keepalived, nft and HAProxy, in network namespaces.
@@ -56,22 +57,71 @@ struct Net {
     kernel: Option<Series>,
 }
 
+/// Clones, against LVM's thick and thin snapshots, btrfs and a plain copy, in a disposable test machine.
+///
+/// As root. Results are in target/bench/disk: disk.json (ratios with their intervals), raw.json, disk.svg and disk.txt. Nothing
+/// else should run meanwhile.
+#[derive(Debug, clap::Args)]
+struct Disk {
+    /// Fewer blocks
+    #[arg(long)]
+    quick: bool,
+    /// Only these rows and peers
+    #[arg(long, value_name = "ROW|PEER", num_args = 1..)]
+    only: Vec<String>,
+    /// Say which rows and peers there are, and measure nothing
+    #[arg(long)]
+    list: bool,
+    /// The machine's series of kernels
+    #[arg(long, value_name = "SERIES", default_value = "6.12")]
+    kernel: Series,
+}
+
+/// What is passed on to the program.
+fn arguments(what: &str, quick: bool, list: bool, only: &[String]) -> Vec<String> {
+    let mut words = vec![what.to_owned()];
+    words.extend(quick.then(|| "--quick".to_owned()));
+    words.extend(list.then(|| "--list".to_owned()));
+    if !only.is_empty() {
+        words.push("--only".to_owned());
+        words.extend(only.iter().cloned());
+    }
+    words
+}
+
+impl Disk {
+    fn arguments(&self) -> Vec<String> {
+        arguments("disk", self.quick, self.list, &self.only)
+    }
+
+    fn run(&self) -> Result<ExitCode> {
+        if self.list {
+            let status = crate::command::Tool::new(build::release(BENCH)?).args(self.arguments());
+            let status = status.stdout(Stdio::inherit()).spawn()?.wait()?;
+            return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        if !rustix::process::geteuid().is_root() {
+            bail!("the measurements need root");
+        }
+        setup::ensure(&[Need::Build, Need::Test, Need::Machine])?;
+        build::programs()?;
+        let program = build::release(BENCH)?;
+        in_machine(&program, &self.kernel, &self.arguments(), (&paths::target().join("bench/disk"), true))
+    }
+}
+
 impl Net {
     fn arguments(&self) -> Vec<String> {
-        let mut words = Vec::new();
-        words.extend(self.quick.then(|| "--quick".to_owned()));
-        words.extend(self.list.then(|| "--list".to_owned()));
-        if !self.only.is_empty() {
-            words.push("--only".to_owned());
-            words.extend(self.only.iter().cloned());
-        }
-        words
+        arguments("net", self.quick, self.list, &self.only)
     }
 }
 
 /// Runs `cargo xtask bench`.
 pub(crate) fn main(options: &Options) -> Result<ExitCode> {
-    let What::Net(net) = &options.what;
+    let net = match &options.what {
+        What::Net(net) => net,
+        What::Disk(disk) => return disk.run(),
+    };
     if !net.list {
         if !rustix::process::geteuid().is_root() {
             bail!("the measurements need root");
@@ -81,7 +131,8 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     }
     let program = build::release(BENCH)?;
     if let Some(series) = &net.kernel {
-        return in_machine(&program, series, net);
+        let place = paths::target().join(format!("bench/net-{series}"));
+        return in_machine(&program, series, &net.arguments(), (&place, false));
     }
     let out = paths::target().join("bench/net");
     let tool = crate::command::Tool::new(program).args(net.arguments()).arg("--out").arg(&out);
@@ -93,21 +144,31 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
 }
 
 /// Measures in a test machine.
-fn in_machine(program: &Path, series: &Series, net: &Net) -> Result<ExitCode> {
+fn in_machine(
+    program: &Path,
+    series: &Series,
+    arguments: &[String],
+    (place, peers): (&Path, bool),
+) -> Result<ExitCode> {
     let cache = Cache::open()?;
     let payload = Payload::new(&cache)?;
     payload.add(program)?;
-    let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
+    if peers {
+        // A partition has a program of ours in it.
+        payload.add_programs()?;
+    }
+    let config = Config { payload: Some(payload.dir().to_owned()), peers, ..Config::new(series.clone()) };
     let vm = Vm::boot(&cache, &config)?;
-    let fixed = [format!("/payload/{BENCH}"), "--out".to_owned(), OUT.to_owned()];
+    let program = [format!("/payload/{BENCH}")];
+    let out = ["--out", OUT].map(str::to_owned);
     let request = Request {
-        argv: fixed.into_iter().chain(net.arguments()).collect(),
+        // What is measured comes first, and a list of rows would take what follows for one.
+        argv: program.iter().chain(&arguments[..1]).chain(&out).chain(&arguments[1..]).cloned().collect(),
         limit_ms: u64::try_from(LIMIT.as_millis())?,
         ..Request::default()
     };
     let end = vm.stream(&request, &mut agent::to_terminal)?;
-    let place = paths::target().join(format!("bench/net-{series}"));
-    let pulled = vm.pull(OUT, &place);
+    let pulled = vm.pull(OUT, place);
     if !matches!(end, End::Code(0 | 1)) {
         bail!("the measurement ended with {end:?}; the kernel's log:\n{}", vm.console());
     }
@@ -125,7 +186,9 @@ mod tests {
     fn what_is_asked_for_is_passed_on() {
         let only = ["8", "bridge"].map(str::to_owned).to_vec();
         let net = Net { quick: true, only, list: false, kernel: None };
-        assert_eq!(net.arguments(), ["--quick", "--only", "8", "bridge"]);
-        assert!(Net { quick: false, only: Vec::new(), list: false, kernel: None }.arguments().is_empty());
+        assert_eq!(net.arguments(), ["net", "--quick", "--only", "8", "bridge"]);
+        let all = Net { quick: false, only: Vec::new(), list: false, kernel: None };
+        assert_eq!(all.arguments(), ["net"]);
+        assert_eq!(arguments("disk", false, true, &[]), ["disk", "--list"]);
     }
 }

@@ -10,10 +10,10 @@ use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::SERVICE as ADDRESSES;
 use patchswitch_tests::postgres::{Manner, Writer};
 use patchswitch_tests::programs::run;
+use patchswitch_tests::root;
 
 use super::keeper::{nothing_left, put_service};
 use super::stage::{SERVICE, Settings, Stage, job_root, path};
-use crate::partition::put_programs;
 
 const BIN: &str = "/usr/lib/postgresql/15/bin";
 const WRITERS: [(&str, Manner); 2] = [("singly", Manner::AtOnce), ("together", Manner::InTransaction)];
@@ -77,10 +77,10 @@ fn database_root() -> PathBuf {
         run(&["cp", "-a", from, to.to_str().unwrap()]).unwrap();
     };
     copy(job_root().to_str().unwrap(), &new);
-    put_programs(&new, &["setpriv", "rm", "cp", "chown", "env"].map(|name| (name, name)));
+    root::put_programs(&new, &["setpriv", "rm", "cp", "chown", "env"].map(|name| (name, name))).unwrap();
     for program in ["postgres", "pg_ctl", "psql"] {
         let from = format!("{BIN}/{program}");
-        put_programs(&new, &[(&from, program)]);
+        root::put_programs(&new, &[(&from, program)]).unwrap();
         copy(&from, &new.join(&from[1..]));
     }
     for library in ["plpgsql.so", "dict_snowball.so", "libpqwalreceiver.so"] {

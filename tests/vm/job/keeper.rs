@@ -10,11 +10,11 @@ use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::SERVICE;
 use patchswitch_tests::programs;
 use patchswitch_tests::redis::{PORT, Writer};
+use patchswitch_tests::root;
 use patchswitch_tests::written::Written;
 
 use super::client;
 use super::stage::{Settings, Stage, job_root, path};
-use crate::partition::put_programs;
 
 /// The name of the server's process.
 pub(super) const SERVER: &str = "redis-server";
@@ -53,7 +53,11 @@ fn keeper_root() -> PathBuf {
     let new = root.with_extension("new");
     programs::run(&["cp", "-a", job_root().to_str().unwrap(), new.to_str().unwrap()]).unwrap();
     // The server is another name of this program.
-    put_programs(&new, &[("redis-check-rdb", "redis-server"), ("redis-cli", "redis-cli"), ("rm", "rm")]);
+    root::put_programs(
+        &new,
+        &[("redis-check-rdb", "redis-server"), ("redis-cli", "redis-cli"), ("rm", "rm")],
+    )
+    .unwrap();
     put_service(&new, DB);
     fs::rename(new, &root).unwrap();
     root

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use patchswitch_tests::leftovers::{Leftover, Snapshot};
 use patchswitch_tests::netlab::{self, Lab, Ns};
 use patchswitch_tests::programs::{self, Output, Running};
+use patchswitch_tests::root;
 use serde_json::Value;
 
 use super::client;
-use crate::partition::small_root;
 use crate::storage::scratch_disk;
 
 /// Where everything durable lies: a disk that outlives a reset of the machine.
@@ -412,7 +412,7 @@ pub(super) fn script(name: &str, body: &str) -> PathBuf {
 
 /// The small root with a web server that says what a file says.
 pub(super) fn job_root() -> PathBuf {
-    let root = small_root();
+    let root = root::small().unwrap();
     let serve = root.join("usr/bin/serve");
     if !serve.exists() {
         fs::copy(programs::built("patchswitch-load").unwrap(), root.join("usr/bin/patchswitch-load"))

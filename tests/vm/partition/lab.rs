@@ -16,12 +16,8 @@ use patchswitch::partition::define::{self, DefineError};
 use patchswitch::partition::lifecycle::{self, LifecycleError, Site, Started, Stopped};
 use patchswitch::partition::spec::{Init, PartitionSpec, Service};
 use patchswitch_tests::programs::run;
+use patchswitch_tests::root;
 
-/// Programs of the machine that the small root gets, with their libraries.
-const PROGRAMS: [&str; 22] = [
-    "sh", "sleep", "cat", "ls", "setsid", "mkdir", "touch", "id", "dd", "head", "tail", "chmod", "mount",
-    "unshare", "mknod", "env", "true", "stat", "hostname", "ps", "kill", "tr",
-];
 /// Long enough for a slow machine, short enough to be noticed.
 pub(super) const SOON: Duration = Duration::from_secs(60);
 
@@ -123,7 +119,7 @@ impl Lab {
         fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
         let device =
             run(&["losetup", "--find", "--show", image.to_str().unwrap()]).unwrap().trim().to_owned();
-        let small = small_root();
+        let small = root::small().unwrap();
         Self::fill(program, watch, device, |mounts, root| define::copy_tree(mounts, &small, root))
     }
 
@@ -256,68 +252,5 @@ pub(super) fn service(script: &str) -> Service {
         command: ["/bin/sh", "-c", script].map(ToOwned::to_owned).to_vec(),
         stop_signal: 15,
         restarts: 0,
-    }
-}
-
-/// A directory with a shell and some programs of this machine, merged as Debian's roots are. Made once for all tests:
-/// it takes longer than most of them.
-pub(crate) fn small_root() -> PathBuf {
-    let complete = PathBuf::from("/run/patchswitch-test-root.small");
-    if complete.is_dir() {
-        return complete;
-    }
-    let root = complete.with_extension("new");
-    drop(fs::remove_dir_all(&root));
-    for sub in [
-        "usr/bin",
-        "usr/sbin",
-        "usr/lib",
-        "usr/lib64",
-        "etc",
-        "var",
-        "root",
-        "srv",
-        "proc",
-        "sys",
-        "dev",
-        "run",
-        "tmp",
-    ] {
-        fs::create_dir_all(root.join(sub)).unwrap();
-    }
-    for (link, target) in
-        [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")]
-    {
-        std::os::unix::fs::symlink(target, root.join(link)).unwrap();
-    }
-    put_programs(&root, &PROGRAMS.map(|program| (program, program)));
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
-    fs::rename(root, &complete).unwrap();
-    complete
-}
-
-/// Puts programs of this machine into a root, each under a name of its own there, with the libraries that they need.
-pub(crate) fn put_programs(root: &Path, programs: &[(&str, &str)]) {
-    let find = |(program, _): &(&str, &str)| {
-        patchswitch_tests::programs::find(program).unwrap_or_else(|| panic!("no {program} here"))
-    };
-    let paths: Vec<PathBuf> = programs.iter().map(find).collect();
-    for (path, (_, name)) in paths.iter().zip(programs) {
-        fs::copy(fs::canonicalize(path).unwrap(), root.join("usr/bin").join(name)).unwrap();
-    }
-    // One call for all: to start a program is the slow part in an emulated machine.
-    let mut ldd = vec!["ldd"];
-    ldd.extend(paths.iter().filter_map(|path| path.to_str()));
-    let listed = run(&ldd).unwrap();
-    let libraries: BTreeSet<&str> = listed
-        .lines()
-        .filter(|line| line.starts_with('\t'))
-        .flat_map(str::split_whitespace)
-        .filter(|word| word.starts_with('/'))
-        .collect();
-    for library in libraries {
-        let place = root.join(library.trim_start_matches('/'));
-        fs::create_dir_all(place.parent().unwrap()).unwrap();
-        fs::copy(fs::canonicalize(library).unwrap(), place).unwrap();
     }
 }

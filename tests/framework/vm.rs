@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use patchswitch_guest::RESET_PORT;
 
-/// The serial number of the first disk that the test machine gets.
-const SCRATCH_SERIAL: &str = "disk0";
+/// How the serial numbers of the disks begin that the test machine gets; the first is 0.
+const SERIAL: &str = "disk";
 
 /// Which part of the test is to run: empty at first, and after [`reset`] what was given to it.
 pub fn phase() -> String {
@@ -37,17 +37,25 @@ pub fn reset(next: &str) -> Result<()> {
 /// # Errors
 /// If this is the test machine and it has no such disk.
 pub fn scratch_disk() -> Result<Option<PathBuf>> {
+    disk(0)
+}
+
+/// One of the test machine's disks by its number, each as [`scratch_disk`].
+///
+/// # Errors
+/// As [`scratch_disk`].
+pub fn disk(number: u8) -> Result<Option<PathBuf>> {
     if find_port()?.is_none() {
         return Ok(None);
     }
+    let wanted = format!("{SERIAL}{number}");
     for disk in fs::read_dir("/sys/block")? {
         let disk = disk?;
-        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|serial| serial.trim() == SCRATCH_SERIAL)
-        {
+        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|serial| serial.trim() == wanted) {
             return Ok(Some(PathBuf::from("/dev").join(disk.file_name())));
         }
     }
-    bail!("the test machine has no disk with the serial number {SCRATCH_SERIAL}")
+    bail!("the test machine has no disk with the serial number {wanted}")
 }
 
 fn find_port() -> Result<Option<PathBuf>> {

@@ -4,6 +4,7 @@
 //! Who serves is asked through the service address; what is left behind is looked for in the kernel's own lists.
 
 mod background;
+mod bases;
 mod beside;
 mod client;
 mod database;

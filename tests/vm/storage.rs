@@ -13,5 +13,6 @@ mod lab;
 mod meter;
 mod power;
 mod refusals;
+mod udev;
 
 pub(crate) use lab::scratch_disk;

@@ -148,16 +148,16 @@ fn in_machine(
     program: &Path,
     series: &Series,
     arguments: &[String],
-    (place, peers): (&Path, bool),
+    (place, partitions): (&Path, bool),
 ) -> Result<ExitCode> {
     let cache = Cache::open()?;
     let payload = Payload::new(&cache)?;
-    payload.add(program)?;
-    if peers {
-        // A partition has a program of ours in it.
+    if partitions {
         payload.add_programs()?;
     }
-    let config = Config { payload: Some(payload.dir().to_owned()), peers, ..Config::new(series.clone()) };
+    // Last: what lies beside the programs is not built as it is measured.
+    payload.add(program)?;
+    let config = Config { payload: Some(payload.dir().to_owned()), ..Config::new(series.clone()) };
     let vm = Vm::boot(&cache, &config)?;
     let program = [format!("/payload/{BENCH}")];
     let out = ["--out", OUT].map(str::to_owned);

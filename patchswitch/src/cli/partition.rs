@@ -1,16 +1,19 @@
 //! `patchswitch partition …`.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use patchswitch::exit::ExitCode;
-use patchswitch::manager::{Definition, Manager, Origin, Source};
+use patchswitch::host::linux::filesystem::Kind;
+use patchswitch::manager::{Definition, Layout, Manager, Origin, Source};
 use patchswitch::names::Name;
 use patchswitch::partition::lifecycle;
 use patchswitch::partition::spec::{Disk, Init, PartitionSpec, Policy, Service};
 use patchswitch::patch::wire::Identity;
+use patchswitch::storage::disk::Backing;
 use serde_json::json;
 
 use super::{print, size};
@@ -74,6 +77,13 @@ enum InitKind {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum FileSystemKind {
+    Ext4,
+    Xfs,
+    Btrfs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum IdentityKind {
     Keep,
     Renew,
@@ -86,24 +96,38 @@ Examples, a web server and the standby that its patches are tried on:
   patchswitch partition define web-a --from root.tar --size 1G --cpu 50 --memory 256M \\
       --own 192.0.2.81 --own 2001:db8::81 --command \"nginx -g 'daemon off;'\"
   patchswitch partition define web-b --standby --size 1G --cpu 50 --memory 256M \\
-      --own 192.0.2.82 --own 2001:db8::82")]
+      --own 192.0.2.82 --own 2001:db8::82
+
+A database whose root is on a volume of LVM already, and whose data are on a disk of their own:
+  patchswitch partition define db-a --on root=/dev/volumes/db --on data=/dev/disk/by-id/nvme-DATA \\
+      --disk data::/var/lib/postgresql")]
 pub(crate) struct Define {
     /// Name: lower-case letters, digits, dashes.
     name: Name,
-    /// The root: a tar archive, a directory, or an ext4 image.
-    #[arg(long, value_name = "PATH", conflicts_with = "standby", required_unless_present = "standby")]
+    /// The root: a tar archive, a directory, or an image of an ext4, XFS or btrfs. Not needed if the system disk lies on a
+    /// device (--on root=DEVICE) that has one already.
+    #[arg(long, value_name = "PATH", conflicts_with = "standby", required_unless_present_any = ["standby", "on"])]
     from: Option<PathBuf>,
     /// A standby: its disk is the store of a clone, allocated at once.
     #[arg(long)]
     standby: bool,
-    /// Size of the system disk; of a standby, of the disk that it can take.
-    #[arg(long, value_parser = size::parse)]
-    size: u64,
+    /// Size of the system disk; of a standby, of the disk that it can take. Not needed if the system disk lies on a device:
+    /// it has the device's size then.
+    #[arg(long, value_parser = size::parse, required_unless_present = "on")]
+    size: Option<u64>,
+    /// The block device on which a disk lies (the system disk is called root), instead of an image: a volume of LVM, a
+    /// partition of a disk, a disk. A file system that is on it stays as it is; anything else that is on it is in the way. A
+    /// standby's is a store and has to be empty. May be given once for each disk.
+    #[arg(long, value_name = "DISK=DEVICE", value_parser = on)]
+    on: Vec<(Name, PathBuf)>,
+    /// The file system of disks that are empty.
+    #[arg(long, value_enum, default_value = "ext4", conflicts_with = "standby")]
+    fs: FileSystemKind,
     /// Of a standby: the size of its store, if less than everything a clone could write; while it is in use it becomes
     /// larger if the host has room (`extend_stores`), else jobs turn back before it is full.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "standby")]
     store: Option<u64>,
-    /// Further disks, e.g. data:512M:/srv/data. With :ro at the end it can only be read; with :move it has one writer at a
+    /// Further disks, e.g. data:512M:/srv/data; one that lies on a device needs no size (data::/srv/data). With :ro at the end it can only be read; with :move it has one writer at a
     /// time, and goes to the patched partition itself instead of being cloned (a service with strategy quiesce).
     #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT[:ro|:move]")]
     disks: Vec<String>,
@@ -137,9 +161,30 @@ pub(crate) struct Define {
 }
 
 impl Define {
-    fn definition(&self) -> anyhow::Result<Definition> {
+    fn layout(&self) -> anyhow::Result<Layout> {
+        let devices: BTreeMap<Name, PathBuf> = self.on.iter().cloned().collect();
+        anyhow::ensure!(devices.len() == self.on.len(), "--on: a disk is given two devices");
+        let file_system = match self.fs {
+            FileSystemKind::Ext4 => Kind::Ext4,
+            FileSystemKind::Xfs => Kind::Xfs,
+            FileSystemKind::Btrfs => Kind::Btrfs,
+        };
+        Ok(Layout { devices, file_system })
+    }
+
+    /// The size of a disk that is not given: its device's. A store can say nothing about the disk that it is for.
+    fn size_of(&self, disk: &str, layout: &Layout) -> anyhow::Result<u64> {
+        let device = layout.devices.iter().find(|(name, _)| name.as_str() == disk).map(|(_, device)| device);
+        match device.filter(|_| !self.standby) {
+            Some(device) => Ok(Backing::Device(device.clone()).sectors()?.saturating_mul(512)),
+            None => anyhow::bail!("disk {disk} has no size: give one (--size is the system disk's)"),
+        }
+    }
+
+    fn definition(&self, layout: &Layout) -> anyhow::Result<Definition> {
         let root = Name::new("root")?;
-        let mut spec = PartitionSpec::new(self.name.clone(), self.cpu, self.memory, self.size, root);
+        let size = self.size.map_or_else(|| self.size_of("root", layout), Ok)?;
+        let mut spec = PartitionSpec::new(self.name.clone(), self.cpu, self.memory, size, root);
         spec.pids = self.pids;
         spec.network.clone_from(&self.network);
         spec.init = match self.init {
@@ -158,7 +203,7 @@ impl Define {
             restarts: 5,
         });
         for text in &self.disks {
-            spec.disks.push(disk(text)?);
+            spec.disks.push(disk(text, |name| self.size_of(name, layout))?);
         }
         Ok(Definition {
             spec,
@@ -170,7 +215,15 @@ impl Define {
     }
 }
 
-fn disk(text: &str) -> anyhow::Result<Disk> {
+fn on(text: &str) -> Result<(Name, PathBuf), String> {
+    let (disk, device) = text.split_once('=').ok_or("give DISK=DEVICE, e.g. root=/dev/volumes/web")?;
+    if !device.starts_with('/') {
+        return Err(format!("{device:?} is no path of a device: give it from / on"));
+    }
+    Ok((Name::new(disk).map_err(|error| error.to_string())?, PathBuf::from(device)))
+}
+
+fn disk(text: &str, device_size: impl Fn(&str) -> anyhow::Result<u64>) -> anyhow::Result<Disk> {
     let mut parts = text.split(':');
     let bad = || {
         anyhow::anyhow!(
@@ -185,7 +238,10 @@ fn disk(text: &str) -> anyhow::Result<Disk> {
         (Some("move"), None) => (false, Policy::Move),
         _ => return Err(bad()),
     };
-    let size = size::parse(bytes).map_err(anyhow::Error::msg)?;
+    let size = match bytes {
+        "" => device_size(name)?,
+        bytes => size::parse(bytes).map_err(anyhow::Error::msg)?,
+    };
     Ok(Disk { name: Name::new(name)?, size, mount: mount.to_owned(), read_only, policy })
 }
 
@@ -195,9 +251,11 @@ impl Verb {
             Self::Define(define) => {
                 let origin = match &define.from {
                     Some(path) => Origin::Root(Source::of(path)?),
-                    None => Origin::Store,
+                    None if define.standby => Origin::Store,
+                    None => Origin::Root(Source::Device),
                 };
-                manager.define(&define.definition()?, &origin)?;
+                let layout = define.layout()?;
+                manager.define(&define.definition(&layout)?, &origin, &layout)?;
                 done(json, "defined", &define.name)
             }
             Self::List => list(manager, json),

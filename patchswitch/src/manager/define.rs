@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::layout::{Content, Layout};
 use super::{Machine, Manager, ManagerError};
 use crate::config::undeliverable;
 use crate::exit::ExitCode;
 use crate::host::linux::block::SECTOR;
+use crate::host::linux::filesystem::FileSystem;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::Name;
 use crate::partition::console::Console;
 use crate::partition::define as content;
 use crate::partition::lifecycle::LifecycleError;
-use crate::partition::spec::PartitionSpec;
+use crate::partition::spec::{PartitionSpec, ROOT_MOUNT};
 use crate::storage::cow;
 use crate::storage::disk::{self, Backing, Room};
 use crate::store::{self, Role, State};
@@ -47,24 +49,21 @@ pub enum Source {
     Directory(PathBuf),
     /// An image of a file system, copied.
     Image(PathBuf),
+    /// None: it is on the device of the system disk already ([`Layout::devices`]).
+    Device,
 }
 
 impl Source {
-    /// Tells by looking: a directory, a file that begins like ext4, anything else is a tar archive.
+    /// Tells by looking: a directory, a file that begins like a file system, anything else is a tar archive.
     ///
     /// # Errors
     /// [`ManagerError::Io`] if it cannot be read.
     pub fn of(path: &Path) -> Result<Self, ManagerError> {
-        /// The magic number of ext2, ext3 and ext4, and its place (`fs/ext4/ext4.h`).
-        const EXT_MAGIC: (u64, [u8; 2]) = (1024 + 0x38, [0x53, 0xef]);
         let failed = |source| ManagerError::io("read", path)(source);
         if std::fs::metadata(path).map_err(failed)?.is_dir() {
             return Ok(Self::Directory(path.to_owned()));
         }
-        let file = std::fs::File::open(path).map_err(failed)?;
-        let mut magic = [0; 2];
-        let read = std::os::unix::fs::FileExt::read_at(&file, &mut magic, EXT_MAGIC.0);
-        let is_image = read.map_err(failed)? == 2 && magic == EXT_MAGIC.1;
+        let is_image = FileSystem::read(path).map_err(failed)?.is_some();
         Ok(if is_image { Self::Image(path.to_owned()) } else { Self::Tar(path.to_owned()) })
     }
 }
@@ -92,7 +91,12 @@ impl Manager {
     ///
     /// # Errors
     /// [`ManagerError`]; the images that were made are removed again.
-    pub fn define(&mut self, definition: &Definition, origin: &Origin) -> Result<(), ManagerError> {
+    pub fn define(
+        &mut self,
+        definition: &Definition,
+        origin: &Origin,
+        layout: &Layout,
+    ) -> Result<(), ManagerError> {
         let spec = &definition.spec;
         spec.check()?;
         if self.store.partition(&spec.name)?.is_some() {
@@ -103,9 +107,10 @@ impl Manager {
         }
         self.check_own(definition)?;
         let definition = &Definition { is_store: *origin == Origin::Store, ..definition.clone() };
-        let disks = self.plan_disks(definition, origin);
+        let disks = self.plan_disks(definition, origin, layout);
         self.check_room(&spec.name, &disks)?;
-        let result = self.make(definition, origin, &disks);
+        let contents = self.look_at_devices(definition, (origin, layout), &disks)?;
+        let result = self.make(definition, (origin, &contents), &disks);
         if result.is_err() {
             for disk in &disks {
                 if let Ok(Backing::Image(path)) = serde_json::from_value(disk.backing.clone()) {
@@ -150,7 +155,9 @@ impl Manager {
         let found = rustix::fs::statvfs(state)
             .map_err(|errno| ManagerError::io("ask for the room of", state)(errno.into()))?;
         let all = found.f_blocks.saturating_mul(found.f_frsize);
-        let bytes = disks.iter().map(|disk| disk.sectors.saturating_mul(SECTOR));
+        // What lies on a device of its own needs none of it.
+        let in_images = disks.iter().filter(|disk| disk.backing.get("image").is_some());
+        let bytes = in_images.map(|disk| disk.sectors.saturating_mul(SECTOR));
         let wanted = bytes.fold(0, u64::saturating_add);
         if wanted <= all {
             return Ok(());
@@ -165,7 +172,7 @@ impl Manager {
         Err(ManagerError::Refused { message, code: ExitCode::Config })
     }
 
-    fn plan_disks(&self, definition: &Definition, origin: &Origin) -> Vec<store::Disk> {
+    fn plan_disks(&self, definition: &Definition, origin: &Origin, layout: &Layout) -> Vec<store::Disk> {
         let spec = &definition.spec;
         let sectors = |bytes: u64| match (origin, definition.store) {
             (Origin::Root(_), _) => bytes.div_ceil(SECTOR),
@@ -176,7 +183,7 @@ impl Manager {
             partition: spec.name.clone(),
             name: disk.name.clone(),
             sectors: sectors(disk.size),
-            backing: serde_json::json!(Backing::Image(self.image(&spec.name, &disk.name))),
+            backing: serde_json::json!(layout.backing(&disk.name, || self.image(&spec.name, &disk.name))),
             cow: None,
         };
         spec.disks.iter().map(disk).collect()
@@ -185,7 +192,7 @@ impl Manager {
     fn make(
         &mut self,
         definition: &Definition,
-        origin: &Origin,
+        (origin, contents): (&Origin, &[Content]),
         disks: &[store::Disk],
     ) -> Result<(), ManagerError> {
         let spec = &definition.spec;
@@ -208,29 +215,38 @@ impl Manager {
         };
         // Before any image, and in one piece: whoever comes after a kill knows all that there may be.
         let _ = self.store.put_machines(&[(row, disks.to_vec())])?;
-        for disk in &self.machine(&spec.name)?.disks {
-            disk::create_image(disk.backing.path(), disk.sectors, room)?;
+        let machine = self.machine(&spec.name)?;
+        for disk in &machine.disks {
+            if let Backing::Image(path) = &disk.backing {
+                let _ = disk::create_image(path, disk.sectors, room)?;
+            }
         }
         match origin {
             Origin::Store => Ok(()),
-            Origin::Root(source) => self.fill(&self.machine(&spec.name)?, source),
+            Origin::Root(source) => self.fill(&machine, source, contents),
         }
     }
 
     /// Puts the root into the system disk, and file systems onto the others.
-    fn fill(&self, machine: &Machine, source: &Source) -> Result<(), ManagerError> {
-        let filled = self.fill_disks(machine, source);
+    fn fill(&self, machine: &Machine, source: &Source, contents: &[Content]) -> Result<(), ManagerError> {
+        let filled = self.fill_disks(machine, source, contents);
         let closed = self.close_disks(machine);
         filled.and(closed)
     }
 
-    fn fill_disks(&self, machine: &Machine, source: &Source) -> Result<(), ManagerError> {
+    fn fill_disks(
+        &self,
+        machine: &Machine,
+        source: &Source,
+        contents: &[Content],
+    ) -> Result<(), ManagerError> {
         let devices = self.open_disks(machine)?;
-        for (disk, device) in machine.spec().disks.iter().zip(&devices) {
-            let source = if disk.mount == crate::partition::spec::ROOT_MOUNT { Some(source) } else { None };
-            match source {
-                Some(Source::Image(image)) => content::copy_image(image, device)?,
-                _ => content::make_file_system(device)?,
+        for ((disk, content), device) in machine.spec().disks.iter().zip(contents).zip(&devices) {
+            let source = (disk.mount == ROOT_MOUNT).then_some(source);
+            match (source, content) {
+                (_, Content::Kept) => {}
+                (Some(Source::Image(image)), _) => content::copy_image(image, device)?,
+                (_, Content::Made(kind)) => content::make_file_system(*kind, device)?,
             }
         }
         let mounts = Self::mounts()?;
@@ -238,7 +254,7 @@ impl Manager {
         let filled = match source {
             Source::Tar(tar) => content::unpack(&mounts, tar, &root),
             Source::Directory(from) => content::copy_tree(&mounts, from, &root),
-            Source::Image(_) => Ok(()),
+            Source::Image(_) | Source::Device => Ok(()),
         };
         let prepared = filled.and_then(|()| content::prepare(&mounts, &root)).map_err(ManagerError::from);
         prepared.and(self.unmount(&mounts, machine))

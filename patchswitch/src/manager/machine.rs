@@ -9,6 +9,7 @@ use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::root::Root;
 use crate::names::{self, Name, RUN_ROOT};
+use crate::partition::define as content;
 use crate::partition::lifecycle::{self, Started};
 use crate::partition::spec::{PartitionSpec, Policy, ROOT_MOUNT};
 use crate::storage::StorageError;
@@ -122,7 +123,13 @@ impl Manager {
             let clone = std::slice::from_ref(clone);
             let paths = match merge::merging(dm, clone)? {
                 Some(paths) => paths,
-                None => snapshot::reopen(dm, clone)?.into_iter().map(|clone| clone.path).collect(),
+                None => {
+                    let opened = snapshot::reopen(dm, clone)?;
+                    for (one, of) in opened.iter().zip(clone) {
+                        let _ = content::tell_apart(&one.path, &dm.node(&of.active)?)?;
+                    }
+                    opened.into_iter().map(|clone| clone.path).collect()
+                }
             };
             return paths.into_iter().next().ok_or_else(|| StorageError::NoDisks.into());
         }

@@ -21,6 +21,7 @@
 mod define;
 mod error;
 mod host;
+mod layout;
 mod lease;
 mod machine;
 mod moves;
@@ -32,6 +33,7 @@ use std::path::{Path, PathBuf};
 pub use define::{Definition, Origin, Source};
 pub use error::ManagerError;
 pub use host::{Amounts, Device, HostTable, Share};
+pub use layout::Layout;
 pub use machine::{Machine, MachineDisk, Running};
 pub use recover::Recovered;
 pub(crate) use service::{attachable, slot_of};

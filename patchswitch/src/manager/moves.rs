@@ -58,11 +58,16 @@ impl Manager {
     pub(crate) fn take_disks(&self, machine: &Machine) -> Result<(), ManagerError> {
         let (mounts, inside) = (Self::mounts()?, lifecycle::mounts_of(machine.name())?);
         for (disk, _) in machine.moving() {
-            let device = device(machine, &disk.name)?;
-            if let (Some(inside), Some(device)) = (&inside, device) {
-                let _ = inside.run(|inside| inside.prune(device, Path::new(&disk.mount)))??;
+            let at = mount_point(machine, &disk.mount);
+            if let (Some(inside), Some(device)) = (&inside, device(machine, &disk.name)?) {
+                // As long as it is mounted for the agent as well, that mount tells its number, which need not be the device's.
+                let number = mounts.run(|outside| match outside.mount_at(&at)? {
+                    Some(_) => outside.number_at(&at),
+                    None => Ok(device.to_stat()),
+                })??;
+                let _ = inside.run(|inside| inside.prune(number, Path::new(&disk.mount)))??;
             }
-            let _ = mounts.run(|inside| inside.unmount(&mount_point(machine, &disk.mount)))??;
+            let _ = mounts.run(|inside| inside.unmount(&at))??;
         }
         Ok(())
     }

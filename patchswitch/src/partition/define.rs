@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::exit::ExitCode;
+use crate::host::linux::filesystem::{FileSystem, Kind};
 use crate::host::linux::mountns::{Inside, MountNamespace, MountNsError};
 use crate::host::linux::programs::{Program, ProgramError, Run};
 use crate::host::linux::root::{Absent, Place, Root, RootError};
@@ -85,19 +86,57 @@ impl DefineError {
     }
 }
 
-/// Makes an ext4 file system on a device or image, whatever was there before.
+/// Makes a file system on a device or image, whatever was there before.
 ///
-/// Its tables are written now: the kernel would do it later, in the background, into the store of every clone.
+/// The tables of an ext4 are written now: the kernel would do it later, in the background, into the store of every clone.
 ///
 /// # Errors
-/// [`DefineError::Program`].
-pub fn make_file_system(device: &Path) -> Result<(), DefineError> {
-    let run = Run::new(Program::Mkfs).limit(LIMIT).args(["-q", "-F"]);
-    let run = run.args(["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]).arg(device);
+/// [`DefineError::Program`], also if the device is too small for its kind.
+pub fn make_file_system(kind: Kind, device: &Path) -> Result<(), DefineError> {
+    let (program, arguments): (_, &[&str]) = match kind {
+        Kind::Ext4 => {
+            (Program::Mkfs, &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"])
+        }
+        Kind::Xfs => (Program::MkfsXfs, &["-q", "-f", "-K"]),
+        Kind::Btrfs => (Program::MkfsBtrfs, &["-q", "-f", "-K"]),
+    };
+    let run = Run::new(program).limit(LIMIT).args(arguments.iter().copied()).arg(device);
     run.read().map(drop).map_err(Into::into)
 }
 
-/// Copies an image of an ext4 file system onto a device and checks it there.
+/// What is on a device, as far as the system's own tools know it: file systems, volumes, tables of partitions. Empty if
+/// nothing is.
+///
+/// # Errors
+/// [`DefineError::Program`].
+pub fn signatures(device: &Path) -> Result<Vec<String>, DefineError> {
+    let run = Run::new(Program::Wipefs).limit(LIMIT).args(["--noheadings", "--output", "TYPE"]).arg(device);
+    let printed = run.read()?;
+    let mut found: Vec<String> = printed.split_whitespace().map(ToOwned::to_owned).collect();
+    found.dedup();
+    Ok(found)
+}
+
+/// Gives the copy of a file system an identity of its own, if the kernel would take it for its original otherwise. It
+/// must not have been mounted yet. Whether that was needed.
+///
+/// Only the superblocks change (`btrfstune -m`): what has been written refers to the identity that it was written under,
+/// which is kept beside the new one.
+///
+/// # Errors
+/// [`DefineError::Io`], [`DefineError::Program`].
+pub fn tell_apart(copy: &Path, original: &Path) -> Result<bool, DefineError> {
+    let read = |device: &Path| FileSystem::read(device).map_err(error("read", device));
+    let Some(found) = read(copy)?.filter(|found| found.identity.is_some()) else { return Ok(false) };
+    if !read(original)?.is_some_and(|other| found.is_taken_for(&other)) {
+        return Ok(false);
+    }
+    let run = Run::new(Program::Btrfstune).limit(LIMIT).arg("-m").arg(copy);
+    run.read().map(|_| true).map_err(Into::into)
+}
+
+/// Copies an image of a file system onto a device. An ext4 is checked there; the others check themselves when they are
+/// mounted.
 ///
 /// # Errors
 /// [`DefineError::TooLarge`] before anything is written; [`DefineError::Io`]; [`DefineError::Program`] if the file
@@ -122,6 +161,11 @@ pub fn copy_image(image: &Path, device: &Path) -> Result<(), DefineError> {
     }
     to.sync_all().map_err(error("write", device))?;
     drop(to);
+    if FileSystem::read(device).map_err(error("read", device))?.is_none_or(|found| found.kind != Kind::Ext4) {
+        // The next partition that is made of this image is another file system.
+        let _ = tell_apart(device, image)?;
+        return Ok(());
+    }
     let check = Run::new(Program::Fsck).limit(LIMIT).args(["-f", "-p"]).arg(device).status()?;
     // 1: errors were there and were corrected (e2fsck(8)); typically a journal that was replayed.
     if matches!(check.status.code(), Some(0 | 1)) {
@@ -301,7 +345,7 @@ mod tests {
         let (image, disk) = (dir.path().join("image"), dir.path().join("disk"));
         File::create(&image).unwrap().set_len(4 << 20).unwrap();
         File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-        make_file_system(&image).unwrap();
+        make_file_system(Kind::Ext4, &image).unwrap();
         copy_image(&image, &disk).unwrap();
         let (image, mut disk_content) = (std::fs::read(&image).unwrap(), std::fs::read(&disk).unwrap());
         disk_content.truncate(image.len());

@@ -272,6 +272,24 @@ fn check_size(disk: &Disk, device: DeviceNumber) -> Result<(), StorageError> {
     Err(StorageError::TooSmall { what: disk.backing.to_string(), wanted, short_by })
 }
 
+/// The number of a block device, by its path.
+///
+/// # Errors
+/// [`StorageError::Block`] if it is none, or not there.
+pub fn number(device: &Path) -> Result<DeviceNumber, StorageError> {
+    Ok(DeviceNumber::of_path(device)?)
+}
+
+/// Checks what is to be behind a disk that is not there yet: large enough, and nobody's.
+///
+/// # Errors
+/// [`StorageError::TooSmall`], [`StorageError::HostRoot`], [`StorageError::Block`] if it is in use.
+pub fn check_free(disk: &Disk) -> Result<(), StorageError> {
+    let attached = disk.backing.attach()?;
+    check_size(disk, attached.device)?;
+    refuse_in_use(&disk.backing, attached.device)
+}
+
 /// Refuses what belongs to the host or to anybody else.
 fn refuse_in_use(backing: &Backing, device: DeviceNumber) -> Result<(), StorageError> {
     let root = block::file_system_of(Path::new("/"))?;

@@ -30,7 +30,7 @@ impl Ground {
         let disk = vm::scratch_disk()?.context("the disks are measured in a test machine: --kernel 6.12")?;
         let disk = disk.display();
         sh(&format!(
-            "mkdir -p {ROOT}; mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 {disk}; mount {disk} {ROOT}"
+            "mkdir -p {ROOT}; mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 {disk}; mount -n {disk} {ROOT}"
         ))?;
         Ok(Self { dm: Dm::open()? })
     }
@@ -76,14 +76,14 @@ impl Ground {
         let at = self.path(&format!("mnt-{name}"));
         let (device, shown) = (device.display(), at.display());
         sh(&format!(
-            "mkfs.ext4 -q -F -E lazy_itable_init=1,lazy_journal_init=1 {device}; mkdir -p {shown}; mount -o noinit_itable \
+            "mkfs.ext4 -q -F -E lazy_itable_init=1,lazy_journal_init=1 {device}; mkdir -p {shown}; mount -n -o noinit_itable \
              {device} {shown}"
         ))?;
         Ok(at)
     }
 
     pub(super) fn unmount(&self, at: &Path) -> Result<()> {
-        sh(&format!("umount {0}; rmdir {0}", at.display())).map(drop)
+        sh(&format!("umount -n {0}; rmdir {0}", at.display())).map(drop)
     }
 
     /// Takes a disk away with its image.
@@ -93,6 +93,6 @@ impl Ground {
     }
 
     pub(super) fn finish(self) -> Result<()> {
-        sh(&format!("umount {ROOT}; rmdir {ROOT}")).map(drop)
+        sh(&format!("umount -n {ROOT}; rmdir {ROOT}")).map(drop)
     }
 }

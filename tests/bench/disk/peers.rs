@@ -59,13 +59,12 @@ pub(super) struct Volume {
 impl Volume {
     pub(super) fn new(ground: &Ground, peer: Peer) -> Result<Self> {
         let at = ground.path(&format!("mnt-{}", peer.key()));
-        let mut images = vec![ground.image("peer", SIZE * 3, Room::Allocated)?];
-        if peer == Peer::Copy {
-            images = vec![
-                ground.image("peer", SIZE, Room::Allocated)?,
-                ground.image("peer-copy", SIZE, Room::Allocated)?,
-            ];
-        }
+        let sizes: &[(&str, u64)] = match peer {
+            Peer::Copy => &[("peer", SIZE), ("peer-copy", SIZE)],
+            Peer::Thick | Peer::Thin | Peer::Btrfs => &[("peer", SIZE * 3)],
+        };
+        let images = sizes.iter().map(|(name, size)| ground.image(name, *size, Room::Allocated));
+        let images = images.collect::<Result<Vec<_>>>()?;
         let loops = images.iter().map(Backing::attach).collect::<Result<Vec<_>, _>>()?;
         let node = loops[0].device().node()?.display().to_string();
         let shown = at.display().to_string();
@@ -82,15 +81,15 @@ impl Volume {
                 mib * 2
             )),
             Peer::Btrfs => sh(&format!(
-                "mkfs.btrfs -q -f {node}; mkdir -p {shown}; mount {node} {shown}; btrfs -q subvolume create {shown}/volume"
+                "mkfs.btrfs -q -f {node}; mkdir -p {shown}; mount -n {node} {shown}; btrfs -q subvolume create {shown}/volume"
             )),
-            Peer::Copy => sh(&format!("{mount} {node}; mkdir -p {shown}; mount {node} {shown}")),
+            Peer::Copy => sh(&format!("{mount} {node}; mkdir -p {shown}; mount -n {node} {shown}")),
         };
         let is_lvm = matches!(peer, Peer::Thick | Peer::Thin);
         let volume = Self { peer, images, loops, at, device: is_lvm.then_some(device.clone()) };
         let made = made.and_then(|_| {
             if is_lvm {
-                sh(&format!("{mount} {0}; mkdir -p {shown}; mount {0} {shown}", device.display()))?;
+                sh(&format!("{mount} {0}; mkdir -p {shown}; mount -n {0} {shown}", device.display()))?;
             }
             Ok(())
         });
@@ -113,9 +112,9 @@ impl Volume {
         let at = self.at.display();
         let store = SIZE / MIB;
         let script = match self.peer {
-            Peer::Thick => format!("lvcreate -q -y {LVM} -s -L {store}m -n snapshot {GROUP}/volume"),
-            Peer::Thin => format!("lvcreate -q -y {LVM} -s -n snapshot {GROUP}/volume"),
-            Peer::Btrfs => format!("btrfs -q subvolume snapshot {at}/volume {at}/snapshot"),
+            Peer::Thick => format!("lvcreate -q -y {LVM} -s -L {store}m -n kept {GROUP}/volume"),
+            Peer::Thin => format!("lvcreate -q -y {LVM} -s -n kept {GROUP}/volume"),
+            Peer::Btrfs => format!("btrfs -q subvolume snapshot {at}/volume {at}/kept"),
             Peer::Copy => {
                 let [from, to] = [&self.loops[0], &self.loops[1]].map(|one| one.device().node());
                 format!(
@@ -132,8 +131,8 @@ impl Volume {
     pub(super) fn discard(&self) -> Result<()> {
         let at = self.at.display();
         let script = match self.peer {
-            Peer::Thick | Peer::Thin => format!("lvremove -q -y {LVM} {GROUP}/snapshot"),
-            Peer::Btrfs => format!("btrfs -q subvolume delete -c {at}/snapshot; sync"),
+            Peer::Thick | Peer::Thin => format!("lvremove -q -y {LVM} {GROUP}/kept"),
+            Peer::Btrfs => format!("btrfs -q subvolume delete -c {at}/kept; sync"),
             Peer::Copy => return Ok(()),
         };
         sh(&script).map(drop)
@@ -149,7 +148,7 @@ impl Volume {
             ),
             Peer::Btrfs | Peer::Copy => ":".to_owned(),
         };
-        let removed = sh(&format!("umount {at} 2>/dev/null || :; rmdir {at} 2>/dev/null || :; {end}"));
+        let removed = sh(&format!("umount -n {at} 2>/dev/null || :; rmdir {at} 2>/dev/null || :; {end}"));
         drop(self.loops);
         for image in &self.images {
             image.detach()?;

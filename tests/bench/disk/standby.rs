@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use patchswitch::host::linux::filesystem::Kind;
 use patchswitch::host::linux::mountns::MountNamespace;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch::host::linux::programs::Program;
@@ -73,13 +74,13 @@ struct Partition {
 impl Partition {
     fn new(ground: &Ground, ns: &Ns) -> Result<Self> {
         let (disk, active) = ground.disk("standby", 64 * MIB, Room::Allocated)?;
-        define::make_file_system(&active.path)?;
+        define::make_file_system(Kind::Ext4, &active.path)?;
         let mounts = MountNamespace::open(Path::new(MOUNTS))?;
         let _ = mounts.run(|inside| inside.mount(&active.path, Path::new(ROOT), false))??;
         define::copy_tree(&mounts, &root::small()?, Path::new(ROOT))?;
         define::prepare(&mounts, Path::new(ROOT))?;
         let seen = ground.path("mnt-standby");
-        sh(&format!("mkdir -p {0}; mount {1} {0}", seen.display(), active.path.display()))?;
+        sh(&format!("mkdir -p {0}; mount -n {1} {0}", seen.display(), active.path.display()))?;
         let mut spec = PartitionSpec::new(Name::new("bench")?, 80, 128 * MIB, 64 * MIB, Name::new("root")?);
         spec.init = Init::Patchswitch;
         spec.stop_limit_s = 5;
@@ -122,7 +123,7 @@ impl Partition {
         drop(self.mounts);
         let _ = MountNamespace::remove(Path::new(MOUNTS))?;
         sh(&format!(
-            "umount {0}; rmdir {0}; rmdir /run/patchswitch/roots {OCI} /run/patchswitch 2>/dev/null || :",
+            "umount -n {0}; rmdir {0}; rmdir /run/patchswitch/roots {OCI} /run/patchswitch 2>/dev/null || :",
             self.seen.display()
         ))?;
         ground.remove(&self.disk)

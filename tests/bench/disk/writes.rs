@@ -123,7 +123,7 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
         };
         let device = volume.device.clone().unwrap_or_default();
         let done = peers::there(&device).and_then(|()| {
-            super::ground::sh(&format!("umount {}", volume.at.display()))?;
+            super::ground::sh(&format!("umount -n {}", volume.at.display()))?;
             let mut clone = |made: bool| if made { volume.clone() } else { volume.discard() };
             report(&device, scale, peer.key(), false, &mut clone, found)
         });

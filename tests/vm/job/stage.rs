@@ -45,6 +45,8 @@ pub(super) struct Settings {
     pub(super) standby: &'static [&'static str],
     /// Application disks of both.
     pub(super) disks: &'static [&'static str],
+    /// The file system of all disks.
+    pub(super) fs: &'static str,
     /// Lines of the section of the drain.
     pub(super) drain: &'static str,
     /// How long a boot, a restart and the checks may take.
@@ -66,6 +68,7 @@ impl Default for Settings {
             root: (job_root, "40M"),
             standby: &["--size", "40M"],
             disks: &[],
+            fs: "ext4",
             drain: "deadline = \"20s\"",
             come_up: "",
             stop: "5s",
@@ -198,7 +201,20 @@ port = {port}
         let root = root.to_str().unwrap();
         let [a, b] = [netlab::OWN_A, netlab::OWN_B];
         let command = "/usr/bin/serve";
-        let first = ["--from", root, "--size", size, "--own", a[0], "--own", a[1], "--command", command];
+        let first = [
+            "--from",
+            root,
+            "--size",
+            size,
+            "--fs",
+            settings.fs,
+            "--own",
+            a[0],
+            "--own",
+            a[1],
+            "--command",
+            command,
+        ];
         let disks: Vec<&str> = settings.disks.iter().flat_map(|disk| ["--disk", disk]).collect();
         self.ok(&[&["partition", "define", "web-a"][..], &first, &disks].concat());
         let second = ["--standby", "--own", b[0], "--own", b[1]];

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use patchswitch::host::linux::filesystem::Kind;
 use patchswitch::host::linux::mountns::MountNamespace;
 use patchswitch::partition::define;
 use patchswitch_tests::programs::run;
@@ -28,7 +29,7 @@ impl Target {
     }
 
     fn empty(self) -> Self {
-        define::make_file_system(Path::new(&self.device)).unwrap();
+        define::make_file_system(Kind::Ext4, Path::new(&self.device)).unwrap();
         self.mount()
     }
 

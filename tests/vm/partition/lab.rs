@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use patchswitch::host::linux::filesystem::Kind;
 use patchswitch::host::linux::mountns::MountNamespace;
 use patchswitch::host::linux::netns::{Netns, NetnsRef};
 use patchswitch::host::linux::programs::Program;
@@ -138,7 +139,7 @@ impl Lab {
         fill: impl FnOnce(&MountNamespace, &Path) -> Result<(), DefineError>,
     ) -> Self {
         let name = Name::new("lab").unwrap();
-        define::make_file_system(Path::new(&device)).unwrap();
+        define::make_file_system(Kind::Ext4, Path::new(&device)).unwrap();
         let mounts = MountNamespace::open(Path::new("/run/patchswitch/mnt")).unwrap();
         let root = PathBuf::from("/run/patchswitch/roots/lab");
         let mounted = mounts.run(|inside| inside.mount(Path::new(&device), &root, false)).unwrap();

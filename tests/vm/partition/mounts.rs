@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use patchswitch::host::linux::filesystem::Kind;
 use patchswitch::host::linux::mountns::MountNamespace;
 use patchswitch::host::linux::programs::{Program, Run};
 use patchswitch::partition::define;
@@ -22,7 +23,7 @@ impl Disk {
         run(&["dmsetup", "create", NAME, "--table", &table]).unwrap();
         let number = run(&["dmsetup", "info", "-c", "--noheadings", "-o", "minor", NAME]).unwrap();
         let path = PathBuf::from(format!("/dev/dm-{}", number.trim()));
-        define::make_file_system(&path).unwrap();
+        define::make_file_system(Kind::Ext4, &path).unwrap();
         Self { path, namespace: PathBuf::from("/run/patchswitch-test-mnt") }
     }
 

@@ -30,13 +30,11 @@ pub(crate) struct Config {
     pub(crate) disks_mib: Vec<u64>,
     /// A directory of the host that the machine finds, read-only, as `/payload`.
     pub(crate) payload: Option<PathBuf>,
-    /// Whether the peers of measurements are in its root.
-    pub(crate) peers: bool,
 }
 
 impl Config {
     pub(crate) fn new(series: Series) -> Self {
-        Self { series, memory_mib: 1536, disks_mib: vec![4096; 3], payload: None, peers: false }
+        Self { series, memory_mib: 1536, disks_mib: vec![4096; 3], payload: None }
     }
 }
 
@@ -83,7 +81,7 @@ impl Vm {
     /// Prepares what is missing (kernel, image) and starts a machine.
     pub(crate) fn boot(cache: &Cache, config: &Config) -> Result<Self> {
         let kernel = Kernel::prepare(cache, &config.series)?;
-        let root = if config.peers { image::bench_root(cache)? } else { image::host_root(cache)? };
+        let root = image::host_root(cache)?;
         let init = image::guest_init(cache)?;
         let dir = RunDir::new(cache)?;
         let mut initrd = fs::read(&kernel.boot_modules)?;

@@ -12,10 +12,9 @@ use crate::debian::{Archive, SUITE, main_archive, security_archive};
 
 /// Added to the essential packages of the test machine: what patchswitch needs on a host, and the tools by which
 /// tests look at the kernel without it.
-const HOST_PACKAGES: &str = "bpftool,bsdutils,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,ipvsadm,jq,kmod,\
-                             mount,netbase,nftables,postgresql-15,procps,redis-tools,runc,socat,tcpdump";
-/// And what clones are compared with.
-const BENCH_PACKAGES: &str = "btrfs-progs,lvm2,thin-provisioning-tools";
+const HOST_PACKAGES: &str = "bpftool,bsdutils,btrfs-progs,crun,dmsetup,e2fsprogs,ethtool,iproute2,iputils-ping,ipvsadm,jq,kmod,\
+                             lvm2,mount,netbase,nftables,postgresql-15,procps,redis-tools,runc,socat,tcpdump,\
+                             thin-provisioning-tools,udev,xfsprogs";
 /// The partition of the demo.
 const PARTITION_PACKAGES: &str = "nginx-light,iproute2";
 /// A partition whose own init is PID 1, and a singleton.
@@ -37,20 +36,11 @@ const BLANK: [&str; 2] =
 
 /// The ext4 image of the test machine's root.
 pub(crate) fn host_root(cache: &Cache) -> Result<PathBuf> {
-    machine_root(cache, "host-root", HOST_PACKAGES)
-}
-
-/// The same, with what clones are compared with.
-pub(crate) fn bench_root(cache: &Cache) -> Result<PathBuf> {
-    machine_root(cache, "bench-root", &format!("{BENCH_PACKAGES},{HOST_PACKAGES}"))
-}
-
-fn machine_root(cache: &Cache, name: &str, packages: &str) -> Result<PathBuf> {
-    let recipe = format!("5 {SUITE} {packages} {SLIM:?} {NO_CLUSTER}");
-    let dir = cache.artifact(name, &recipe, |out| {
+    let recipe = format!("6 {SUITE} {HOST_PACKAGES} {SLIM:?} {NO_CLUSTER}");
+    let dir = cache.artifact("host-root", &recipe, |out| {
         let tar = out.join("root.tar");
         let options = [&SLIM[..], &[NO_CLUSTER]].concat();
-        debootstrap("essential", packages, &[main_archive(), security_archive()], &tar, &options)?;
+        debootstrap("essential", HOST_PACKAGES, &[main_archive(), security_archive()], &tar, &options)?;
         tar_to_ext4(&tar, &out.join("root.ext4"), 64)?;
         Ok(fs::remove_file(&tar)?)
     })?;

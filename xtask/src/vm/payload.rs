@@ -45,6 +45,10 @@ impl Payload {
         if let Some(parent) = place.parent() {
             fs::create_dir_all(parent)?;
         }
+        // Never written through: it may be another name of what was built.
+        if place.exists() {
+            fs::remove_file(&place)?;
+        }
         // The files are large; where the cache and the build share a file system, nothing is copied.
         fs::hard_link(file, &place)
             .or_else(|_| fs::copy(file, &place).map(drop))

@@ -1,7 +1,9 @@
 //! Device-mapper, spoken to directly by ioctls on `/dev/mapper/control`.
 //!
 //! There is no libdevmapper and no udev in it: tables name devices by number, and the node `/dev/mapper/NAME` is made
-//! here if nobody else has made it. Where udev runs it may replace the node by its own symlink at any moment.
+//! here if nobody else has made it. Where udev runs it may replace the node by its own symlink at any moment; that is all
+//! that it does: it is told with each event to look for nothing on our devices, since a clone's file system has the UUID and
+//! the label of its original's.
 //!
 //! Every device of ours has the UUID `PATCHSWITCH-NAME`, and every call after [`Dm::create`] finds its device by that
 //! UUID. A device of the same name that somebody else made is therefore out of reach of all of them.

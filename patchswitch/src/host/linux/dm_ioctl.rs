@@ -92,6 +92,17 @@ pub(super) const NOFLUSH: u32 = 1 << 11;
 pub(super) const QUERY_INACTIVE: u32 = 1 << 12;
 pub(super) const DEFERRED_REMOVE: u32 = 1 << 17;
 
+/// What udev is told with each event that follows from a call: leave the device alone. It comes as `DM_COOKIE` and is read by
+/// the rules that dmsetup brings (`dmsetup udevflags`; `libdm/libdevmapper.h`): nothing of the subsystem's (LVM's scans),
+/// no links below `/dev/disk`, nothing of others (file systems that mount themselves); and it is no event that repeats another.
+const HIDDEN: u32 = UDEV_NO_SUBSYSTEM_RULES | UDEV_NO_DISK_RULES | UDEV_NO_OTHER_RULES | UDEV_PRIMARY_SOURCE;
+const UDEV_NO_SUBSYSTEM_RULES: u32 = 1 << 1;
+const UDEV_NO_DISK_RULES: u32 = 1 << 2;
+const UDEV_NO_OTHER_RULES: u32 = 1 << 3;
+const UDEV_PRIMARY_SOURCE: u32 = 1 << 6;
+/// `DM_UDEV_FLAGS_SHIFT`: below it is the number of a semaphore, which nobody waits for here.
+const UDEV_SHIFT: u32 = 16;
+
 /// One line of a table or of a status: sectors `start` to `start + sectors` are of this kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
@@ -139,6 +150,10 @@ impl Call {
         }
         call.set(offset_of!(Header, data_start), CALL as u32);
         call.set(offset_of!(Header, data_size), CALL as u32);
+        if matches!(command, Command::Suspend | Command::Remove) {
+            // The kernel passes it on in the event of a resume or a removal (`dm_kobject_uevent`).
+            call.set(offset_of!(Header, event_nr), HIDDEN << UDEV_SHIFT);
+        }
         call
     }
 
@@ -380,6 +395,10 @@ mod tests {
         assert_eq!(Command::Version.request(), 0xc138_fd00);
         assert_eq!(Command::Create.request(), 0xc138_fd03);
         assert_eq!(Command::Suspend.request(), 0xc138_fd06);
+        let event = |command| Call::new(command).into_bytes()[offset_of!(Header, event_nr)..][..4].to_owned();
+        assert_eq!(event(Command::Suspend), [0, 0, 0x4e, 0]);
+        assert_eq!(event(Command::Remove), [0, 0, 0x4e, 0]);
+        assert_eq!(event(Command::Create), [0; 4]);
         assert_eq!(Command::TableStatus.request(), 0xc138_fd0c);
         assert_eq!(Command::Message.request(), 0xc138_fd0e);
         assert_eq!(Command::TargetVersion.request(), 0xc138_fd11);

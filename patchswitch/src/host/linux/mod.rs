@@ -9,6 +9,7 @@ mod cutter_child;
 pub mod dm;
 mod dm_ioctl;
 pub mod ethtool;
+pub mod filesystem;
 pub mod frames;
 pub mod hold_guard;
 mod ioctl;

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use super::filesystem::{FileSystem, Kind};
 use super::pidfd::Process;
 
 mod graft;
@@ -49,6 +50,9 @@ pub enum MountNsError {
         #[source]
         source: io::Error,
     },
+    /// There is nothing on the device that could be mounted here.
+    #[error("{} has no file system that is known here: ext4, XFS or btrfs", .0.display())]
+    NoFileSystem(PathBuf),
     /// The work on the dedicated thread panicked.
     #[error("failed to run in the mount namespace: the thread ended early")]
     Lost,
@@ -140,22 +144,24 @@ impl MountNamespace {
 }
 
 impl Inside {
-    /// Mounts an ext4 file system, `nosuid,nodev`, making the mount point. That it is mounted there already is fine;
-    /// whether it was not.
+    /// Mounts the file system of a device, of a [kind](Kind) that is known here, `nosuid,nodev`, making the mount point.
+    /// That it is mounted there already is fine; whether it was not.
     ///
     /// # Errors
-    /// [`MountNsError::Io`]; also if something else is mounted there.
+    /// [`MountNsError::NoFileSystem`]; [`MountNsError::Io`], also if something else is mounted there.
     pub fn mount(&self, device: &Path, target: &Path, read_only: bool) -> Result<bool, MountNsError> {
         fs::create_dir_all(target).map_err(error("make", target))?;
         if let Some(present) = self.mount_at(target)? {
-            let wanted = device_number(device)?;
-            let same = present.device == wanted && present.read_only == read_only;
+            let same = is_of(&present, device)? && present.read_only == read_only;
             let busy = io::Error::new(io::ErrorKind::ResourceBusy, "something else is mounted there");
             return if same { Ok(false) } else { Err(error("mount on", target)(busy)) };
         }
         let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
         flags.set(MountFlags::RDONLY, read_only);
-        rustix::mount::mount(device, target, c"ext4", flags, None).map_err(error("mount", device))?;
+        let found = FileSystem::read(device).map_err(error("read", device))?;
+        let kind = found.ok_or_else(|| MountNsError::NoFileSystem(device.to_owned()))?.kind;
+        rustix::mount::mount(device, target, kind.name(), flags, kind.options())
+            .map_err(error("mount", device))?;
         Ok(true)
     }
 
@@ -167,6 +173,15 @@ impl Inside {
         let mounted = unmount(target, UnmountFlags::NOFOLLOW)?;
         absent_is_fine(fs::remove_dir(target)).map_err(error("remove", target))?;
         Ok(mounted)
+    }
+
+    /// The number by which the kernel tells the file system that is mounted there from others; of the directory's own if
+    /// nothing is. Of btrfs it is not its device's.
+    ///
+    /// # Errors
+    /// [`MountNsError::Io`].
+    pub fn number_at(&self, target: &Path) -> Result<u64, MountNsError> {
+        Ok(rustix::fs::stat(target).map_err(error("look at", target))?.st_dev)
     }
 
     /// What is mounted exactly there, if anything is.
@@ -263,9 +278,12 @@ fn unmount(target: &Path, flags: UnmountFlags) -> Result<bool, MountNsError> {
     }
 }
 
-fn device_number(device: &Path) -> Result<(u32, u32), MountNsError> {
+/// Whether a mount is of this device. btrfs has numbers of its own for its mounts, so there the source tells.
+fn is_of(mount: &Mount, device: &Path) -> Result<bool, MountNsError> {
     let number = rustix::fs::stat(device).map_err(error("look at", device))?.st_rdev;
-    Ok((rustix::fs::major(number), rustix::fs::minor(number)))
+    let same_source = || rustix::fs::stat(&mount.source).is_ok_and(|source| source.st_rdev == number);
+    let (major, minor) = mount.device;
+    Ok(rustix::fs::makedev(major, minor) == number || (mount.kind == Kind::Btrfs.name() && same_source()))
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<bool> {

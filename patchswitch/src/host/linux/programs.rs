@@ -35,6 +35,14 @@ pub enum Program {
     Tar,
     /// Makes an ext4 file system.
     Mkfs,
+    /// Makes an XFS.
+    MkfsXfs,
+    /// Makes a btrfs.
+    MkfsBtrfs,
+    /// Gives a btrfs another identity.
+    Btrfstune,
+    /// Says what a device holds.
+    Wipefs,
     /// Checks an ext4 file system.
     Fsck,
     /// Prints the rules of nftables; `doctor` reads them.
@@ -56,6 +64,10 @@ impl Program {
             Self::Runc => "runc",
             Self::Tar => "tar",
             Self::Mkfs => "mkfs.ext4",
+            Self::MkfsXfs => "mkfs.xfs",
+            Self::MkfsBtrfs => "mkfs.btrfs",
+            Self::Btrfstune => "btrfstune",
+            Self::Wipefs => "wipefs",
             Self::Fsck => "e2fsck",
             Self::Nft => "nft",
             Self::Shell => "sh",
@@ -72,6 +84,9 @@ impl Program {
             Self::Runc => "runc",
             Self::Tar => "tar",
             Self::Mkfs | Self::Fsck => "e2fsprogs",
+            Self::MkfsXfs => "xfsprogs",
+            Self::MkfsBtrfs | Self::Btrfstune => "btrfs-progs",
+            Self::Wipefs => "util-linux",
             Self::Nft => "nftables",
             Self::Shell => "dash",
             Self::DpkgDeb => "dpkg",

@@ -9,7 +9,6 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::super::block::DeviceNumber;
 use super::{Inside, MountNsError, error};
 
 /// A mount that is in no namespace: it goes with its descriptor unless it is [put somewhere](Inside::graft).
@@ -44,13 +43,12 @@ impl Inside {
         Ok(true)
     }
 
-    /// Takes the mount of a device away from a directory of this namespace. Whoever still uses it keeps the device open
-    /// until he ends. Something else there, or nothing: nothing to do.
+    /// Takes the mount of a file system, by its [number](Inside::number_at), away from a directory of this namespace.
+    /// Whoever still uses it keeps the device open until he ends. Something else there, or nothing: nothing to do.
     ///
     /// # Errors
     /// As [`Inside::graft`].
-    pub fn prune(&self, device: DeviceNumber, target: &Path) -> Result<bool, MountNsError> {
-        let number = rustix::fs::makedev(device.major, device.minor);
+    pub fn prune(&self, number: u64, target: &Path) -> Result<bool, MountNsError> {
         let place = reach(target)?;
         if device_of(&place, target)? != number {
             return Ok(false);

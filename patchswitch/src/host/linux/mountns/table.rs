@@ -21,6 +21,8 @@ pub struct Mount {
     pub options: String,
     /// The type of the file system.
     pub kind: String,
+    /// What was mounted, as whoever did it called it; mostly the path of a device.
+    pub source: PathBuf,
 }
 
 /// Parses the file; a malformed line is left out.
@@ -30,6 +32,7 @@ pub fn parse(text: &str) -> Vec<Mount> {
 
 fn line(line: &str) -> Option<Mount> {
     let (own, file_system) = line.split_once(" - ")?;
+    let mut mounted = file_system.split(' ');
     let mut fields = own.split(' ').skip(2);
     let (major, minor) = fields.next()?.split_once(':')?;
     let target = unescape(fields.nth(1)?);
@@ -39,7 +42,8 @@ fn line(line: &str) -> Option<Mount> {
         device: (major.parse().ok()?, minor.parse().ok()?),
         read_only: options.split(',').any(|option| option == "ro"),
         options,
-        kind: file_system.split(' ').next()?.to_owned(),
+        kind: mounted.next()?.to_owned(),
+        source: unescape(mounted.next()?).into(),
     })
 }
 
@@ -84,6 +88,7 @@ not a mount
             read_only: true,
             options: "ro,nosuid,nodev".to_owned(),
             kind: "ext4".to_owned(),
+            source: "/dev/dm-3".into(),
         };
         assert_eq!(mounts[4], expected);
     }

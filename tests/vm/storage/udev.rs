@@ -1,0 +1,45 @@
+//! What a running udev makes of disks and clones: nothing by which anybody could take the one for the other.
+
+use std::time::Duration;
+
+use patchswitch::storage::disk::Room;
+use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard};
+use patchswitch_tests::programs;
+
+use super::lab::{LIMIT, Lab, sh};
+
+/// The devices to which links below `/dev/disk` lead, by their kernel's names.
+fn linked() -> String {
+    sh("udevadm settle --timeout=60; find /dev/disk -type l -exec readlink -f {} + 2>/dev/null || :")
+}
+
+#[test]
+fn udev_makes_links_to_others_and_none_to_disks_and_clones() {
+    let lab = Lab::new();
+    let log = lab.path("udev-log");
+    let udev = programs::spawn(&["sh", "-c", "exec /lib/systemd/systemd-udevd"], Some(&log)).unwrap();
+    sh("udevadm control --ping --timeout=60");
+    let (disk, active) = lab.formatted("a", "root", 64);
+    let clone = lab.clone_of(&disk, "b", "root");
+    let cut = clone_disks(&lab.dm, std::slice::from_ref(&clone)).unwrap();
+    // A device that somebody else has made, to see that udev is at work.
+    let other = lab.image("other", 64 << 11, Room::Sparse);
+    let node = sh(&format!("losetup --find --show {}", other.path().display()));
+    let node = node.trim();
+    sh(&format!("mkfs.ext4 -q -F {node}; dmsetup create lab-other --table '0 {} linear {node} 0'", 64 << 11));
+    // Whoever has had a device open for writing makes udev look at it again.
+    sh(&format!(": >> {}; : >> {}", active.path.display(), cut.clones[0].path.display()));
+    let (links, others) = (linked(), sh("readlink -f /dev/mapper/lab-other"));
+    for device in [active.device, cut.clones[0].device] {
+        let node = device.node().unwrap();
+        assert!(!links.lines().any(|link| link == node.to_str().unwrap()), "{links}");
+    }
+    assert!(links.lines().any(|link| link == others.trim()), "{links} has no {others}");
+
+    sh(&format!("dmsetup remove lab-other; losetup --detach {node}; rm {}", other.path().display()));
+    discard(&lab.dm, std::slice::from_ref(&clone), LIMIT, WhenBusy::Refuse).unwrap();
+    sh("udevadm settle --timeout=60; udevadm control --exit");
+    assert!(udev.wait(Duration::from_secs(30)).unwrap().success());
+    sh(&format!("rm -rf /run/udev /dev/disk {}", log.display()));
+    lab.finish(&[&disk]);
+}

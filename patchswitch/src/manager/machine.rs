@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Definition, Manager, ManagerError, Teardown};
+use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::Dm;
+use crate::host::linux::filesystem::Kind;
 use crate::host::linux::mountns::{Inside, MountNamespace};
 use crate::host::linux::netns::Netns;
 use crate::host::linux::root::Root;
@@ -198,6 +200,21 @@ impl Manager {
                 teardown.note(inside.unmount(&mount_point(machine, &disk.mount)));
             }
             teardown.finish()
+        })?
+    }
+
+    /// The mounts of a partition's disks whose file systems have to be frozen by them.
+    pub(crate) fn to_be_frozen(&self, machine: &Machine) -> Result<Mounts, ManagerError> {
+        let mut found = Mounts::new();
+        Self::mounts()?.run(|inside| {
+            for (spec, disk) in machine.spec().disks.iter().zip(&machine.disks) {
+                let at = mount_point(machine, &spec.mount);
+                if inside.mount_at(&at)?.is_some_and(|mount| mount.kind == Kind::Btrfs.name()) {
+                    let directory = std::fs::File::open(&at).map_err(ManagerError::io("open", &at))?;
+                    let _ = found.insert(names::dm_disk(machine.name(), &disk.name), directory);
+                }
+            }
+            Ok(found)
         })?
     }
 

@@ -21,8 +21,9 @@ use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
 use super::table::Table;
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
-use crate::host::linux::cutter::Cutter;
+use crate::host::linux::cutter::{Cutter, Mounts};
 use crate::host::linux::dm::{Dm, DmError, Done};
+use crate::host::linux::filesystem::{FileSystem, Kind};
 
 /// So much is read and written at once.
 const PIECE: usize = 1 << 20;
@@ -132,6 +133,7 @@ pub(super) fn check(dm: &Dm, of: &CopyOf) -> Result<Checked, StorageError> {
         });
     }
     refuse_on_itself(dm, of, &of.target)?;
+    can_be_frozen(dm, &of.active, &Mounts::new())?;
     block::open_exclusive(target.device())?;
     Ok(Checked { of: of.clone(), origin, target })
 }
@@ -173,6 +175,19 @@ pub(super) fn refuse_on_itself(dm: &Dm, of: &CopyOf, backing: &Backing) -> Resul
     Ok(())
 }
 
+/// Refuses a disk whose file system would go on writing while the disk is suspended: a btrfs in use of which no mount is given.
+pub(super) fn can_be_frozen(dm: &Dm, disk: &str, mounts: &Mounts) -> Result<(), StorageError> {
+    let is_used = dm.info(disk)?.is_some_and(|info| info.open_count > 0);
+    if !is_used || mounts.contains_key(disk) {
+        return Ok(());
+    }
+    let path = dm.node(disk)?;
+    match FileSystem::read(&path).map_err(StorageError::io("read", &path))? {
+        Some(FileSystem { kind: Kind::Btrfs, .. }) => Err(StorageError::NotFrozen(disk.to_owned())),
+        _ => Ok(()),
+    }
+}
+
 /// Cuts: the disks are plain again, all at one instant, and what follows is in no copy. `wake` are devices that come alive in
 /// that instant. The tables must be loaded already.
 pub(super) fn cut(
@@ -184,7 +199,7 @@ pub(super) fn cut(
     for disk in disks {
         dm.load(&disk.of.active, &Table::Linear { device: disk.origin.device() }.lines(disk.of.sectors))?;
     }
-    let cutter = Cutter::fork(dm, &names, wake)?;
+    let cutter = Cutter::fork(dm, &names, wake, &Mounts::new())?;
     let before = SystemTime::now();
     let window = cutter.cut()?;
     let marks = names.iter().zip(window.written).map(|(&name, written)| {

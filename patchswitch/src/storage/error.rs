@@ -25,6 +25,9 @@ pub enum StorageError {
     /// The cut.
     #[error(transparent)]
     Cut(#[from] CutError),
+    /// A file system that a suspended device does not freeze, in use, without a mount by which it could be.
+    #[error("{0} has a btrfs in use, which is frozen by its mount, and no mount of it was given")]
+    NotFrozen(String),
     /// A status line that the kernel should not write.
     #[error(transparent)]
     Status(#[from] BadStatus),

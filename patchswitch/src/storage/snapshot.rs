@@ -14,13 +14,14 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::copy;
 use super::cow::{self, Header};
 use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
 use super::table::{SnapshotStatus, Table};
 use super::{Failed, StorageError, Unfinished};
 use crate::host::linux::block::{self, DeviceNumber};
-use crate::host::linux::cutter::Cutter;
+use crate::host::linux::cutter::{Cutter, Mounts};
 use crate::host::linux::dm::{Dm, DmError, Done, Removal, Target};
 
 /// How long undo waits for somebody, e.g. udev, to close a device that has just been made.
@@ -99,9 +100,20 @@ struct Loaded<'c>(&'c [Checked<'c>]);
 /// # Errors
 /// [`Failed`] with the reason; everything that was done has been undone, in reverse.
 pub fn clone_disks(dm: &Dm, clones: &[CloneOf]) -> Result<Cut, Failed> {
+    clone_mounted(dm, clones, &Mounts::new())
+}
+
+/// As [`clone_disks`], where some disks have file systems that must be frozen by their own means.
+///
+/// # Errors
+/// As [`clone_disks`]; [`StorageError::NotFrozen`] if a disk has such a file system, is in use, and no mount of it is given.
+pub fn clone_mounted(dm: &Dm, clones: &[CloneOf], mounts: &Mounts) -> Result<Cut, Failed> {
     let clean = |cause| Failed { cause, undo: Vec::new() };
     let checked = check(dm, clones).map_err(clean)?;
-    let cut = Loaded::load(dm, &checked).and_then(|loaded| loaded.cut(dm));
+    for of in clones {
+        copy::can_be_frozen(dm, &of.active, mounts).map_err(clean)?;
+    }
+    let cut = Loaded::load(dm, &checked).and_then(|loaded| loaded.cut(dm, mounts));
     cut.map_err(|cause| Failed { cause, undo: undo(dm, &checked) })
 }
 
@@ -177,10 +189,10 @@ impl<'c> Loaded<'c> {
         Ok(Self(checked))
     }
 
-    fn cut(self, dm: &Dm) -> Result<Cut, StorageError> {
+    fn cut(self, dm: &Dm, mounts: &Mounts) -> Result<Cut, StorageError> {
         let active: Vec<&str> = self.0.iter().map(|one| one.of.active.as_str()).collect();
         let clone: Vec<&str> = self.0.iter().map(|one| one.of.clone.as_str()).collect();
-        let cutter = Cutter::fork(dm, &active, &clone)?;
+        let cutter = Cutter::fork(dm, &active, &clone, mounts)?;
         let before = SystemTime::now();
         let window = cutter.cut()?;
         for one in self.0 {

@@ -6,9 +6,10 @@
 use crate::host::linux::block::DeviceNumber;
 use crate::host::linux::dm::Target;
 
-/// Sectors that a snapshot copies at a time. Small, because every first write costs one copy; the kernel's own limit
-/// is a page.
-pub const CHUNK: u64 = 16;
+/// Sectors that a snapshot copies at a time. Every first write costs a copy of so much and takes so much of the store; but
+/// every write to a disk that has a clone is split at this boundary, so that smaller ones make big writes slow
+/// (`docs/adr/0013`, with the figures).
+pub const CHUNK: u64 = 64;
 
 /// What a device is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

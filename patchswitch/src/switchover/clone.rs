@@ -61,7 +61,9 @@ impl Plan {
             let standby = job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;
             let start = std::time::Instant::now();
             let dm = Manager::dm().map_err(at(Phase::Clone))?;
-            let cut = snapshot::clone_disks(&dm, &clones).map_err(at(Phase::Clone))?;
+            let mounts = job.manager.to_be_frozen(&active).map_err(at(Phase::Clone))?;
+            let cut = snapshot::clone_mounted(&dm, &clones, &mounts).map_err(at(Phase::Clone))?;
+            drop(mounts);
             job.watch(clones);
             let clone_ms = start.elapsed().as_secs_f64() * 1e3;
             let freeze_ms = cut.freeze.as_secs_f64() * 1e3;

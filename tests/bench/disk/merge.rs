@@ -15,14 +15,14 @@ use crate::report::{Figure, Found, Target};
 use crate::stats::Block;
 
 /// By how much the clone differs.
-const CHANGED: u64 = 64 * MIB;
+const CHANGED: u64 = 192 * MIB;
 const PATIENCE: Patience = Patience { close: LIMIT, busy: WhenBusy::Refuse, merge: Duration::from_secs(600) };
 
 pub(super) fn measure(ground: &Ground, scale: Scale, found: &mut Found) -> Result<()> {
     let (mut blocks, mut waits) = (Vec::new(), Vec::new());
     for round in 0..=scale.rounds() {
         let (disk, _active) = ground.disk("merge", peers::SIZE, Room::Allocated)?;
-        let of = ground.clone_of(&disk, "merge", 128 * MIB)?;
+        let of = ground.clone_of(&disk, "merge", 240 * MIB)?;
         let before = copied(ground, &disk, &of)?;
         let cut = clone_disks(&ground.dm, std::slice::from_ref(&of))?;
         let clone = cut.clones.into_iter().next().map(|clone| clone.path).unwrap_or_default();
@@ -56,7 +56,7 @@ pub(super) fn measure(ground: &Ground, scale: Scale, found: &mut Found) -> Resul
     }
     let figure = Figure::ratio(17, "bytes merged a second, beside a writer", "copy", "bytes/s", &blocks);
     found.add(
-        figure.must(Target::AtLeast(0.8)).note("dd of 64 MiB from the store to the disk, beside nobody"),
+        figure.must(Target::AtLeast(0.8)).note("dd of 192 MiB from the store to the disk, beside nobody"),
     );
     found.add(Figure::values(17, "a writer's longest wait in a merge", "-", "ms", &waits));
     Ok(())

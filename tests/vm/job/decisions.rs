@@ -142,7 +142,7 @@ struct Held;
 
 impl Held {
     fn store() -> Self {
-        // `0 81920 snapshot 7:0 7:2 P 16`: the fifth word is the store.
+        // `0 81920 snapshot 7:0 7:2 P 64`: the fifth word is the store.
         let table = run(&["dmsetup", "table", "ps-web-b-root"]).unwrap();
         let store = table.split_whitespace().nth(4).unwrap();
         run(&["dmsetup", "create", "holder", "--table", &format!("0 8 linear {store} 0")]).unwrap();

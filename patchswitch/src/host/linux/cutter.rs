@@ -6,9 +6,10 @@
 //! calls ready, **before** anything is suspended; and a second one watches it.
 //!
 //! ```text
-//!            go ──────────────►┌────────┐  suspend origin 1 … n      (file systems frozen, writes awaited)
+//!            go ──────────────►┌────────┐  freeze 1 … n              (file systems that a suspend does not freeze: btrfs)
+//!                              │        │  suspend origin 1 … n      (all other file systems frozen, writes awaited)
 //!  ┌───────┐                   │ cutter │  resume snapshot 1 … n     (they come alive on quiet origins)
-//!  │ agent │◄──────── report ──└────────┘  resume origin 1 … n       (through snapshot-origin)
+//!  │ agent │◄──────── report ──└────────┘  resume origin 1 … n       (through snapshot-origin), thaw
 //!  └───────┘                       │ lease: "started" … "done"
 //!      ▲                       ┌────────┐  no "done" within 1.5 s, or the lease's other end gone:
 //!      └────────────── report ─│ guard  │  kill the cutter, resume every origin through its old table
@@ -32,6 +33,7 @@
 //! the first chunk of each, and the clone would be silently wrong. Here the origin is always resumed last, and after
 //! a failure through its old table.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -91,6 +93,10 @@ pub enum CutError {
     Stuck,
 }
 
+/// A directory of the file system on a disk, open, by the disk's name: of those file systems that have to be frozen by their
+/// own means. btrfs is one; it is on several devices at once, so a device does not lead to it (`bdev_freeze`, `block/bdev.c`).
+pub type Mounts = BTreeMap<String, File>;
+
 /// What a cut was like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -126,13 +132,23 @@ impl<'dm> Cutter<'dm> {
     ///
     /// # Errors
     /// [`CutError::Prepare`], [`CutError::NotLocked`], [`CutError::Dm`].
-    pub fn fork(dm: &'dm Dm, origins: &[&str], snapshots: &[&str]) -> Result<Self, CutError> {
+    pub fn fork(
+        dm: &'dm Dm,
+        origins: &[&str],
+        snapshots: &[&str],
+        mounts: &Mounts,
+    ) -> Result<Self, CutError> {
         let stats = origins.iter().map(|&name| open_stat(dm, name)).collect::<Result<Vec<_>, _>>()?;
-        Self::prepare(dm, origins, &stats, snapshots)
+        Self::prepare(dm, (origins, &stats), snapshots, mounts)
     }
 
-    fn prepare(dm: &'dm Dm, origins: &[&str], stats: &[File], snapshots: &[&str]) -> Result<Self, CutError> {
-        let script = script(dm, origins, stats, snapshots)?;
+    fn prepare(
+        dm: &'dm Dm,
+        (origins, stats): (&[&str], &[File]),
+        snapshots: &[&str],
+        mounts: &Mounts,
+    ) -> Result<Self, CutError> {
+        let script = script(dm, (origins, stats), snapshots, mounts)?;
         let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
         let prepare = |error: rustix::io::Errno| CutError::Prepare(error.into());
         let (go_read, go_write) = pipe().map_err(prepare)?;
@@ -205,6 +221,7 @@ impl<'dm> Cutter<'dm> {
         let (verb, list) = match report.stage {
             Stage::Cut => return Ok(Duration::from_nanos(report.nanos)),
             Stage::Guard => return Err(CutError::NoGuard),
+            Stage::Freeze => ("freeze the file system of", &self.origins),
             Stage::Suspend => ("suspend", &self.origins),
             Stage::Activate => ("activate", &self.snapshots),
             Stage::Resume => ("resume", &self.origins),
@@ -313,7 +330,12 @@ fn open_stat(dm: &Dm, name: &str) -> Result<File, CutError> {
     File::open(info.device.sysfs().join("stat")).map_err(CutError::Prepare)
 }
 
-fn script(dm: &Dm, origins: &[&str], stats: &[File], snapshots: &[&str]) -> Result<Script, DmError> {
+fn script(
+    dm: &Dm,
+    (origins, stats): (&[&str], &[File]),
+    snapshots: &[&str],
+    mounts: &Mounts,
+) -> Result<Script, DmError> {
     let ready = |verb, name: &str, command: Command, flags: u32| {
         let call: Call = dm::find(verb, name, command)?.flags(flags);
         let bytes = call.fixed().ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
@@ -326,6 +348,7 @@ fn script(dm: &Dm, origins: &[&str], stats: &[File], snapshots: &[&str]) -> Resu
             clear: ready("clear", name, Command::TableClear, 0)?,
             resume: resume(name)?,
             stat: stat.as_raw_fd(),
+            mounted: mounts.get(name).map(AsRawFd::as_raw_fd),
         })
     };
     Ok(Script {
@@ -347,7 +370,7 @@ mod tests {
     /// A user who may not lock memory is refused, whatever else is tried; root gets a cutter.
     fn prepare<'dm>(dm: &'dm Dm, origins: &[&str], snapshots: &[&str]) -> Option<Cutter<'dm>> {
         let stats: Vec<_> = origins.iter().map(|_| File::open("/dev/null").unwrap()).collect();
-        match Cutter::prepare(dm, origins, &stats, snapshots) {
+        match Cutter::prepare(dm, (origins, &stats), snapshots, &Mounts::new()) {
             Ok(cutter) => Some(cutter),
             Err(CutError::NotLocked(_)) if !rustix::process::geteuid().is_root() => None,
             Err(error) => panic!("{error}"),

@@ -40,6 +40,8 @@ pub(super) struct Origin {
     pub(super) resume: Ready,
     /// The device's `stat` file, open.
     pub(super) stat: RawFd,
+    /// A directory of its file system, open, if that is one which a suspended device does not freeze.
+    pub(super) mounted: Option<RawFd>,
 }
 
 /// Everything that the two processes do.
@@ -79,6 +81,7 @@ pub(super) enum Stage {
     Resume = 8,
     /// Not the end: what had been written to an origin at the cut.
     Counted = 9,
+    Freeze = 10,
 }
 
 /// What a process tells the agent.
@@ -122,7 +125,7 @@ impl Report {
     }
 
     pub(super) fn parse(bytes: &[u8; REPORT]) -> Option<Self> {
-        const STAGES: [Stage; 9] = [
+        const STAGES: [Stage; 10] = [
             Stage::Ready,
             Stage::Cut,
             Stage::Rescued,
@@ -132,6 +135,7 @@ impl Report {
             Stage::Activate,
             Stage::Resume,
             Stage::Counted,
+            Stage::Freeze,
         ];
         let mut words: Words = [0; 6];
         for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
@@ -181,8 +185,8 @@ pub(super) fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
 }
 
 fn cutter(script: &Script, ends: CutterEnds) -> i32 {
-    let stats = script.origins.iter().map(|origin| origin.stat);
-    let locked = settle([script.control, ends.go, ends.report, ends.lease], stats);
+    let files = script.origins.iter().flat_map(|origin| [Some(origin.stat), origin.mounted]).flatten();
+    let locked = settle([script.control, ends.go, ends.report, ends.lease], files);
     if locked != 0 {
         send(ends.report, Report::failed(Stage::Lock, 0, locked));
         return 1;
@@ -209,6 +213,15 @@ fn cutter(script: &Script, ends: CutterEnds) -> i32 {
 fn cut(script: &Script, reports: RawFd) -> Report {
     let mut report = Report::of(Stage::Cut);
     for (index, origin) in (0..).zip(&script.origins) {
+        if let Err(errno) = freeze(origin) {
+            // Whoever else has frozen it lets it go.
+            for mine in script.origins.iter().take(index as usize) {
+                thaw(mine);
+            }
+            return Report::failed(Stage::Freeze, index, errno);
+        }
+    }
+    for (index, origin) in (0..).zip(&script.origins) {
         if let Err(errno) = call(script.control, &origin.suspend) {
             report = Report::failed(Stage::Suspend, index, errno);
             break;
@@ -234,9 +247,34 @@ fn cut(script: &Script, reports: RawFd) -> Report {
         } else if let Err(errno) = call(script.control, &origin.resume) {
             report = Report::failed(Stage::Resume, index, errno);
             restore(script.control, origin);
+        } else {
+            thaw(origin);
         }
     }
     report
+}
+
+/// Freezes a file system that device-mapper does not: clean on disk, and nobody writes.
+fn freeze(origin: &Origin) -> Result<(), i32> {
+    origin.mounted.map_or(Ok(()), |mounted| on_file_system(mounted, FIFREEZE))
+}
+
+/// Lets it go on; not frozen: nothing to do.
+fn thaw(origin: &Origin) {
+    if let Some(mounted) = origin.mounted {
+        on_file_system(mounted, FITHAW).ok();
+    }
+}
+
+/// `FIFREEZE` and `FITHAW` (`include/uapi/linux/fs.h`): `_IOWR('X', 119 and 120, int)`.
+const FIFREEZE: u32 = 0xc004_5877;
+const FITHAW: u32 = 0xc004_5878;
+
+fn on_file_system(mounted: RawFd, request: u32) -> Result<(), i32> {
+    let mut unused: libc::c_int = 0;
+    // SAFETY: the kernel ignores the argument of both calls (`fs/ioctl.c`); it gets a live integer all the same.
+    let result = unsafe { libc::ioctl(mounted, request.into(), &raw mut unused) };
+    if result < 0 { Err(errno()) } else { Ok(()) }
 }
 
 /// Lets an origin go on through the table that it had. Right whatever state it is in.
@@ -244,10 +282,12 @@ fn restore(control: RawFd, origin: &Origin) {
     // An error here has nobody who could do better; the resume is tried in any case.
     call(control, &origin.clear).ok();
     call(control, &origin.resume).ok();
+    thaw(origin);
 }
 
 fn guard(script: &Script, ends: GuardEnds) -> i32 {
-    let locked = settle([script.control, ends.lease, ends.report, ends.cutter], std::iter::empty());
+    let mounted = script.origins.iter().filter_map(|origin| origin.mounted);
+    let locked = settle([script.control, ends.lease, ends.report, ends.cutter], mounted);
     if locked != 0 {
         send(ends.report, Report::failed(Stage::Lock, 0, locked));
         return 1;
@@ -269,6 +309,7 @@ fn guard(script: &Script, ends: GuardEnds) -> i32 {
     // Only resumed: much later a table may be waiting that somebody else has loaded, and he wants it.
     for origin in &script.origins {
         call(script.control, &origin.resume).ok();
+        thaw(origin);
     }
     1
 }
@@ -407,13 +448,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn reports_survive_the_pipe(stage in 0u64..12, index: u32, errno: i32, nanos: u64, sectors: u64) {
+        fn reports_survive_the_pipe(stage in 0u64..13, index: u32, errno: i32, nanos: u64, sectors: u64) {
             let written = Written { sectors, discarded: !sectors };
             let mut sent = Report { stage: Stage::Cut, index, errno, nanos, written };
             let mut bytes = sent.to_bytes();
             bytes[..8].copy_from_slice(&stage.to_ne_bytes());
             let read = Report::parse(&bytes);
-            prop_assert_eq!(read.is_some(), (1..=9).contains(&stage));
+            prop_assert_eq!(read.is_some(), (1..=10).contains(&stage));
             if let Some(read) = read {
                 sent.stage = read.stage;
                 prop_assert_eq!(read, sent);

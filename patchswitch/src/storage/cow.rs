@@ -212,7 +212,7 @@ mod tests {
         assert_eq!(cow_sectors(CHUNK + 1), cow_sectors(2 * CHUNK));
         assert_eq!(cow_sectors(1), 3 * CHUNK);
         // 20 GiB: 0.2 % of metadata.
-        assert_eq!(cow_sectors(20 << 21), (20 << 21) + (5120 + 2) * CHUNK);
+        assert_eq!(cow_sectors(20 << 21), (20 << 21) + (320 + 2) * CHUNK);
         assert_eq!(cow_sectors(u64::MAX), u64::MAX);
     }
 
@@ -228,11 +228,11 @@ mod tests {
         for (words, expected) in [
             ([0, 0, 0, 0], Header::Free),
             ([0, 7, 7, 7], Header::Free), // what the kernel takes for free as well
-            ([MAGIC, 1, 1, 16], Header::Valid),
-            ([MAGIC, 0, 1, 16], Header::Invalid),
-            ([MAGIC, 1, 2, 16], Header::Foreign),
+            ([MAGIC, 1, 1, 64], Header::Valid),
+            ([MAGIC, 0, 1, 64], Header::Invalid),
+            ([MAGIC, 1, 2, 64], Header::Foreign),
             ([MAGIC, 1, 1, 32], Header::Foreign),
-            ([0xdead_beef, 1, 1, 16], Header::Foreign),
+            ([0xdead_beef, 1, 1, 64], Header::Foreign),
         ] {
             assert_eq!(Header::parse(&bytes(words)), expected, "{words:x?}");
         }

@@ -175,7 +175,12 @@ fn merge(
             start(dm, of, both.merge())?;
             false
         }
-        Some(table) if table == both.merge() => false,
+        Some(table) if table == both.merge() => {
+            if cow::status(dm, &of.clone)? == SnapshotStatus::MergeFailed {
+                begin_again(dm, of, &both)?;
+            }
+            false
+        }
         Some(table) if table == both.linear() => true,
         _ if lines.is_empty() => reopen(dm, of, &both)?,
         _ => return Err(other_table(&of.clone, &lines, "the clone, merging or merged")),
@@ -193,6 +198,14 @@ fn merge(
 fn start(dm: &Dm, of: &CloneOf, table: Table) -> Result<(), StorageError> {
     dm.load(&of.clone, &table.lines(of.sectors))?;
     Ok(dm.swap(&of.clone)?)
+}
+
+/// A merge that could not read or write once stays as it is, whatever becomes of the device (`merge_failed`,
+/// `drivers/md/dm-snap.c`); a new table knows nothing of that. It cannot take over from another one that merges, so the
+/// clone is one in between: what has been merged is the same on both sides.
+fn begin_again(dm: &Dm, of: &CloneOf, both: &Both) -> Result<(), StorageError> {
+    start(dm, of, both.snapshot())?;
+    start(dm, of, both.merge())
 }
 
 /// After a reboot there are no tables. The header of the store is cleared last of all, so an empty one means that the

@@ -250,8 +250,8 @@ mod tests {
         let all = [
             (Table::Linear { device: A }, "linear", "254:16 0"),
             (Table::Origin { device: A }, "snapshot-origin", "254:16"),
-            (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 P 16"),
-            (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 P 16"),
+            (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 P 64"),
+            (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 P 64"),
             (Table::LogWrites { device: A, log: B }, "log-writes", "254:16 7:300"),
             (
                 Table::Mirror { first: A, second: B },
@@ -278,7 +278,7 @@ mod tests {
             ("snapshot-origin", "254:16 0"),
             ("snapshot", "254:16 7:300 PO 16"),
             ("snapshot", "254:16 7:300 P 32"),
-            ("snapshot", "254:16 7:300 P 16 1 discard_zeroes_cow"),
+            ("snapshot", "254:16 7:300 P 64 1 discard_zeroes_cow"),
             ("snapshot-merge", "254:16 7:300 N 16"),
             ("thin", "254:16 1"),
             ("log-writes", "254:16"),

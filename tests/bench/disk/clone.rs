@@ -26,13 +26,13 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
     Ok(())
 }
 
-/// How long one takes, in milliseconds.
-fn clone(ground: &Ground, clone: &CloneOf) -> Result<f64> {
+/// How long one takes, and how long the disk stands still for it, in milliseconds.
+fn clone(ground: &Ground, clone: &CloneOf) -> Result<(f64, f64)> {
     let begun = Instant::now();
-    clone_disks(&ground.dm, std::slice::from_ref(clone))?;
+    let cut = clone_disks(&ground.dm, std::slice::from_ref(clone))?;
     let took = begun.elapsed().as_secs_f64() * 1e3;
     ground.discard(clone)?;
-    Ok(took)
+    Ok((took, cut.freeze.as_secs_f64() * 1e3))
 }
 
 fn by_size(ground: &Ground, scale: Scale, found: &mut Found) -> Result<()> {
@@ -44,15 +44,16 @@ fn by_size(ground: &Ground, scale: Scale, found: &mut Found) -> Result<()> {
         let of = ground.clone_of(&disk, &name, STORE)?;
         disks.push((disk, at, of));
     }
-    let mut times = vec![Vec::new(); SIZES.len()];
+    let (mut times, mut still) = (vec![Vec::new(); SIZES.len()], Vec::new());
     for round in 0..=scale.rounds() {
         for step in 0..SIZES.len() {
             // Each size comes first as often as another.
             let index = (round + step) % SIZES.len();
-            let took = clone(ground, &disks[index].2)?;
+            let (took, stood) = clone(ground, &disks[index].2)?;
             // What is measured first does not count.
             if round > 0 {
                 times[index].push(took);
+                still.push(stood);
             }
         }
     }
@@ -69,6 +70,7 @@ fn by_size(ground: &Ground, scale: Scale, found: &mut Found) -> Result<()> {
         let metric = format!("time to clone {size} GiB");
         found.add(Figure::values(13, &metric, "-", "ms", of).must(Target::AtMost(LIMIT_MS)));
     }
+    found.add(Figure::values(13, "of that, the disk stands still", "-", "ms", &still));
     for (disk, at, of) in disks {
         ground.unmount(&at)?;
         ground.remove(&disk)?;
@@ -105,7 +107,7 @@ fn against(ground: &Ground, scale: Scale, peer: Peer, found: &mut Found) -> Resu
             other.discard()?;
             Ok([took])
         },
-        &mut || Ok([clone(ground, &of)?]),
+        &mut || Ok([clone(ground, &of)?.0]),
     );
     ground.unmount(&at)?;
     ground.remove(&disk)?;

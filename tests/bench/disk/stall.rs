@@ -18,6 +18,8 @@ use crate::plan::Selection;
 use crate::report::{Figure, Found, Target};
 use crate::stats::quantile;
 
+/// No copy: the table is exchanged for the same one, which is the least that any engine does.
+const EXCHANGE: &str = "a bare exchange of tables";
 const QUIET: Duration = Duration::from_millis(400);
 /// What the issue of the wait is: the writer's own 99th percentile, and so many bare suspends.
 const BARE: f64 = 1.3;
@@ -57,8 +59,8 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
         }
         Ok::<f64, anyhow::Error>(crate::stats::median(&times))
     };
-    let mut engines: [(&str, Vec<f64>, Vec<f64>); 3] =
-        ["snapshot", "log", "mirror"].map(|name| (name, Vec::new(), Vec::new()));
+    let mut engines: [(&str, Vec<f64>, Vec<f64>); 4] =
+        [EXCHANGE, "snapshot", "log", "mirror"].map(|name| (name, Vec::new(), Vec::new()));
     for round in 0..=scale.rounds() {
         let usual = bare()?;
         for (name, ratios, waited) in &mut engines {
@@ -73,7 +75,8 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
     for (name, ratios, waited) in &engines {
         let metric = format!("a writer's wait at the cut, {name}");
         let figure = Figure::values(14, &metric, "suspend", "ratio of bare suspends", ratios);
-        found.add(figure.must(Target::AtMost(BARE)).note("beyond his own 99th percentile"));
+        let figure = if *name == EXCHANGE { figure } else { figure.must(Target::AtMost(BARE)) };
+        found.add(figure.note("beyond his own 99th percentile"));
         found.add(Figure::values(14, &metric, "-", "ms", waited));
     }
     ground.unmount(&at)?;
@@ -86,6 +89,14 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
 
 /// What a writer waits for the cut of an engine.
 fn cut(ground: &Ground, disk: &Disk, at: &std::path::Path, engine: &str) -> Result<Waits> {
+    if engine == EXCHANGE {
+        return under(at, &mut || {
+            let same = ground.dm.table(&disk.name)?;
+            ground.dm.load(&disk.name, &same)?;
+            ground.dm.suspend(&disk.name, Suspend::LockFs)?;
+            Ok(ground.dm.resume(&disk.name)?)
+        });
+    }
     if engine == "snapshot" {
         let of = ground.clone_of(disk, "stall", 64 * MIB)?;
         let waits = under(at, &mut || Ok(clone_disks(&ground.dm, std::slice::from_ref(&of)).map(drop)?))?;

@@ -123,8 +123,9 @@ impl Partition {
         drop(self.mounts);
         let _ = MountNamespace::remove(Path::new(MOUNTS))?;
         sh(&format!(
-            "umount -n {0}; rmdir {0}; rmdir /run/patchswitch/roots {OCI} /run/patchswitch 2>/dev/null || :",
-            self.seen.display()
+            "umount -n {0}; rmdir {0}; rmdir /run/patchswitch/roots {OCI} /run/patchswitch /run/crun 2>/dev/null || :; rm -rf {1}",
+            self.seen.display(),
+            root::small()?.display()
         ))?;
         ground.remove(&self.disk)
     }

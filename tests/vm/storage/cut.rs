@@ -143,16 +143,17 @@ fn clones_are_reopened_when_their_tables_are_gone() {
 fn the_computed_store_takes_every_chunk() {
     let lab = Lab::new();
     // Two full metadata chunks and not a chunk more: the third is cleared, and has to have its place.
-    let sectors = 2 * 512 * CHUNK;
+    let entries = CHUNK * 512 / 16;
+    let sectors = 2 * entries * CHUNK;
     let backing = lab.image("a-root", sectors, Room::Sparse);
     let disk = patchswitch::storage::disk::Disk { name: lab::dm_name("a", "root"), backing, sectors };
     let active = activate(&lab.dm, &disk).unwrap();
     let clones = [lab.clone_of(&disk, "b", "root")];
     let cut = clone_disks(&lab.dm, &clones).unwrap();
-    let half = sectors / 2 / 8;
+    let (half, chunk) = (entries, CHUNK * 512);
     for (path, skip) in [(&cut.clones[0].path, 0), (&active.path, half)] {
         sh(&format!(
-            "dd if=/dev/urandom of={} bs=4K seek={skip} count={half} oflag=direct status=none",
+            "dd if=/dev/urandom of={} bs={chunk} seek={skip} count={half} oflag=direct status=none",
             path.display()
         ));
     }
@@ -169,7 +170,7 @@ fn the_computed_store_takes_every_chunk() {
     let short = [lab.clone_into(&disk, "c", "root", store - CHUNK)];
     let cut = clone_disks(&lab.dm, &short).unwrap();
     let fill =
-        format!("dd if=/dev/urandom of={} bs=4K oflag=direct status=none", cut.clones[0].path.display());
+        format!("dd if=/dev/urandom of={} bs={chunk} oflag=direct status=none", cut.clones[0].path.display());
     lab::try_sh(&fill);
     assert!(sh(&format!("dmsetup status {}", short[0].clone)).contains("Invalid"));
     discard(&lab.dm, &short, LIMIT, WhenBusy::Refuse).unwrap();

@@ -5,6 +5,7 @@ use patchswitch::storage::disk::{Backing, Disk, Room, activate};
 use patchswitch::storage::snapshot::{
     CloneOf, WhenBusy, clone_closed, discard, free_cow, reopen, unclone_closed,
 };
+use patchswitch::storage::table::CHUNK;
 use patchswitch::storage::{cow, disk::deactivate};
 
 use super::lab::{LIMIT, Lab, dm_name, sh};
@@ -56,7 +57,7 @@ fn a_move_that_was_begun_is_taken_back_and_made_again() {
     let held = [clone.origin.attach().unwrap(), clone.cow.attach().unwrap()];
     let (origin, store) = (number(&clone.origin), number(&clone.cow));
     let tables = [
-        format!("0 {} snapshot {origin} {store} P 16", disk.sectors),
+        format!("0 {} snapshot {origin} {store} P {CHUNK}", disk.sectors),
         format!("0 {} snapshot-origin {origin}", disk.sectors),
     ];
     // So many of the two were made: none, one, both; and the last of them not to its end.

@@ -22,5 +22,6 @@ mod moments;
 mod power;
 mod quiesce;
 mod rollbacks;
+mod soak;
 mod stage;
 mod systemd;

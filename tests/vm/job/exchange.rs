@@ -166,8 +166,8 @@ fn killed(stage: &Stage, arguments: &[&str], to: &str, moment: Moment) {
     let _ = job.wait(Duration::from_secs(10)).unwrap();
 }
 
-const SECOND: &str = "uplink1";
-const BOTH: &str = "uplink0\", \"uplink1";
+pub(super) const SECOND: &str = "uplink1";
+pub(super) const BOTH: &str = "uplink0\", \"uplink1";
 
 /// At which uplinks the host answers for the service.
 fn answering() -> Vec<String> {
@@ -182,15 +182,8 @@ fn answering() -> Vec<String> {
     found
 }
 
-#[test]
-fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
-    let settings = Settings { uplink: BOTH, ..settings("strategy = \"address\"\n") };
-    let stage = Stage::bare(&Settings::default());
-    stage.define(&settings);
-    stage.configure(&Settings { uplink: UPLINK, ..settings.clone() });
-    let said = stage.ends_with(78, &["service", "add", SERVICE]);
-    assert!(said.contains("from one uplink to another"), "{said}");
-    // Both on one network with the client.
+/// A second uplink of the host, on one network with the first one and the client.
+pub(super) fn second_uplink(stage: &Stage) {
     let [v4, v6] = CLIENT;
     stage.host_ip(&format!("link add {SECOND} type veth peer name eth1 netns {}", stage.client.name()));
     stage.host_ip(&format!("link set {SECOND} up"));
@@ -204,6 +197,17 @@ fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
         let shown = stage.host_ip(&format!("-6 -o addr show dev {SECOND} scope link"));
         !shown.is_empty() && !shown.contains("tentative")
     });
+}
+
+#[test]
+fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
+    let settings = Settings { uplink: BOTH, ..settings("strategy = \"address\"\n") };
+    let stage = Stage::bare(&Settings::default());
+    stage.define(&settings);
+    stage.configure(&Settings { uplink: UPLINK, ..settings.clone() });
+    let said = stage.ends_with(78, &["service", "add", SERVICE]);
+    assert!(said.contains("from one uplink to another"), "{said}");
+    second_uplink(&stage);
     stage.configure(&settings);
     stage.ok(&["service", "add", SERVICE]);
     wait_until("v1 serves", Duration::from_secs(60), || super::client::who(&stage.client).is_ok());

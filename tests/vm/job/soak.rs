@@ -1,0 +1,277 @@
+//! Every phase of a job of every strategy, ended by a power cut and by `kill -9`: afterwards one of the two sides serves, it is the
+//! right one, the journal says so, file systems are clean, what is asked for next works, and nothing is left.
+//!
+//! All of them are the tier `soak` (`cargo xtask test soak`), one test each; five, by a seed, are in every run
+//! (`PATCHSWITCH_SEED`, the commit if none is given).
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::time::Duration;
+
+use patchswitch_tests::{programs, vm};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::client;
+use super::exchange::{BOTH, SECOND, second_uplink};
+use super::keeper::{self, Noted};
+use super::mend::nothing_to_do;
+use super::stage::{SERVICE, Settings, Stage, path, wait_until};
+
+/// How a command ends before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Power,
+    Kill,
+}
+
+/// A moment in which it does.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    end: End,
+    strategy: &'static str,
+    command: &'static str,
+    phase: &'static str,
+}
+
+/// The phases in their order; the one in which new flows go to the other side is the turning point.
+const APPLY: [&str; 13] = [
+    "clone",
+    "scan",
+    "inject",
+    "boot",
+    "patch",
+    "restart",
+    "verify",
+    "arm",
+    "quiesce",
+    "take_over",
+    "observe",
+    "drain",
+    "retire",
+];
+const ROLLBACK: [&str; 5] = ["boot", "verify", "arm", "give_back", "drain"];
+/// So many milliseconds after the beginning of a phase at most.
+const WITHIN: u64 = 150;
+
+/// The number that chooses points and moments.
+fn seed() -> u64 {
+    std::env::var("PATCHSWITCH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
+}
+
+fn hash(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (seed(), of).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Point {
+    fn name(&self) -> String {
+        format!("{:?}/{}/{}/{}", self.end, self.strategy, self.command, self.phase)
+    }
+
+    fn settings(&self) -> Settings {
+        let quick = Settings { observe: "500ms", ..Settings::default() };
+        match self.strategy {
+            "takeover" => quick,
+            "quiesce" => Settings { observe: "500ms", ..keeper::settings() },
+            "device" => Settings { more: "strategy = \"device\"\n", ..quick },
+            "address" => Settings { more: "strategy = \"address\"\n", uplink: BOTH, ..quick },
+            "letter" => Settings {
+                more: "strategy = \"letter\"\n",
+                drain: "deadline = \"2s\"\non_deadline = \"reset\"",
+                ..quick
+            },
+            other => panic!("no strategy {other}"),
+        }
+    }
+
+    fn uplinks(&self, stage: &Stage) {
+        if self.strategy == "address" {
+            second_uplink(stage);
+        }
+    }
+
+    /// Everything is as it is before the command.
+    fn prepare(&self) -> Stage {
+        let settings = self.settings();
+        let stage = Stage::bare(&settings);
+        self.uplinks(&stage);
+        stage.define(&settings);
+        stage.ok(&["service", "add", SERVICE]);
+        wait_until("v1 serves", Duration::from_secs(60), || client::who(&stage.client).is_ok());
+        stage.patch("says-v2", "dd if=/dev/urandom of=/srv/ballast bs=1M count=4; echo v2 > /etc/says");
+        if self.command != "apply" {
+            stage.ok(&["apply", SERVICE]);
+        }
+        stage
+    }
+
+    /// Runs the command as far as the phase, and a moment further; the phase in which it is then, by what it says.
+    fn run(&self, stage: &Stage) -> (programs::Running, String) {
+        if self.strategy == "quiesce" {
+            Noted::begin(stage);
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let running = stage.start_until(&[self.command, SERVICE], self.phase);
+        std::thread::sleep(Duration::from_millis(hash(self.name()) % WITHIN));
+        let said = running.output();
+        let begun = said.lines().rev().find_map(|line| line.trim().strip_suffix(" …")).map(str::to_owned);
+        (running, begun.unwrap_or_else(|| panic!("{said}")))
+    }
+
+    /// Who may serve after an end in this phase or in the next one.
+    fn may_serve(&self, phase: &str) -> &'static [&'static str] {
+        let (order, turn, before, after) = match self.command {
+            "apply" => (&APPLY[..], "take_over", "web-a", "web-b"),
+            "rollback" => (&ROLLBACK[..], "give_back", "web-b", "web-a"),
+            _ => return &["web-b"],
+        };
+        let place = |wanted: &str| order.iter().position(|one| *one == wanted);
+        // Not every strategy has every phase: the one before the turning point may be any of the last three.
+        match (place(phase), place(turn)) {
+            (Some(at), Some(turn)) if at > turn && after == "web-b" => &["web-b"],
+            (Some(at), Some(turn)) if at > turn => &["web-a"],
+            (Some(at), Some(turn)) if at + 3 < turn && before == "web-a" => &["web-a"],
+            (Some(_), Some(_)) => &["web-a", "web-b"],
+            _ => panic!("{phase} is no phase of {}", self.command),
+        }
+    }
+
+    /// What must hold afterwards.
+    fn check(&self, stage: Stage, phase: &str) {
+        let said = stage.ok(&["up"]);
+        let (who, active) = (stage.who(), stage.active());
+        println!("{} in {phase}: {active} serves {who}", self.name());
+        assert!(self.may_serve(phase).contains(&active.as_str()), "{active} after {phase}: {said}");
+        assert_eq!(who, if active == "web-a" { "v1" } else { "v2" }, "{said}");
+        nothing_to_do(&stage);
+        if self.strategy == "quiesce" {
+            Noted::check(&stage);
+        }
+        // The next thing that is asked for works.
+        match (self.command, active.as_str()) {
+            ("commit", _) => drop(stage.ends_with(10, &["commit", SERVICE])),
+            (_, "web-a") => drop(stage.ok(&["apply", SERVICE])),
+            ("apply", _) => drop(stage.ok(&["rollback", SERVICE])),
+            _ => drop(stage.ok(&["commit", SERVICE])),
+        }
+        let active = stage.active();
+        assert_eq!(stage.who(), if active == "web-a" { "v1" } else { "v2" });
+        self.finish(stage, &active);
+    }
+
+    fn finish(&self, stage: Stage, active: &str) {
+        stage.ok(&["service", "remove", SERVICE]);
+        let shown: Value = stage.json(&["partition", "show", active]);
+        let disks = shown["disks"].as_array().unwrap();
+        let plain = disks.iter().filter(|disk| disk["cow"].is_null());
+        for image in plain.map(|disk| disk["backing"]["image"].as_str().unwrap()) {
+            // Stopped, so that it is clean without a journal.
+            programs::run(&["e2fsck", "-f", "-n", image]).unwrap();
+        }
+        if self.strategy == "address" {
+            stage.host_ip(&format!("link del {SECOND}"));
+        }
+        for partition in ["web-a", "web-b"] {
+            stage.ok(&["partition", "remove", partition]);
+        }
+        stage.nothing_left();
+    }
+}
+
+/// Goes through some points, one after the other. The machine starts again in between; where it was is in the phase of the
+/// test, and in which phase the command was is on disk.
+fn go(points: &[Point]) {
+    let phase = vm::phase();
+    let mut next = 0;
+    if let Ok(cut) = phase.parse::<usize>() {
+        let point = &points[cut];
+        let stage = Stage::after_reset();
+        point.uplinks(&stage);
+        let begun = fs::read_to_string(path("begun")).unwrap();
+        point.check(stage, &begun);
+        next = cut + 1;
+    }
+    for (number, point) in points.iter().enumerate().skip(next) {
+        println!("{}", point.name());
+        let stage = point.prepare();
+        let (running, begun) = point.run(&stage);
+        match point.end {
+            End::Power => {
+                let mut file = fs::File::create(path("begun")).unwrap();
+                file.write_all(begun.as_bytes()).and_then(|()| file.sync_all()).unwrap();
+                fs::File::open(path("")).unwrap().sync_all().unwrap();
+                vm::reset(&number.to_string()).unwrap();
+            }
+            End::Kill => {
+                running.signal(Signal::KILL).unwrap();
+                running.wait(Duration::from_secs(10)).unwrap();
+                point.check(stage, &begun);
+            }
+        }
+    }
+}
+
+/// In every run.
+#[test]
+fn five_points_by_the_seed() {
+    let mut points = ALL.to_vec();
+    points.sort_by_key(|point| hash(point.name()));
+    println!("seed {}", seed());
+    go(&points[..5]);
+}
+
+macro_rules! points {
+    ($($strategy:ident: { $($command:ident: [$($phase:ident)*])* })*) => {
+        const ALL: &[Point] = &[$($($(
+            Point { end: End::Power, strategy: stringify!($strategy), command: stringify!($command), phase: stringify!($phase) },
+            Point { end: End::Kill, strategy: stringify!($strategy), command: stringify!($command), phase: stringify!($phase) },
+        )*)*)*];
+        points!(@tests power Power $($strategy: { $($command: [$($phase)*])* })*);
+        points!(@tests kill Kill $($strategy: { $($command: [$($phase)*])* })*);
+    };
+    (@tests $module:ident $end:ident $($strategy:ident: { $($command:ident: [$($phase:ident)*])* })*) => {
+        mod $module { $(mod $strategy { $(mod $command { $(
+            #[test]
+            #[ignore = "tier soak"]
+            fn $phase() {
+                super::super::super::go(&[super::super::super::Point {
+                    end: super::super::super::End::$end,
+                    strategy: stringify!($strategy),
+                    command: stringify!($command),
+                    phase: stringify!($phase),
+                }]);
+            }
+        )*})*})*}
+    };
+}
+
+points! {
+    takeover: {
+        apply: [clone scan inject boot patch restart verify arm take_over observe drain retire]
+        rollback: [boot verify arm give_back drain]
+        commit: [commit]
+    }
+    quiesce: {
+        apply: [clone inject boot patch restart verify quiesce take_over observe drain retire]
+        rollback: [boot verify give_back drain]
+        commit: [commit]
+    }
+    device: {
+        apply: [clone boot verify take_over observe drain retire]
+        rollback: [boot verify give_back drain]
+        commit: [commit]
+    }
+    address: {
+        apply: [clone boot verify take_over observe drain retire]
+        rollback: [boot verify give_back drain]
+        commit: [commit]
+    }
+    letter: {
+        apply: [clone boot verify take_over observe drain retire]
+        rollback: [boot verify give_back drain]
+        commit: [commit]
+    }
+}

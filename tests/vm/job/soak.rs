@@ -9,13 +9,14 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
 use std::time::Duration;
 
+use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::{programs, vm};
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::client;
 use super::exchange::{BOTH, SECOND, second_uplink};
-use super::keeper::{self, Noted};
+use super::keeper::{self, Noted, Writers};
 use super::mend::nothing_to_do;
 use super::stage::{SERVICE, Settings, Stage, path, wait_until};
 
@@ -54,6 +55,9 @@ const APPLY: [&str; 13] = [
 const ROLLBACK: [&str; 5] = ["boot", "verify", "arm", "give_back", "drain"];
 /// So many milliseconds after the beginning of a phase at most.
 const WITHIN: u64 = 150;
+/// A connection whose client cannot be reached any more is given up by the kernel after so long, and keeps its network
+/// namespace and its control group until then.
+const LEFT: Duration = Duration::from_secs(180);
 
 /// The number that chooses points and moments.
 fn seed() -> u64 {
@@ -93,11 +97,12 @@ impl Point {
         }
     }
 
-    /// Everything is as it is before the command.
-    fn prepare(&self) -> Stage {
+    /// Everything is as it is before the command; and what there was before all that.
+    fn prepare(&self) -> (Stage, Snapshot) {
         let settings = self.settings();
         let stage = Stage::bare(&settings);
         self.uplinks(&stage);
+        let before = Snapshot::take().unwrap();
         stage.define(&settings);
         stage.ok(&["service", "add", SERVICE]);
         wait_until("v1 serves", Duration::from_secs(60), || client::who(&stage.client).is_ok());
@@ -105,12 +110,12 @@ impl Point {
         if self.command != "apply" {
             stage.ok(&["apply", SERVICE]);
         }
-        stage
+        (stage, before)
     }
 
     /// Runs the command as far as the phase, and a moment further; the phase in which it is then, by what it says.
     fn run(&self, stage: &Stage) -> (programs::Running, String) {
-        if self.strategy == "quiesce" {
+        if self.is_noted() {
             Noted::begin(stage);
             std::thread::sleep(Duration::from_secs(1));
         }
@@ -119,6 +124,11 @@ impl Point {
         let said = running.output();
         let begun = said.lines().rev().find_map(|line| line.trim().strip_suffix(" …")).map(str::to_owned);
         (running, begun.unwrap_or_else(|| panic!("{said}")))
+    }
+
+    /// Whether what a single writer was promised is on disk, for who comes after a power cut.
+    fn is_noted(&self) -> bool {
+        self.strategy == "quiesce" && self.end == End::Power
     }
 
     /// Who may serve after an end in this phase or in the next one.
@@ -140,29 +150,32 @@ impl Point {
     }
 
     /// What must hold afterwards.
-    fn check(&self, stage: Stage, phase: &str) {
+    fn check(&self, (stage, before): (Stage, Snapshot), phase: &str, writers: Option<Writers>) {
         let said = stage.ok(&["up"]);
         let (who, active) = (stage.who(), stage.active());
         println!("{} in {phase}: {active} serves {who}", self.name());
         assert!(self.may_serve(phase).contains(&active.as_str()), "{active} after {phase}: {said}");
         assert_eq!(who, if active == "web-a" { "v1" } else { "v2" }, "{said}");
         nothing_to_do(&stage);
-        if self.strategy == "quiesce" {
+        if self.is_noted() {
             Noted::check(&stage);
         }
         // The next thing that is asked for works.
         match (self.command, active.as_str()) {
             ("commit", _) => drop(stage.ends_with(10, &["commit", SERVICE])),
-            (_, "web-a") => drop(stage.ok(&["apply", SERVICE])),
+            (_, "web-a") => drop(stage.ok(&["apply", SERVICE, "--commit"])),
             ("apply", _) => drop(stage.ok(&["rollback", SERVICE])),
             _ => drop(stage.ok(&["commit", SERVICE])),
         }
         let active = stage.active();
         assert_eq!(stage.who(), if active == "web-a" { "v1" } else { "v2" });
-        self.finish(stage, &active);
+        if let Some(writers) = writers {
+            let _ = writers.stop(&stage);
+        }
+        self.finish(&stage, &before, &active);
     }
 
-    fn finish(&self, stage: Stage, active: &str) {
+    fn finish(&self, stage: &Stage, before: &Snapshot, active: &str) {
         stage.ok(&["service", "remove", SERVICE]);
         let shown: Value = stage.json(&["partition", "show", active]);
         let disks = shown["disks"].as_array().unwrap();
@@ -171,13 +184,14 @@ impl Point {
             // Stopped, so that it is clean without a journal.
             programs::run(&["e2fsck", "-f", "-n", image]).unwrap();
         }
-        if self.strategy == "address" {
-            stage.host_ip(&format!("link del {SECOND}"));
-        }
         for partition in ["web-a", "web-b"] {
             stage.ok(&["partition", "remove", partition]);
         }
-        stage.nothing_left();
+        let left = Snapshot::left_since(before, LEFT).unwrap();
+        assert!(left.is_empty(), "left: {left:?}");
+        if self.strategy == "address" {
+            stage.host_ip(&format!("link del {SECOND}"));
+        }
     }
 }
 
@@ -190,13 +204,15 @@ fn go(points: &[Point]) {
         let point = &points[cut];
         let stage = Stage::after_reset();
         point.uplinks(&stage);
+        let before = Snapshot::take().unwrap();
         let begun = fs::read_to_string(path("begun")).unwrap();
-        point.check(stage, &begun);
+        point.check((stage, before), &begun, None);
         next = cut + 1;
     }
     for (number, point) in points.iter().enumerate().skip(next) {
         println!("{}", point.name());
-        let stage = point.prepare();
+        let (stage, before) = point.prepare();
+        let writers = (point.strategy == "quiesce" && !point.is_noted()).then(|| Writers::start(&stage));
         let (running, begun) = point.run(&stage);
         match point.end {
             End::Power => {
@@ -208,7 +224,7 @@ fn go(points: &[Point]) {
             End::Kill => {
                 running.signal(Signal::KILL).unwrap();
                 running.wait(Duration::from_secs(10)).unwrap();
-                point.check(stage, &begun);
+                point.check((stage, before), &begun, writers);
             }
         }
     }

@@ -31,6 +31,8 @@ use crate::vm::payload::Payload;
 /// Nextest kills a test that hangs; this is for the case that nextest itself is gone.
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
 /// How often a test may have the machine reset before it is taken for a loop.
+/// What chooses points and moments in tests that cannot go through all.
+const SEED: &str = "PATCHSWITCH_SEED";
 const RESETS_MAX: usize = 20;
 const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
 const PHASE: &str = "PATCHSWITCH_VM_PHASE";
@@ -60,8 +62,13 @@ struct Answer {
     error: Option<String>,
 }
 
-/// Runs the test targets `names` in machines with a kernel of this series.
-pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<Count> {
+/// Runs the test targets `names` in machines with a kernel of this series; `heard` gets each line of nextest's.
+pub(crate) fn run(
+    series: &Series,
+    names: &[String],
+    rest: &[String],
+    heard: &mut dyn FnMut(&str),
+) -> Result<Count> {
     if names.is_empty() {
         bail!("there are no such tests");
     }
@@ -73,7 +80,15 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
     // Beside the payload, not in it: it is removed with it.
     let control = payload.dir().with_extension("control");
     let listener = UnixListener::bind(&control).with_context(|| control.display().to_string())?;
+    let seed = match std::env::var(SEED) {
+        Ok(seed) => seed,
+        // Other points and moments with each commit, and the same ones each time that it is tested.
+        Err(_) => {
+            super::commit().map_or(0, |commit| u64::from_str_radix(&commit, 16).unwrap_or(0)).to_string()
+        }
+    };
     let environment = [
+        (SEED, seed),
         (CONTROL, control.display().to_string()),
         ("PATCHSWITCH_KERNEL", series.to_string()),
         // Not as an option: the user may give that one.
@@ -93,7 +108,7 @@ pub(crate) fn run(series: &Series, names: &[String], rest: &[String]) -> Result<
         let pool = Arc::clone(&pool);
         thread::spawn(move || pool.serve(&listener))
     };
-    let count = nextest::run("vm", &selection, &environment, rest);
+    let count = nextest::run("vm", &selection, &environment, rest, heard);
     pool.close();
     UnixStream::connect(&control).context("failed to end the test machines")?;
     if owner.join().is_err() {

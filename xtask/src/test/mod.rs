@@ -2,6 +2,7 @@
 
 mod machine;
 mod nextest;
+mod soak;
 
 pub(crate) use machine::in_vm;
 
@@ -32,6 +33,8 @@ pub(crate) enum Tier {
     Vm,
     /// All of them
     All,
+    /// A power cut and a kill in each phase of jobs of each strategy, about an hour; a second call goes on where one ended
+    Soak,
 }
 
 impl Tier {
@@ -42,6 +45,7 @@ impl Tier {
             Self::Netns => "netns",
             Self::Vm => "vm",
             Self::All => "all",
+            Self::Soak => "soak",
         }
     }
 
@@ -113,8 +117,12 @@ enum Step {
     Native(Vec<Tier>),
     /// In the test machine; of the tiers' tests only some if there is a filter.
     Machine(Series, Vec<Tier>, Option<String>),
+    Soak(Series),
     NotRun(Tier, String),
 }
+
+/// The series of the tier soak, unless another one is asked for.
+const SOAK: &str = "6.12";
 
 /// A line of `tests/KERNELS`.
 #[derive(Debug, PartialEq, Eq)]
@@ -129,7 +137,7 @@ struct Selection {
 pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
     let steps = plan(options)?;
-    let machine = steps.iter().any(|step| matches!(step, Step::Machine(..)));
+    let machine = steps.iter().any(|step| matches!(step, Step::Machine(..) | Step::Soak(_)));
     setup::ensure(if machine {
         &[Need::Build, Need::Test, Need::Machine]
     } else {
@@ -145,6 +153,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
                 continue;
             }
             Step::Native(tiers) => (names(&tiers), native(&tiers, &options.rest)),
+            Step::Soak(series) => (format!("soak on Linux {series}"), soak::run(&series, &options.rest)),
             Step::Machine(series, tiers, only) => (
                 format!("{} on Linux {series}", names(&tiers)),
                 in_machine(&series, &tiers, only, &options.rest),
@@ -187,6 +196,10 @@ fn conclude(total: &Count, failed: &[String], not_run: &[String], start: Instant
 
 fn plan(options: &Options) -> Result<Vec<Step>> {
     let tier = options.tier;
+    if tier == Tier::Soak {
+        let series = options.in_vm.clone().map_or_else(|| SOAK.parse(), Ok)?;
+        return Ok(vec![Step::Soak(series)]);
+    }
     if let Some(series) = &options.in_vm {
         if matches!(tier, Tier::Unit | Tier::All) {
             bail!("--in-vm goes with one of the tiers packet, netns and vm");
@@ -223,6 +236,12 @@ fn plan(options: &Options) -> Result<Vec<Step>> {
     Ok(steps)
 }
 
+/// The commit that is tested, in short.
+fn commit() -> Result<String> {
+    let git = crate::command::Tool::new("git").args(["rev-parse", "--short=8", "HEAD"]).dir(paths::root());
+    Ok(git.read()?.trim().to_owned())
+}
+
 /// Why a tier cannot run natively.
 fn hindrance(tier: Tier) -> Result<Option<String>> {
     if tier == Tier::Unit {
@@ -240,7 +259,7 @@ fn in_machine(series: &Series, tiers: &[Tier], only: Option<String>, rest: &[Str
     let chosen = only.is_some();
     let filter = only.map(|only| ["-E".to_owned(), only]);
     let rest: Vec<String> = filter.into_iter().flatten().chain(rest.iter().cloned()).collect();
-    let mut count = machine::run(series, &targets(tiers)?, &rest)?;
+    let mut count = machine::run(series, &targets(tiers)?, &rest, &mut |_| ())?;
     if chosen && count.run == count.passed {
         count.skipped = 0;
     }
@@ -288,7 +307,7 @@ fn native(tiers: &[Tier], rest: &[String]) -> Result<Count> {
     for target in targets(tiers)? {
         selection.extend(["--test".to_owned(), target]);
     }
-    nextest::run("default", &selection, &[], rest)
+    nextest::run("default", &selection, &[], rest, &mut |_| ())
 }
 
 fn targets(tiers: &[Tier]) -> Result<Vec<String>> {

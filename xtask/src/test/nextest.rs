@@ -43,12 +43,13 @@ impl fmt::Display for Count {
     }
 }
 
-/// Runs the selected tests and counts them. `Err` only if nothing can be said about them.
+/// Runs the selected tests and counts them; `heard` gets each line of nextest's. `Err` only if nothing can be said about them.
 pub(crate) fn run(
     profile: &str,
     selection: &[String],
     environment: &[(&str, String)],
     rest: &[String],
+    heard: &mut dyn FnMut(&str),
 ) -> Result<Count> {
     let color = if std::io::stderr().is_terminal() { "always" } else { "never" };
     let mut tool =
@@ -63,6 +64,7 @@ pub(crate) fn run(
     for line in BufReader::new(output).lines() {
         let line = line?;
         show(&line);
+        heard(&line);
         count = parse_summary(&without_color(&line)).or(count);
     }
     let status = child.wait()?;
@@ -110,7 +112,7 @@ fn flaky(parts: &str) -> Option<u64> {
     inside.split(", ").find_map(|item| item.strip_suffix(" flaky")?.trim().parse().ok())
 }
 
-fn without_color(line: &str) -> String {
+pub(super) fn without_color(line: &str) -> String {
     let mut plain = String::with_capacity(line.len());
     let mut inside = false;
     for c in line.chars() {

@@ -116,7 +116,7 @@ pub(crate) struct Define {
     #[arg(long, value_parser = size::parse, required_unless_present = "on")]
     size: Option<u64>,
     /// The block device on which a disk lies (the system disk is called root), instead of an image: a volume of LVM, a
-    /// partition of a disk, a disk. A file system that is on it stays as it is; anything else that is on it is in the way. A
+    /// partition of a disk, a disk, by a name that it still has after a boot (/dev/VOLUMES/NAME, /dev/disk/by-id/…). A file system that is on it stays as it is; anything else that is on it is in the way. A
     /// standby's is a store and has to be empty. May be given once for each disk.
     #[arg(long, value_name = "DISK=DEVICE", value_parser = on)]
     on: Vec<(Name, PathBuf)>,

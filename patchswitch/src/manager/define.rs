@@ -10,7 +10,7 @@ use super::{Machine, Manager, ManagerError};
 use crate::config::undeliverable;
 use crate::exit::ExitCode;
 use crate::host::linux::block::SECTOR;
-use crate::host::linux::filesystem::FileSystem;
+use crate::host::linux::filesystem::{FileSystem, forget};
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::Name;
 use crate::partition::console::Console;
@@ -90,7 +90,7 @@ impl Manager {
     /// Defines a partition: a row in the resource table, and its disks. All or nothing.
     ///
     /// # Errors
-    /// [`ManagerError`]; the images that were made are removed again.
+    /// [`ManagerError`]; the images that were made are removed again, and devices that were empty have nothing on them.
     pub fn define(
         &mut self,
         definition: &Definition,
@@ -110,11 +110,15 @@ impl Manager {
         let disks = self.plan_disks(definition, origin, layout);
         self.check_room(&spec.name, &disks)?;
         let contents = self.look_at_devices(definition, (origin, layout), &disks)?;
+        let is_store = definition.is_store;
         let result = self.make(definition, (origin, &contents), &disks);
         if result.is_err() {
-            for disk in &disks {
-                if let Ok(Backing::Image(path)) = serde_json::from_value(disk.backing.clone()) {
-                    let _ = disk::remove_image(&path);
+            for (disk, content) in disks.iter().zip(&contents) {
+                match (serde_json::from_value(disk.backing.clone()), content) {
+                    (Ok(Backing::Image(path)), _) => drop(disk::remove_image(&path)),
+                    // It was empty, and what is on it now is half of a root that nobody should take for a whole one.
+                    (Ok(Backing::Device(path)), Content::Made(_)) if !is_store => drop(forget(&path)),
+                    _ => {}
                 }
             }
             let _ = self.store.remove_partition(&spec.name);
@@ -250,7 +254,14 @@ impl Manager {
             }
         }
         let mounts = Self::mounts()?;
-        let root = self.mount(&mounts, machine, &devices, false)?;
+        let root = match self.mount(&mounts, machine, &devices, false) {
+            Ok(root) => root,
+            Err(error) => {
+                // One of several may be mounted.
+                self.unmount(&mounts, machine)?;
+                return Err(error);
+            }
+        };
         let filled = match source {
             Source::Tar(tar) => content::unpack(&mounts, tar, &root),
             Source::Directory(from) => content::copy_tree(&mounts, from, &root),

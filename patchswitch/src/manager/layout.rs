@@ -1,5 +1,5 @@
 //! Where the disks of a new partition lie: in images, or on block devices of the administrator's (LVM's volumes,
-//! partitions of a disk, whole disks). What is on a device is never overwritten: it is used, or it is in the way.
+//! partitions of a disk, whole disks). What `wipefs` knows on a device is never overwritten: it is used, or it is in the way.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use super::{Definition, Manager, ManagerError, Origin, Source};
 use crate::exit::ExitCode;
 use crate::host::linux::block::DeviceNumber;
-use crate::host::linux::filesystem::{FileSystem, Kind};
+use crate::host::linux::filesystem::{FileSystem, Kind, signatures};
+use crate::host::linux::programs::{Program, ProgramError};
 use crate::names::Name;
-use crate::partition::define::{self as content};
 use crate::partition::spec::ROOT_MOUNT;
 use crate::storage::disk::{self, Backing};
 use crate::store;
@@ -85,8 +85,8 @@ impl Manager {
             self.check_device(&spec.name, device, planned.sectors, earlier)?;
             let found = FileSystem::read(device).map_err(ManagerError::io("read", device))?;
             contents.push(match (origin, is_root) {
-                (Origin::Root(Source::Device), true) => kept(&spec.name, device, found)?,
-                (Origin::Root(_), false) if found.is_some() => kept(&spec.name, device, found)?,
+                (Origin::Root(Source::Device), true) => kept(&spec.name, device, disk.size, found)?,
+                (Origin::Root(_), false) if found.is_some() => kept(&spec.name, device, disk.size, found)?,
                 _ => {
                     must_be_empty(&spec.name, device)?;
                     Content::Made(layout.file_system)
@@ -105,6 +105,11 @@ impl Manager {
         mut earlier: impl Iterator<Item = &'a PathBuf>,
     ) -> Result<(), ManagerError> {
         let number = disk::number(device)?;
+        if has_kernels_name(device) {
+            let why = "may be another one after the next boot; give it by a name that stays, such as one below \
+                       /dev/disk/by-id or of a volume";
+            return refuse(partition, device, why);
+        }
         if earlier.any(|other| disk::number(other).is_ok_and(|other| other == number)) {
             return refuse(partition, device, "is given for two disks");
         }
@@ -134,25 +139,52 @@ impl Manager {
     }
 }
 
-/// A file system that is there and stays.
-fn kept(partition: &Name, device: &Path, found: Option<FileSystem>) -> Result<Content, ManagerError> {
-    match found {
-        Some(FileSystem { devices: 1, .. }) => Ok(Content::Kept),
-        Some(FileSystem { devices, kind, .. }) => refuse(
-            partition,
-            device,
-            &format!("is one of {devices} devices of a {kind}; it has to be the only one"),
-        ),
-        None => refuse(
+/// A file system that is there and stays, on a disk of so many bytes.
+fn kept(
+    partition: &Name,
+    device: &Path,
+    bytes: u64,
+    found: Option<FileSystem>,
+) -> Result<Content, ManagerError> {
+    let Some(FileSystem { kind, devices, bytes: needed, .. }) = found else {
+        return refuse(
             partition,
             device,
             "has no file system that is known here (ext4, XFS, btrfs); give what is to be put on it by --from",
-        ),
+        );
+    };
+    if devices != 1 {
+        let why = format!("is one of {devices} devices of a {kind}; it has to be the only one");
+        return refuse(partition, device, &why);
     }
+    if needed > bytes {
+        let why = format!("has a {kind} of {needed} bytes, and the disk is to have {bytes}; give no size");
+        return refuse(partition, device, &why);
+    }
+    // Half of a mirror looks like a whole file system.
+    let all = signatures(device)?;
+    if all.len() > 1 {
+        return refuse(
+            partition,
+            device,
+            &format!("is not only a file system: there is {} on it", all.join(", ")),
+        );
+    }
+    if kind == Kind::Btrfs && Program::Btrfstune.find().is_none() {
+        let missing = ProgramError::Missing { program: Program::Btrfstune };
+        return Err(ManagerError::from(missing));
+    }
+    Ok(Content::Kept)
+}
+
+/// Whether a device is called as the kernel happened to number it. Links are made by somebody for what is behind them.
+fn has_kernels_name(device: &Path) -> bool {
+    let is_link = std::fs::symlink_metadata(device).is_ok_and(|data| data.is_symlink());
+    !is_link && device.parent() == Some(Path::new("/dev"))
 }
 
 fn must_be_empty(partition: &Name, device: &Path) -> Result<(), ManagerError> {
-    let found = content::signatures(device)?;
+    let found = signatures(device)?;
     if found.is_empty() {
         return Ok(());
     }

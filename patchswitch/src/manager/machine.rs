@@ -203,6 +203,21 @@ impl Manager {
         })?
     }
 
+    /// Has everything written out that a partition has written so far: the cut finds less to do then, while writers wait.
+    pub(crate) fn write_out(&self, machine: &Machine) -> Result<(), ManagerError> {
+        Self::mounts()?.run(|inside| {
+            for disk in &machine.spec().disks {
+                let at = mount_point(machine, &disk.mount);
+                if inside.mount_at(&at)?.is_some() {
+                    let failed = ManagerError::io("write out", &at);
+                    let directory = std::fs::File::open(&at).map_err(ManagerError::io("open", &at))?;
+                    rustix::fs::syncfs(&directory).map_err(|errno| failed(errno.into()))?;
+                }
+            }
+            Ok(())
+        })?
+    }
+
     /// The mounts of a partition's disks whose file systems have to be frozen by them.
     pub(crate) fn to_be_frozen(&self, machine: &Machine) -> Result<Mounts, ManagerError> {
         let mut found = Mounts::new();

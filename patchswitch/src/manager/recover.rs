@@ -11,6 +11,7 @@ use super::{Machine, Manager, ManagerError, Teardown, chain, service, slot_of};
 use crate::attachment::{Attachment, DrainOptions, OnDeadline};
 use crate::config::Service;
 use crate::exit::ExitCode;
+use crate::host::linux::cutter;
 use crate::host::linux::mountns::MountNamespace;
 use crate::names::{Name, RUN_ROOT};
 use crate::partition::console::Console;
@@ -133,6 +134,12 @@ impl Manager {
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
         let settings = self.service(&job.service)?;
+        // Whoever was to let it go on is gone.
+        let frozen = self.active(&settings).and_then(|active| self.to_be_frozen(&active));
+        match frozen {
+            Ok(mounts) => cutter::thaw(&mounts),
+            Err(error) => tracing::debug!("nothing is thawed: {}", chain(&error)),
+        }
         let attachment = service::usable(&job.service)?;
         if self.was_committing(job)? {
             drop(attachment);

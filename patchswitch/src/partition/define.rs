@@ -60,6 +60,20 @@ pub enum DefineError {
         /// The disk's size.
         present: u64,
     },
+    /// There is no file system in an image that could be a partition's, or only a part of one.
+    #[error("image {image} is no whole ext4, XFS or btrfs on one device")]
+    NoFileSystem {
+        /// The image.
+        image: PathBuf,
+    },
+    /// Somebody was ended while he gave a btrfs an identity of its own.
+    #[error(
+        "the identity of the btrfs on {device} was being changed when that was cut off; `btrfs check {device}` tells whether it is usable"
+    )]
+    HalfChanged {
+        /// The device.
+        device: PathBuf,
+    },
     /// A file could not be read or written.
     #[error("failed to {action} {path}")]
     Io {
@@ -79,7 +93,7 @@ impl DefineError {
         match self {
             Self::Program(ProgramError::Missing { .. }) | Self::Init(_) => ExitCode::Unavailable,
             Self::TooLarge { .. } | Self::Full(_) => ExitCode::Config,
-            Self::Archive { .. } => ExitCode::BadData,
+            Self::Archive { .. } | Self::NoFileSystem { .. } => ExitCode::BadData,
             Self::Io { source, .. } => ExitCode::of_io(source),
             _ => ExitCode::Failed,
         }
@@ -104,19 +118,6 @@ pub fn make_file_system(kind: Kind, device: &Path) -> Result<(), DefineError> {
     run.read().map(drop).map_err(Into::into)
 }
 
-/// What is on a device, as far as the system's own tools know it: file systems, volumes, tables of partitions. Empty if
-/// nothing is.
-///
-/// # Errors
-/// [`DefineError::Program`].
-pub fn signatures(device: &Path) -> Result<Vec<String>, DefineError> {
-    let run = Run::new(Program::Wipefs).limit(LIMIT).args(["--noheadings", "--output", "TYPE"]).arg(device);
-    let printed = run.read()?;
-    let mut found: Vec<String> = printed.split_whitespace().map(ToOwned::to_owned).collect();
-    found.dedup();
-    Ok(found)
-}
-
 /// Gives the copy of a file system an identity of its own, if the kernel would take it for its original otherwise. It
 /// must not have been mounted yet. Whether that was needed.
 ///
@@ -128,6 +129,9 @@ pub fn signatures(device: &Path) -> Result<Vec<String>, DefineError> {
 pub fn tell_apart(copy: &Path, original: &Path) -> Result<bool, DefineError> {
     let read = |device: &Path| FileSystem::read(device).map_err(error("read", device));
     let Some(found) = read(copy)?.filter(|found| found.identity.is_some()) else { return Ok(false) };
+    if found.is_half_changed {
+        return Err(DefineError::HalfChanged { device: copy.to_owned() });
+    }
     if !read(original)?.is_some_and(|other| found.is_taken_for(&other)) {
         return Ok(false);
     }
@@ -140,7 +144,7 @@ pub fn tell_apart(copy: &Path, original: &Path) -> Result<bool, DefineError> {
 ///
 /// # Errors
 /// [`DefineError::TooLarge`] before anything is written; [`DefineError::Io`]; [`DefineError::Program`] if the file
-/// system is damaged.
+/// system is damaged, [`DefineError::NoFileSystem`].
 pub fn copy_image(image: &Path, device: &Path) -> Result<(), DefineError> {
     let mut from = File::open(image).map_err(error("open", image))?;
     let mut to = File::options().write(true).open(device).map_err(error("open", device))?;
@@ -161,10 +165,15 @@ pub fn copy_image(image: &Path, device: &Path) -> Result<(), DefineError> {
     }
     to.sync_all().map_err(error("write", device))?;
     drop(to);
-    if FileSystem::read(device).map_err(error("read", device))?.is_none_or(|found| found.kind != Kind::Ext4) {
-        // The next partition that is made of this image is another file system.
-        let _ = tell_apart(device, image)?;
-        return Ok(());
+    let found = FileSystem::read(device).map_err(error("read", device))?;
+    match found {
+        Some(FileSystem { kind: Kind::Ext4, .. }) => {}
+        Some(FileSystem { devices: 1, .. }) => {
+            // The next partition that is made of this image is another file system.
+            let _ = tell_apart(device, image)?;
+            return Ok(());
+        }
+        _ => return Err(DefineError::NoFileSystem { image: image.to_owned() }),
     }
     let check = Run::new(Program::Fsck).limit(LIMIT).args(["-f", "-p"]).arg(device).status()?;
     // 1: errors were there and were corrected (e2fsck(8)); typically a journal that was replayed.

@@ -199,7 +199,12 @@ pub(super) fn cut(
     for disk in disks {
         dm.load(&disk.of.active, &Table::Linear { device: disk.origin.device() }.lines(disk.of.sectors))?;
     }
-    let cutter = Cutter::fork(dm, &names, wake, &Mounts::new())?;
+    let mounts = Mounts::new();
+    for name in &names {
+        // It may have been mounted meanwhile.
+        can_be_frozen(dm, name, &mounts)?;
+    }
+    let cutter = Cutter::fork(dm, &names, wake, &mounts)?;
     let before = SystemTime::now();
     let window = cutter.cut()?;
     let marks = names.iter().zip(window.written).map(|(&name, written)| {

@@ -24,11 +24,12 @@ pub const HIGH_WATER: u8 = 80;
 
 /// The size, in sectors, at which the store of a clone can never fill up.
 ///
-/// With n chunks in the disk, at most n are ever kept. Data chunk i lies at chunk 2 + i + i/512: after the header and
-/// the first metadata chunk, with one more metadata chunk after every 512 (`area_location`, `skip_metadata`). When
-/// entry 512·k is written, the metadata chunk that follows it is cleared at once, needed or not
+/// With n chunks in the disk, at most n are ever kept, and a metadata chunk has e entries ([`CHUNK`] sectors of 16 bytes each). Data
+/// chunk i lies at chunk 2 + i + i/e: after the header and
+/// the first metadata chunk, with one more metadata chunk after every e (`area_location`, `skip_metadata`). When
+/// entry e·k is written, the metadata chunk that follows it is cleared at once, needed or not
 /// (`persistent_commit_exception`); if it lies beyond the end the whole clone becomes invalid. So the store must have
-/// 1 header + n data chunks + (n/512 rounded down + 1) metadata chunks.
+/// 1 header + n data chunks + (n/e rounded down + 1) metadata chunks.
 pub const fn cow_sectors(disk_sectors: u64) -> u64 {
     let chunks = disk_sectors.div_ceil(CHUNK);
     (1 + chunks + chunks / ENTRIES + 1).saturating_mul(CHUNK)
@@ -205,7 +206,7 @@ mod tests {
 
     #[test]
     fn the_formula_is_the_kernels_bookkeeping() {
-        for chunks in (0..2100).chain([512 * 8 - 1, 512 * 8, 512 * 8 + 1]) {
+        for chunks in (0..2100).chain([2 * ENTRIES - 1, 2 * ENTRIES, 2 * ENTRIES + 1]) {
             assert_eq!(cow_sectors(chunks * CHUNK), (last_touched(chunks) + 1) * CHUNK, "{chunks} chunks");
         }
         // A disk that does not end with a chunk has one more, not full.

@@ -9,6 +9,7 @@ use crate::host::linux::block::{BlockError, DeviceNumber};
 use crate::host::linux::cutter::CutError;
 use crate::host::linux::dm::DmError;
 use crate::host::linux::loopdev::LoopError;
+use crate::host::linux::programs::ProgramError;
 
 /// Why a step on disks was refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +26,23 @@ pub enum StorageError {
     /// The cut.
     #[error(transparent)]
     Cut(#[from] CutError),
+    /// A store on a device has something in it that is no clone.
+    #[error(
+        "{cow} is to be a store, and there is {found} on it now; if nobody wants that, `wipefs --all {cow}`"
+    )]
+    CowTaken {
+        /// The store.
+        cow: String,
+        /// What is there.
+        found: String,
+    },
+    /// A program of the host.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
     /// A file system that a suspended device does not freeze, in use, without a mount by which it could be.
-    #[error("{0} has a btrfs in use, which is frozen by its mount, and no mount of it was given")]
+    #[error(
+        "{0} has a btrfs in use, which only a mount of it can freeze, and none was given; unmount it, or use clone_mounted"
+    )]
     NotFrozen(String),
     /// A status line that the kernel should not write.
     #[error(transparent)]

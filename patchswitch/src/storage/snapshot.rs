@@ -23,6 +23,7 @@ use super::{Failed, StorageError, Unfinished};
 use crate::host::linux::block::{self, DeviceNumber};
 use crate::host::linux::cutter::{Cutter, Mounts};
 use crate::host::linux::dm::{Dm, DmError, Done, Removal, Target};
+use crate::host::linux::filesystem::signatures;
 
 /// How long undo waits for somebody, e.g. udev, to close a device that has just been made.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
@@ -154,9 +155,19 @@ fn check_one<'c>(dm: &Dm, of: &'c CloneOf) -> Result<Checked<'c>, StorageError> 
         cow::check_room(&of.cow, cow.device().sectors()?, of.sectors)?;
     }
     block::open_exclusive(cow.device())?;
-    match cow::header(cow.device())? {
-        Header::Free | Header::Foreign => Ok(Checked { of, origin, cow }),
-        Header::Valid | Header::Invalid => Err(StorageError::CowNotFree { cow: of.cow.to_string() }),
+    must_be_free(of, cow.device())?;
+    Ok(Checked { of, origin, cow })
+}
+
+/// A store has nothing in it that anybody wants: no clone, and on a device nothing of somebody who has come to use it since.
+fn must_be_free(of: &CloneOf, cow: DeviceNumber) -> Result<(), StorageError> {
+    if !matches!(cow::header(cow)?, Header::Free | Header::Foreign) {
+        return Err(StorageError::CowNotFree { cow: of.cow.to_string() });
+    }
+    let Backing::Device(path) = &of.cow else { return Ok(()) };
+    match signatures(path)?.as_slice() {
+        [] => Ok(()),
+        found => Err(StorageError::CowTaken { cow: of.cow.to_string(), found: found.join(", ") }),
     }
 }
 
@@ -439,9 +450,7 @@ fn clone_one_closed(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
     }
     block::open_exclusive(origin.device())?;
     block::open_exclusive(cow.device())?;
-    if !matches!(cow::header(cow.device())?, Header::Free | Header::Foreign) {
-        return Err(StorageError::CowNotFree { cow: of.cow.to_string() });
-    }
+    must_be_free(of, cow.device())?;
     cow::wipe(cow.device())?;
     open_snapshot(dm, of, Table::Snapshot { origin: origin.device(), cow: cow.device() }, quiet)?;
     open_origin(dm, of, origin.device())?;

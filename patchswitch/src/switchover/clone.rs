@@ -8,6 +8,7 @@ use serde_json::json;
 use super::context::{at, with};
 use super::{Context, Failure, Phase, Plan};
 use crate::exit::ExitCode;
+use crate::host::linux::programs::{Program, ProgramError};
 use crate::init::SYSTEMD_UNIT;
 use crate::manager::{Machine, Manager, ManagerError};
 use crate::names;
@@ -62,6 +63,11 @@ impl Plan {
             let start = std::time::Instant::now();
             let dm = Manager::dm().map_err(at(Phase::Clone))?;
             let mounts = job.manager.to_be_frozen(&active).map_err(at(Phase::Clone))?;
+            if !mounts.is_empty() && Program::Btrfstune.find().is_none() {
+                let missing = ProgramError::Missing { program: Program::Btrfstune };
+                return Err(at(Phase::Clone)(ManagerError::from(missing)));
+            }
+            job.manager.write_out(&active).map_err(at(Phase::Clone))?;
             let cut = snapshot::clone_mounted(&dm, &clones, &mounts).map_err(at(Phase::Clone))?;
             drop(mounts);
             job.watch(clones);

@@ -17,6 +17,9 @@ use super::stage::{SERVICE, Settings, Stage, job_root, wait_until};
 const LVM: &str = "--config 'devices { use_devicesfile=0 } activation { udev_sync=0 udev_rules=0 monitoring=0 } \
                    global { use_lvmpolld=0 } backup { backup=0 archive=0 }'";
 
+/// A link to a partition of a disk, as udev makes them.
+const MORE: &str = "/run/patchswitch-test-more";
+
 /// A disk in two parts: volumes of LVM, and a plain partition.
 struct Volumes {
     disk: PathBuf,
@@ -63,7 +66,14 @@ impl Volumes {
         ))
     }
 
+    /// The plain partition, by a name that somebody has given to it.
+    fn named(&self) -> String {
+        sh(&format!("ln -sfn {} {MORE}", self.part(2).display()));
+        MORE.to_owned()
+    }
+
     fn remove(self) {
+        fs::remove_file(MORE).unwrap();
         let disk = self.disk.display();
         sh(&format!("vgremove -q -y -ff {LVM} psbase; pvremove -q -y -ff {LVM} {}", self.part(1).display()));
         sh(&format!("wipefs -q --all {}; delpart {disk} 1; delpart {disk} 2", self.part(2).display()));
@@ -120,7 +130,7 @@ fn volumes_and_partitions_of_disks_are_patched_and_stay() {
     let volumes = Volumes::make();
     let (root, data) = (volumes.add("root", 64), volumes.add("data", 320));
     let stores = [volumes.add("store-root", 64), volumes.add("store-data", 64)];
-    let more = volumes.part(2).display().to_string();
+    let more = volumes.named();
     put(&root, "mkfs.ext4 -q -F", &format!("cp -aT {}", job_root().display()));
     put(&more, "mkfs.btrfs -q -f", "sh -c 'echo kept > $0/kept'");
     let stage = Stage::bare(&Settings::default());
@@ -137,6 +147,11 @@ fn volumes_and_partitions_of_disks_are_patched_and_stay() {
     write("web-a", "one");
 
     stage.says("v2");
+    // Somebody has come to use what looked like nobody's.
+    sh(&format!("mkfs.ext4 -q {}", stores[0]));
+    let said = stage.ends_with(1, &["apply", SERVICE]);
+    assert!(said.contains("there is ext4 on it now"), "{said}");
+    sh(&format!("e2fsck -fn {0}; wipefs -q --all {0}", stores[0]));
     stage.ok(&["apply", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
     let all = kinds();
@@ -177,9 +192,13 @@ fn refusals(stage: &Stage, volumes: &Volumes, [root, data, more]: [&str; 3]) {
         assert!(said.contains(why), "{words:?}: {said}");
         assert!(stage.ok(&["partition", "list"]).contains("no partition is defined"));
     };
-    let physical = volumes.part(1).display().to_string();
+    let physical = "/run/patchswitch-test-physical";
+    sh(&format!("ln -s {} {physical}", volumes.part(1).display()));
     let on = |disk: &str, device: &str| format!("{disk}={device}");
-    refused(1, &["--on", &on("root", &physical)], "is in use");
+    refused(1, &["--on", &on("root", physical)], "is in use");
+    fs::remove_file(physical).unwrap();
+    refused(78, &["--on", &on("root", &volumes.part(2).display().to_string())], "by a name that stays");
+    refused(78, &["--on", &on("root", root), "--size", "32M"], "give no size");
     refused(1, &["--on", &on("root", "/dev/psbase/absent")], "/dev/psbase/absent");
     refused(1, &["--on", &on("root", "/dev/null")], "is not a block device");
     refused(78, &["--on", &on("root", data)], "has no file system that is known here");

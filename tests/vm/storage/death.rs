@@ -8,10 +8,10 @@ use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use patchswitch::host::linux::cutter::CutError;
+use patchswitch::host::linux::cutter::{CutError, Mounts};
 use patchswitch::host::linux::dm::Dm;
 use patchswitch::storage::disk::{Active, Backing, Disk, Room, activate};
-use patchswitch::storage::snapshot::{CloneOf, Cut, WhenBusy, clone_disks, discard};
+use patchswitch::storage::snapshot::{CloneOf, Cut, WhenBusy, clone_disks, clone_mounted, discard};
 use patchswitch::storage::{Failed, StorageError};
 
 use super::lab::{LIMIT, Lab, Mount, assert_clean, dm_name, sh, wait_until};
@@ -27,12 +27,20 @@ struct Stage {
     active: [Active; 2],
     mounts: [Mount; 2],
     clones: [CloneOf; 2],
+    /// By which a file system is frozen that device-mapper does not freeze.
+    frozen: Mounts,
 }
 
 impl Stage {
     fn set() -> Self {
+        Self::with("mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0", 32)
+    }
+
+    /// The first disk has this file system.
+    fn with(mkfs: &str, mib: u64) -> Self {
         let lab = Lab::new();
-        let (fast, fast_active) = lab.formatted("a", "root", 32);
+        let (fast, fast_active) = lab.disk("a", "root", mib);
+        sh(&format!("{mkfs} {}", fast_active.path.display()));
         let sectors = 32 << 11;
         let backing = lab.image("slow-image", sectors, Room::Sparse);
         let under = backing.attach().unwrap();
@@ -47,7 +55,14 @@ impl Stage {
         sh(&format!("mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 {}", slow_active.path.display()));
         let mounts = [lab.mount(&fast_active.path, "fast"), lab.mount(&slow_active.path, "slow")];
         let clones = [lab.clone_of(&fast, "b", "root"), lab.clone_of(&slow, "b", "data")];
-        let stage = Self { lab, disks: [fast, slow], active: [fast_active, slow_active], mounts, clones };
+        let directory = fs::File::open(&mounts[0].0).unwrap();
+        let frozen = if mkfs.contains("btrfs") {
+            Mounts::from([(fast.name.clone(), directory)])
+        } else {
+            Mounts::new()
+        };
+        let stage =
+            Self { lab, disks: [fast, slow], active: [fast_active, slow_active], mounts, clones, frozen };
         stage.delay(DELAY_MILLIS);
         stage
     }
@@ -95,16 +110,20 @@ impl Stage {
         });
     }
 
-    fn end(self) {
+    fn end(mut self) {
         self.delay(0);
         fs::write(self.mounts[1].0.join("alive"), "alive").unwrap();
+        let is_btrfs = !self.frozen.is_empty();
+        self.frozen.clear();
         self.mounts.into_iter().for_each(Mount::unmount);
         for disk in &self.disks {
             assert_eq!(self.lab.kind(&disk.name), "linear");
         }
-        for active in &self.active {
-            assert_clean(&active.path);
+        match is_btrfs {
+            true => drop(sh(&format!("btrfs check -q --readonly {} 2>&1", self.active[0].path.display()))),
+            false => assert_clean(&self.active[0].path),
         }
+        assert_clean(&self.active[1].path);
         let [fast, slow] = &self.disks;
         patchswitch::storage::disk::deactivate(&self.lab.dm, slow, LIMIT).unwrap();
         sh(&format!("dmsetup remove {SLOW}"));
@@ -130,7 +149,7 @@ fn children(pid: u32) -> Vec<i32> {
 /// Clones in a thread, and lets `act` loose on the two processes while the first disk is suspended.
 fn cut_while(stage: &Stage, act: impl FnOnce(&[i32])) -> (Result<Cut, Failed>, Instant) {
     std::thread::scope(|scope| {
-        let job = scope.spawn(|| clone_disks(&stage.lab.dm, &stage.clones));
+        let job = scope.spawn(|| clone_mounted(&stage.lab.dm, &stage.clones, &stage.frozen));
         let since = stage.wait_suspended();
         let pids = own_children();
         assert_eq!(pids.len(), 2, "{pids:?}");
@@ -201,6 +220,37 @@ fn cutter_and_guard_are_killed_while_a_disk_is_suspended() {
     let stage = Stage::set();
     let (cut, _) = cut_while(&stage, |pids| pids.iter().for_each(|pid| kill(*pid)));
     assert_undone(cut);
+    stage.end();
+}
+
+/// One that device-mapper does not freeze is frozen as well, and goes on whoever is killed meanwhile.
+#[test]
+fn a_btrfs_goes_on_whoever_is_killed_while_it_is_frozen() {
+    let stage = Stage::with("mkfs.btrfs -q -f", 160);
+    let kills: [&[usize]; 4] = [&[], &[0], &[1], &[0, 1]];
+    for killed in kills {
+        println!("killed: {killed:?}");
+        stage.delay(DELAY_MILLIS);
+        let (cut, _) = cut_while(&stage, |pids| killed.iter().for_each(|at| kill(pids[*at])));
+        match killed.contains(&0) {
+            true => assert_undone(cut),
+            false => {
+                drop(cut.unwrap());
+                discard(&stage.lab.dm, &stage.clones, LIMIT, WhenBusy::Refuse).unwrap();
+            }
+        }
+        wait_until("both processes have ended", LIMIT, || own_children().is_empty());
+        fs::write(stage.mounts[0].0.join("on"), "on").unwrap();
+    }
+    // Without a mount of it there is no cut.
+    let failed = clone_disks(&stage.lab.dm, &stage.clones).unwrap_err();
+    assert!(matches!(failed.cause, StorageError::NotFrozen(_)), "{failed:?}");
+    // Somebody else has frozen it, and lets it go when he likes.
+    let at = stage.mounts[0].0.display().to_string();
+    sh(&format!("fsfreeze --freeze {at}"));
+    let failed = clone_mounted(&stage.lab.dm, &stage.clones, &stage.frozen).unwrap_err();
+    assert!(matches!(failed.cause, StorageError::Cut(CutError::Refused { .. })), "{failed:?}");
+    sh(&format!("fsfreeze --unfreeze {at}"));
     stage.end();
 }
 

@@ -41,6 +41,26 @@ fn sectors_are_counted_exactly_on_both_sides() {
     lab.finish(&[&disk]);
 }
 
+/// Each subvolume of a btrfs looks like another device, and is a part of the disk all the same.
+#[test]
+fn files_in_subvolumes_are_seen() {
+    let lab = Lab::new();
+    let (disk, active) = lab.disk("a", "root", 160);
+    sh(&format!("mkfs.btrfs -q -f {}", active.path.display()));
+    let mount = lab.mount(&active.path, "a");
+    let at = mount.0.display().to_string();
+    sh(&format!("btrfs -q subvolume create {at}/sub; btrfs -q subvolume create {at}/sub/below; sleep 0.1"));
+    let now = std::time::SystemTime::now();
+    sh(&format!("sleep 0.1; echo new > {at}/sub/below/file"));
+    let none = MayLose::parse([]).unwrap();
+    let changes =
+        changed_since(&mount.0, std::path::Path::new("/srv"), now, &none, Limits::default()).unwrap();
+    let paths: Vec<_> = changes.undeclared.iter().map(|file| file.path.to_str().unwrap()).collect();
+    assert!(paths.contains(&"/srv/sub/below/file"), "{paths:?}");
+    mount.unmount();
+    lab.finish(&[&disk]);
+}
+
 /// What was flushed by the cut itself is in the clone, so it is not counted as lost.
 #[test]
 fn what_the_cut_writes_out_is_not_counted_as_lost() {

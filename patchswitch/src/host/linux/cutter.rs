@@ -48,6 +48,7 @@ use super::cutter_child::{
 };
 use super::dm::{self, Dm, DmError};
 use super::dm_ioctl::{self as wire, Call, Command};
+use super::ioctl;
 
 /// How long the two processes have to lock their memory.
 const READY_LIMIT: Duration = Duration::from_secs(20);
@@ -112,6 +113,7 @@ pub struct Cutter<'dm> {
     dm: &'dm Dm,
     origins: Vec<String>,
     snapshots: Vec<String>,
+    mounts: &'dm Mounts,
     go: Option<File>,
     cutter: Child,
     guard: Child,
@@ -136,7 +138,7 @@ impl<'dm> Cutter<'dm> {
         dm: &'dm Dm,
         origins: &[&str],
         snapshots: &[&str],
-        mounts: &Mounts,
+        mounts: &'dm Mounts,
     ) -> Result<Self, CutError> {
         let stats = origins.iter().map(|&name| open_stat(dm, name)).collect::<Result<Vec<_>, _>>()?;
         Self::prepare(dm, (origins, &stats), snapshots, mounts)
@@ -146,7 +148,7 @@ impl<'dm> Cutter<'dm> {
         dm: &'dm Dm,
         (origins, stats): (&[&str], &[File]),
         snapshots: &[&str],
-        mounts: &Mounts,
+        mounts: &'dm Mounts,
     ) -> Result<Self, CutError> {
         let script = script(dm, (origins, stats), snapshots, mounts)?;
         let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
@@ -176,7 +178,7 @@ impl<'dm> Cutter<'dm> {
 
         let names = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect();
         let (origins, snapshots) = (names(origins), names(snapshots));
-        let mut prepared = Self { dm, origins, snapshots, go: Some(go_write.into()), cutter, guard };
+        let mut prepared = Self { dm, origins, snapshots, mounts, go: Some(go_write.into()), cutter, guard };
         for process in [&mut prepared.cutter, &mut prepared.guard] {
             match process.report(READY_LIMIT).map_err(CutError::Prepare)? {
                 Some(Report { stage: Stage::Ready, .. }) => {}
@@ -221,7 +223,10 @@ impl<'dm> Cutter<'dm> {
         let (verb, list) = match report.stage {
             Stage::Cut => return Ok(Duration::from_nanos(report.nanos)),
             Stage::Guard => return Err(CutError::NoGuard),
-            Stage::Freeze => ("freeze the file system of", &self.origins),
+            Stage::Freeze => (
+                "freeze the file system of (if somebody else has frozen it, `fsfreeze --unfreeze`)",
+                &self.origins,
+            ),
             Stage::Suspend => ("suspend", &self.origins),
             Stage::Activate => ("activate", &self.snapshots),
             Stage::Resume => ("resume", &self.origins),
@@ -241,6 +246,7 @@ impl<'dm> Cutter<'dm> {
                 tracing::error!(%origin, %error, "failed to resume after a broken cut");
             }
         }
+        thaw(self.mounts);
         let ended = self.cutter.wait(REAP_LIMIT);
         // What the cutter was at when it was killed.
         for origin in &self.origins {
@@ -248,7 +254,19 @@ impl<'dm> Cutter<'dm> {
                 tracing::error!(%origin, %error, "failed to resume after a broken cut");
             }
         }
+        thaw(self.mounts);
         ended
+    }
+}
+
+/// Lets file systems go on that a broken cut may have left frozen; not frozen: nothing to do.
+pub fn thaw(mounts: &Mounts) {
+    for (disk, directory) in mounts {
+        match ioctl::thaw(directory.as_fd()) {
+            Ok(()) => tracing::warn!(%disk, "its file system was still frozen, and goes on"),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => tracing::error!(%disk, %error, "failed to thaw its file system"),
+        }
     }
 }
 
@@ -370,7 +388,8 @@ mod tests {
     /// A user who may not lock memory is refused, whatever else is tried; root gets a cutter.
     fn prepare<'dm>(dm: &'dm Dm, origins: &[&str], snapshots: &[&str]) -> Option<Cutter<'dm>> {
         let stats: Vec<_> = origins.iter().map(|_| File::open("/dev/null").unwrap()).collect();
-        match Cutter::prepare(dm, (origins, &stats), snapshots, &Mounts::new()) {
+        static NONE: Mounts = Mounts::new();
+        match Cutter::prepare(dm, (origins, &stats), snapshots, &NONE) {
             Ok(cutter) => Some(cutter),
             Err(CutError::NotLocked(_)) if !rustix::process::geteuid().is_root() => None,
             Err(error) => panic!("{error}"),

@@ -15,6 +15,7 @@ use rustix::process::Pid;
 
 use super::block::Written;
 use super::dm_ioctl::CALL;
+use super::ioctl::{FIFREEZE, FITHAW};
 
 /// How long devices may be suspended before the cutter gives up by itself; the guard comes a little later.
 const ALARM: libc::timeval = libc::timeval { tv_sec: 1, tv_usec: 300_000 };
@@ -266,10 +267,7 @@ fn thaw(origin: &Origin) {
     }
 }
 
-/// `FIFREEZE` and `FITHAW` (`include/uapi/linux/fs.h`): `_IOWR('X', 119 and 120, int)`.
-const FIFREEZE: u32 = 0xc004_5877;
-const FITHAW: u32 = 0xc004_5878;
-
+/// `FIFREEZE` or `FITHAW`.
 fn on_file_system(mounted: RawFd, request: u32) -> Result<(), i32> {
     let mut unused: libc::c_int = 0;
     // SAFETY: the kernel ignores the argument of both calls (`fs/ioctl.c`); it gets a live integer all the same.

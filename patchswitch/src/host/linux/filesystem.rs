@@ -11,8 +11,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use super::programs::{Program, ProgramError, Run};
 
 /// A file system that partitions' disks can have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +55,9 @@ impl fmt::Display for Kind {
     }
 }
 
+/// How long a look at a device may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// What the superblock of a file system says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSystem {
@@ -61,14 +67,21 @@ pub struct FileSystem {
     pub identity: Option<[u8; 16]>,
     /// Of how many devices it consists.
     pub devices: u64,
+    /// How large it is, in bytes.
+    pub bytes: u64,
+    /// Whether somebody was ended while he changed its identity.
+    pub is_half_changed: bool,
 }
 
 /// Where a magic number is, and where the superblock of btrfs begins.
-const EXT_MAGIC: usize = 1024 + 0x38;
+const EXT: usize = 1024;
+const EXT_MAGIC: usize = EXT + 0x38;
 const BTRFS: usize = 64 << 10;
 const BTRFS_FSID: usize = BTRFS + 0x20;
 const BTRFS_MAGIC: usize = BTRFS + 0x40;
 const BTRFS_DEVICES: usize = BTRFS + 0x88;
+/// `BTRFS_SUPER_FLAG_CHANGING_FSID` and `…_V2`.
+const BTRFS_CHANGING: u64 = (1 << 35) | (1 << 36);
 /// So much of a device tells everything here.
 const HEAD: usize = BTRFS + (4 << 10);
 
@@ -96,18 +109,29 @@ impl FileSystem {
     /// The same from the first bytes of a device.
     pub fn parse(head: &[u8]) -> Option<Self> {
         let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
-        let plain = |kind| Some(Self { kind, identity: None, devices: 1 });
+        let field = |at: usize| head.get(at..)?.first_chunk::<8>().copied();
+        let half = |at: usize| head.get(at..)?.first_chunk::<4>().copied();
+        let plain = |kind, bytes| Self { kind, identity: None, devices: 1, bytes, is_half_changed: false };
         if has(BTRFS_MAGIC, b"_BHRfS_M") {
-            let devices = head.get(BTRFS_DEVICES..BTRFS_DEVICES + 8)?.try_into().ok()?;
-            let identity = head.get(BTRFS_FSID..BTRFS_FSID + 16)?.try_into().ok()?;
-            let devices = u64::from_le_bytes(devices);
-            return Some(Self { kind: Kind::Btrfs, identity: Some(identity), devices });
+            let flags = u64::from_le_bytes(field(BTRFS + 0x38)?);
+            return Some(Self {
+                kind: Kind::Btrfs,
+                identity: Some(*head.get(BTRFS_FSID..)?.first_chunk()?),
+                devices: u64::from_le_bytes(field(BTRFS_DEVICES)?),
+                bytes: u64::from_le_bytes(field(BTRFS + 0x70)?),
+                is_half_changed: flags & BTRFS_CHANGING != 0,
+            });
         }
         if has(0, b"XFSB") {
-            return plain(Kind::Xfs);
+            let block = u64::from(u32::from_be_bytes(half(4)?));
+            return Some(plain(Kind::Xfs, u64::from_be_bytes(field(8)?).saturating_mul(block)));
         }
         if has(EXT_MAGIC, &[0x53, 0xef]) {
-            return plain(Kind::Ext4);
+            let number = |at: usize| half(EXT + at).map(|bytes| u64::from(u32::from_le_bytes(bytes)));
+            // The upper half of the number of blocks is only there with the feature 64bit.
+            let high = if number(0x60)? & 0x80 == 0 { 0 } else { number(0x150)? };
+            let block = 1024_u64.checked_shl(u32::try_from(number(0x18)?).ok()?)?;
+            return Some(plain(Kind::Ext4, ((high << 32) | number(0x4)?).saturating_mul(block)));
         }
         None
     }
@@ -116,6 +140,27 @@ impl FileSystem {
     pub fn is_taken_for(&self, other: &Self) -> bool {
         self.identity.is_some() && self.identity == other.identity
     }
+}
+
+/// What is on a device, as far as the system's own tools know it: file systems, volumes, tables of partitions. Empty if
+/// nothing is.
+///
+/// # Errors
+/// [`ProgramError`] of `wipefs(8)`.
+pub fn signatures(device: &Path) -> Result<Vec<String>, ProgramError> {
+    let run = Run::new(Program::Wipefs).limit(LIMIT).args(["--noheadings", "--output", "TYPE"]).arg(device);
+    let printed = run.read()?;
+    let mut found: Vec<String> = printed.split_whitespace().map(ToOwned::to_owned).collect();
+    found.dedup();
+    Ok(found)
+}
+
+/// Takes away by what [`signatures`] knows what is on a device.
+///
+/// # Errors
+/// As [`signatures`].
+pub fn forget(device: &Path) -> Result<(), ProgramError> {
+    Run::new(Program::Wipefs).limit(LIMIT).args(["--quiet", "--all"]).arg(device).read().map(drop)
 }
 
 #[cfg(test)]
@@ -132,7 +177,21 @@ mod tests {
 
     #[test]
     fn each_kind_is_told_by_its_superblock() {
-        let kind = |parts: &[(usize, &[u8])]| FileSystem::parse(&head(parts)).map(|found| found.kind);
+        let found = |parts: &[(usize, &[u8])]| FileSystem::parse(&head(parts));
+        let kind = |parts: &[(usize, &[u8])]| found(parts).map(|found| found.kind);
+        let ext: [(usize, &[u8]); 5] = [
+            (EXT_MAGIC, &[0x53, 0xef]),
+            (EXT + 4, &[3]),
+            (EXT + 0x18, &[2]),
+            (EXT + 0x60, &[0x80]),
+            (EXT + 0x150, &[1]),
+        ];
+        assert_eq!(found(&ext).unwrap().bytes, ((1 << 32) | 3) * 4096);
+        assert_eq!(found(&ext[..3]).unwrap().bytes, 3 * 4096);
+        let xfs: [(usize, &[u8]); 3] = [(0, b"XFSB"), (4, &[0, 0, 16, 0]), (15, &[5])];
+        assert_eq!(found(&xfs).unwrap().bytes, 5 * 4096);
+        let half: [(usize, &[u8]); 2] = [(BTRFS_MAGIC, b"_BHRfS_M"), (BTRFS + 0x38 + 4, &[0x10])];
+        assert!(found(&half).unwrap().is_half_changed);
         assert_eq!(kind(&[(EXT_MAGIC, &[0x53, 0xef])]), Some(Kind::Ext4));
         assert_eq!(kind(&[(0, b"XFSB")]), Some(Kind::Xfs));
         assert_eq!(kind(&[(BTRFS_MAGIC, b"_BHRfS_M")]), Some(Kind::Btrfs));

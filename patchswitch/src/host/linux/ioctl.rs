@@ -12,6 +12,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use super::dm_ioctl::{self, Command};
 
+/// `_IOWR('X', 119, int)` and 120 (`include/uapi/linux/fs.h`).
+pub(super) const FIFREEZE: u32 = 0xc004_5877;
+pub(super) const FITHAW: u32 = 0xc004_5878;
 const LOOP_CLR_FD: u32 = 0x4c01;
 const LOOP_GET_STATUS64: u32 = 0x4c05;
 const LOOP_SET_CAPACITY: u32 = 0x4c07;
@@ -59,6 +62,13 @@ struct LoopConfig {
 
 const _: () = assert!(size_of::<LoopInfo>() == 232 && offset_of!(LoopInfo, flags) == 52);
 const _: () = assert!(size_of::<LoopConfig>() == 304 && offset_of!(LoopConfig, info) == 8);
+
+/// Lets a frozen file system go on, by a directory of it; `EINVAL` if it is not frozen.
+pub(super) fn thaw(directory: BorrowedFd<'_>) -> io::Result<()> {
+    let mut unused: i32 = 0;
+    // SAFETY: the kernel ignores the argument (`ioctl_fsthaw`, `fs/ioctl.c`); it gets a live integer all the same.
+    check(unsafe { libc::ioctl(directory.as_raw_fd(), FITHAW.into(), &raw mut unused) }).map(drop)
+}
 
 /// Calls device-mapper.
 pub(super) fn device_mapper(control: BorrowedFd<'_>, command: Command, call: &mut [u8]) -> io::Result<()> {

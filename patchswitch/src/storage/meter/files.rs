@@ -17,6 +17,10 @@ use serde::Serialize;
 use super::pattern::MayLose;
 use crate::storage::StorageError;
 
+/// `BTRFS_SUPER_MAGIC` (`include/uapi/linux/magic.h`), and the inode that the root of each of its subvolumes has
+/// (`BTRFS_FIRST_FREE_OBJECTID`).
+const BTRFS: i64 = 0x9123_683e;
+const SUBVOLUME: u64 = 256;
 /// Time stamps of files are those of the last tick, up to 10 ms old; so much earlier is looked for as well.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -81,13 +85,15 @@ pub struct Changes {
 struct Level {
     dir: Dir,
     path: PathBuf,
+    /// Its device's number; each subvolume of a btrfs has one of its own.
+    device: u64,
 }
 
 struct Walk<'a> {
     since: Duration,
     may_lose: &'a MayLose,
     limits: Limits,
-    device: u64,
+    is_btrfs: bool,
     visited: u64,
     changes: Changes,
 }
@@ -109,13 +115,13 @@ pub fn changed_since(
     let fd = rustix::fs::open(root, folder_flags(), Mode::empty()).map_err(failed)?;
     let stat = rustix::fs::fstat(&fd).map_err(failed)?;
     let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().saturating_sub(TICK);
-    let device = stat.st_dev;
-    let mut walk = Walk { since, may_lose, limits, device, visited: 0, changes: Changes::default() };
+    let is_btrfs = rustix::fs::fstatfs(&fd).map_err(failed)?.f_type == BTRFS;
+    let mut walk = Walk { since, may_lose, limits, is_btrfs, visited: 0, changes: Changes::default() };
     let path = at.to_owned();
     if walk.is_changed(&stat) {
         walk.note(&path, &stat);
     }
-    let mut stack = vec![Level { dir: Dir::new(fd).map_err(failed)?, path }];
+    let mut stack = vec![Level { dir: Dir::new(fd).map_err(failed)?, path, device: stat.st_dev }];
     while let Some(level) = stack.last_mut() {
         match level.dir.read() {
             None => {
@@ -164,7 +170,8 @@ impl Walk<'_> {
                 return None;
             }
         };
-        if stat.st_dev != self.device {
+        let is_subvolume = self.is_btrfs && stat.st_ino == SUBVOLUME;
+        if stat.st_dev != level.device && !is_subvolume {
             return None; // something is mounted there: not a part of this disk
         }
         let path = level.path.join(name);
@@ -175,8 +182,8 @@ impl Walk<'_> {
             return None;
         }
         let opened = rustix::fs::openat(parent, name, folder_flags(), Mode::empty());
-        match opened.and_then(|fd| self.enter(fd, &stat)) {
-            Ok(dir) => Some(Level { dir, path }),
+        match opened.and_then(|fd| Self::enter(fd, &stat)) {
+            Ok(dir) => Some(Level { dir, path, device: stat.st_dev }),
             Err(Errno::NOENT) => None,
             Err(_) => {
                 self.changes.skipped += 1;
@@ -186,9 +193,9 @@ impl Walk<'_> {
     }
 
     /// Goes into a directory, if it is still the one that was looked at.
-    fn enter(&self, fd: OwnedFd, seen: &Stat) -> Result<Dir, Errno> {
+    fn enter(fd: OwnedFd, seen: &Stat) -> Result<Dir, Errno> {
         let stat = rustix::fs::fstat(&fd)?;
-        if stat.st_dev != self.device || stat.st_ino != seen.st_ino {
+        if (stat.st_dev, stat.st_ino) != (seen.st_dev, seen.st_ino) {
             return Err(Errno::STALE);
         }
         Dir::new(fd)

@@ -23,7 +23,7 @@ use super::{Failed, StorageError, Unfinished};
 use crate::host::linux::block::{self, DeviceNumber};
 use crate::host::linux::cutter::{Cutter, Mounts};
 use crate::host::linux::dm::{Dm, DmError, Done, Removal, Target};
-use crate::host::linux::filesystem::signatures;
+use crate::host::linux::filesystem::{forget, signatures};
 
 /// How long undo waits for somebody, e.g. udev, to close a device that has just been made.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
@@ -240,7 +240,7 @@ fn undo(dm: &Dm, checked: &[Checked<'_>]) -> Vec<StorageError> {
     for one in checked.iter().rev() {
         let removed = dm.remove_when_closed(&one.of.clone, UNDO_LIMIT).map_err(StorageError::from);
         let linear = back_to_linear(dm, one.of, one.origin.device());
-        let wiped = if removed.is_ok() { cow::wipe(one.cow.device()) } else { Ok(()) };
+        let wiped = if removed.is_ok() { clear(&one.of.cow, one.cow.device()) } else { Ok(()) };
         errors.extend([removed.map(|_| ()), linear.map(|_| ()), wiped].into_iter().filter_map(Result::err));
     }
     errors
@@ -297,6 +297,15 @@ fn free(dm: &Dm, of: &CloneOf, wipe: bool) -> Result<(), StorageError> {
     Ok(())
 }
 
+/// Clears a store in which there is a clone. What a clone has kept may look like something of somebody's, which would be in the way
+/// on a device the next time; so that goes first, as long as the header says whose it is.
+fn clear(cow: &Backing, device: DeviceNumber) -> Result<(), StorageError> {
+    if let Backing::Device(path) = cow {
+        forget(path)?;
+    }
+    cow::wipe(device)
+}
+
 /// Makes a store free. The clone in it, if there is one, is gone for good.
 ///
 /// # Errors
@@ -307,7 +316,7 @@ pub fn free_cow(cow: &Backing) -> Result<(), StorageError> {
     }
     let attached = cow.attach()?;
     if cow::header(attached.device())? != Header::Free {
-        cow::wipe(attached.device())?;
+        clear(cow, attached.device())?;
     }
     drop(attached);
     cow.detach().map(|_| ())

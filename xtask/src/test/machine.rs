@@ -31,8 +31,6 @@ use crate::vm::payload::Payload;
 /// Nextest kills a test that hangs; this is for the case that nextest itself is gone.
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
 /// How often a test may have the machine reset before it is taken for a loop.
-/// What chooses points and moments in tests that cannot go through all.
-const SEED: &str = "PATCHSWITCH_SEED";
 const RESETS_MAX: usize = 20;
 const CONTROL: &str = "PATCHSWITCH_VM_CONTROL";
 const PHASE: &str = "PATCHSWITCH_VM_PHASE";
@@ -80,15 +78,7 @@ pub(crate) fn run(
     // Beside the payload, not in it: it is removed with it.
     let control = payload.dir().with_extension("control");
     let listener = UnixListener::bind(&control).with_context(|| control.display().to_string())?;
-    let seed = match std::env::var(SEED) {
-        Ok(seed) => seed,
-        // Other points and moments with each commit, and the same ones each time that it is tested.
-        Err(_) => {
-            super::commit().map_or(0, |commit| u64::from_str_radix(&commit, 16).unwrap_or(0)).to_string()
-        }
-    };
     let environment = [
-        (SEED, seed),
         (CONTROL, control.display().to_string()),
         ("PATCHSWITCH_KERNEL", series.to_string()),
         // Not as an option: the user may give that one.

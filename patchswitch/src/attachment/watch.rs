@@ -179,6 +179,12 @@ impl Neighbours {
     }
 }
 
+/// A connection to the kernel for who watches beside somebody that goes on with the attachment: on one connection there can be
+/// one list under way at any time (`EBUSY`; `__netlink_dump_start`, `net/netlink/af_netlink.c`).
+fn own_connection(record: &Record) -> Result<Netlink, AttachError> {
+    Ok(Netlink::open(&here(record)?)?)
+}
+
 /// Neighbours are watched as long as this lives, beside whatever else is done.
 #[derive(Debug)]
 pub struct Watching(JoinHandle<()>);
@@ -194,12 +200,17 @@ impl Attachment {
     /// addresses each time that `every` is over, and tells and answers foreign claims of them in the log. What fails is
     /// logged.
     pub fn watch_neighbours(&self, every: Duration) -> Watching {
-        let (record, host) = (self.record().clone(), self.host.clone());
+        let record = self.record().clone();
+        let host = own_connection(&record);
         Watching(tokio::spawn(async move {
             let failed = |error: &AttachError| {
                 tracing::warn!("neighbours are not watched: {}", remove::text(error));
             };
-            let mut neighbours = match Neighbours::open(record, host, every).await {
+            let opened = match host {
+                Ok(host) => Neighbours::open(record, host, every).await,
+                Err(error) => Err(error),
+            };
+            let mut neighbours = match opened {
                 Ok(neighbours) => neighbours,
                 Err(error) => return failed(&error),
             };
@@ -238,7 +249,7 @@ impl Watch {
     pub async fn open(name: &Name, every: Duration) -> Result<Self, AttachError> {
         preflight::root()?;
         let record = Record::load(name)?;
-        let host = Netlink::open(&here(&record)?)?;
+        let host = own_connection(&record)?;
         let plane = Dataplane::open(name)?;
         Ok(Self { neighbours: Neighbours::open(record, host, every).await?, plane })
     }

@@ -223,10 +223,9 @@ impl<'dm> Cutter<'dm> {
         let (verb, list) = match report.stage {
             Stage::Cut => return Ok(Duration::from_nanos(report.nanos)),
             Stage::Guard => return Err(CutError::NoGuard),
-            Stage::Freeze => (
-                "freeze the file system of (if somebody else has frozen it, `fsfreeze --unfreeze`)",
-                &self.origins,
-            ),
+            Stage::Freeze => {
+                ("freeze (somebody else may have: `fsfreeze --unfreeze`) the file system of", &self.origins)
+            }
             Stage::Suspend => ("suspend", &self.origins),
             Stage::Activate => ("activate", &self.snapshots),
             Stage::Resume => ("resume", &self.origins),

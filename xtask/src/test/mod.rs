@@ -236,9 +236,10 @@ fn plan(options: &Options) -> Result<Vec<Step>> {
     Ok(steps)
 }
 
-/// The commit that is tested, in short.
+/// The last commit that is more than documents, in short: results are of it.
 fn commit() -> Result<String> {
-    let git = crate::command::Tool::new("git").args(["rev-parse", "--short=8", "HEAD"]).dir(paths::root());
+    let git = crate::command::Tool::new("git").dir(paths::root());
+    let git = git.args(["log", "-1", "--format=%h", "--abbrev=8", "--", ".", ":(exclude)docs"]);
     Ok(git.read()?.trim().to_owned())
 }
 

@@ -153,8 +153,8 @@ impl Results {
 
 impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let failed = if self.passed { "" } else { FAILED };
-        write!(f, "{} ({}) {failed}", self.seconds, self.commit)
+        write!(f, "{} ({})", self.seconds, self.commit)?;
+        if self.passed { Ok(()) } else { write!(f, " {FAILED}") }
     }
 }
 
@@ -224,7 +224,7 @@ mod tests {
         .map(str::to_owned);
         let table = results.table(&all, &"6.12".parse().unwrap());
         assert!(table.contains("4 points, of which 1 passed, 1 failed and 2 have not been run"), "{table}");
-        let row = "| takeover | apply | boot | 61 (0123abcd)  | 9 (4567abcd) **failed** |";
+        let row = "| takeover | apply | boot | 61 (0123abcd) | 9 (4567abcd) **failed** |";
         assert!(table.contains(row), "{table}");
         assert!(table.contains("| takeover | apply | scan | not run | not run |"), "{table}");
         assert_eq!(Results::parse(&table), results);

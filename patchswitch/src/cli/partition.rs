@@ -116,8 +116,9 @@ pub(crate) struct Define {
     #[arg(long, value_parser = size::parse, required_unless_present = "on")]
     size: Option<u64>,
     /// The block device on which a disk lies (the system disk is called root), instead of an image: a volume of LVM, a
-    /// partition of a disk, a disk, by a name that it still has after a boot (/dev/VOLUMES/NAME, /dev/disk/by-id/…). A file system that is on it stays as it is; anything else that is on it is in the way. A
-    /// standby's is a store and has to be empty. May be given once for each disk.
+    /// partition of a disk, a disk, by a name that it still has after a boot (/dev/VOLUMES/NAME, /dev/disk/by-id/…). A file
+    /// system that is on it stays as it is; anything else that is on it is in the way. A standby's is a store and has to be
+    /// empty. May be given once for each disk.
     #[arg(long, value_name = "DISK=DEVICE", value_parser = on)]
     on: Vec<(Name, PathBuf)>,
     /// The file system of disks that are empty.
@@ -127,7 +128,8 @@ pub(crate) struct Define {
     /// larger if the host has room (`extend_stores`), else jobs turn back before it is full.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "standby")]
     store: Option<u64>,
-    /// Further disks, e.g. data:512M:/srv/data; one that lies on a device needs no size (data::/srv/data). With :ro at the end it can only be read; with :move it has one writer at a
+    /// Further disks, e.g. data:512M:/srv/data; one that lies on a device needs no size (data::/srv/data). With :ro at the
+    /// end it can only be read; with :move it has one writer at a
     /// time, and goes to the patched partition itself instead of being cloned (a service with strategy quiesce).
     #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT[:ro|:move]")]
     disks: Vec<String>,

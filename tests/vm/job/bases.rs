@@ -216,8 +216,15 @@ fn refusals(stage: &Stage, volumes: &Volumes, [root, data, more]: [&str; 3]) {
     );
     let directory = job_root().display().to_string();
     refused(78, &["--from", &directory, "--on", &on("root", more)], "there is btrfs on it");
-    // Half of a file system.
     let half = volumes.add("half", 128);
+    // Half of a root is nobody's.
+    refused(
+        65,
+        &["--from", "/etc/hostname", "--on", &on("root", &half)],
+        "it is not the whole archive of a root",
+    );
+    assert_eq!(sh(&format!("wipefs --noheadings {half}")), "");
+    // Half of a file system.
     let other = volumes.add("other", 128);
     sh(&format!("mkfs.btrfs -q -f {half} {other}"));
     refused(78, &["--on", &on("root", &half)], "is one of 2 devices of a btrfs");

@@ -7,6 +7,7 @@ mod background;
 mod bases;
 mod beside;
 mod client;
+mod copies;
 mod database;
 mod decisions;
 mod exchange;

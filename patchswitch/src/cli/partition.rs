@@ -130,8 +130,9 @@ pub(crate) struct Define {
     store: Option<u64>,
     /// Further disks, e.g. data:512M:/srv/data; one that lies on a device needs no size (data::/srv/data). With :ro at the
     /// end it can only be read; with :move it has one writer at a
-    /// time, and goes to the patched partition itself instead of being cloned (a service with strategy quiesce).
-    #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT[:ro|:move]")]
+    /// time, and goes to the patched partition itself instead of being cloned (a service with strategy quiesce); with :log or
+    /// :mirror the patched partition gets a whole copy on the standby's disk, by a log of writes or by a mirror.
+    #[arg(long = "disk", value_name = "NAME:SIZE:MOUNT[:ro|:move|:log|:mirror]")]
     disks: Vec<String>,
     /// Percent of one processor.
     #[arg(long, default_value_t = 100, value_name = "PERCENT")]
@@ -229,7 +230,7 @@ fn disk(text: &str, device_size: impl Fn(&str) -> anyhow::Result<u64>) -> anyhow
     let mut parts = text.split(':');
     let bad = || {
         anyhow::anyhow!(
-            "{text:?} is no disk: give NAME:SIZE:MOUNT, e.g. data:512M:/srv/data, perhaps with :ro or :move"
+            "{text:?} is no disk: give NAME:SIZE:MOUNT, e.g. data:512M:/srv/data, perhaps with :ro, :move, :log or :mirror"
         )
     };
     let (name, bytes, mount) =
@@ -238,6 +239,8 @@ fn disk(text: &str, device_size: impl Fn(&str) -> anyhow::Result<u64>) -> anyhow
         (None, None) => (false, Policy::Snapshot),
         (Some("ro"), None) => (true, Policy::Snapshot),
         (Some("move"), None) => (false, Policy::Move),
+        (Some("log"), None) => (false, Policy::Log),
+        (Some("mirror"), None) => (false, Policy::Mirror),
         _ => return Err(bad()),
     };
     let size = match bytes {

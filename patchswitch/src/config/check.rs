@@ -27,6 +27,7 @@ pub(super) fn globals(config: &Config, place_of: Where<'_>) -> Result<(), Config
         ("job.patch", job.patch),
         ("job.restart", job.restart),
         ("job.stop", job.stop),
+        ("job.copy", job.copy),
         ("scan.limit", config.scan.limit),
     ] {
         positive(place_of, key, value)?;

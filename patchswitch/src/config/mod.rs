@@ -7,6 +7,7 @@
 //! ```toml
 //! [job]
 //! boot = "60s"                        # until the clone has booted
+//! copy = "1h"                         # for whole copies of disks (:log, :mirror)
 //! extend_stores = true                # of clones that could fill up, while they are in use
 //!
 //! [scan]
@@ -112,6 +113,9 @@ pub struct Job {
     /// For a partition to stop before its cgroup is killed.
     #[serde(with = "duration")]
     pub stop: Duration,
+    /// For copies of whole disks (`:log`, `:mirror`), until they are ready for the cut.
+    #[serde(with = "duration")]
+    pub copy: Duration,
     /// How long the old partition is kept, stopped, after it was drained.
     #[serde(with = "duration")]
     pub keep_old: Duration,
@@ -302,6 +306,7 @@ impl Default for Config {
                 patch: Duration::from_secs(900),
                 restart: Duration::from_secs(60),
                 stop: Duration::from_secs(30),
+                copy: Duration::from_secs(3600),
                 keep_old: Duration::from_secs(3600),
                 extend_stores: true,
             },

@@ -52,6 +52,7 @@ struct RawJob {
     patch: Opt<Span>,
     restart: Opt<Span>,
     stop: Opt<Span>,
+    copy: Opt<Span>,
     keep_old: Opt<Span>,
     extend_stores: Opt<bool>,
 }
@@ -247,6 +248,7 @@ impl Builder {
         set.set("job.patch", &mut config.job.patch, raw.job.patch);
         set.set("job.restart", &mut config.job.restart, raw.job.restart);
         set.set("job.stop", &mut config.job.stop, raw.job.stop);
+        set.set("job.copy", &mut config.job.copy, raw.job.copy);
         set.set("job.keep_old", &mut config.job.keep_old, raw.job.keep_old);
         set.set("job.extend_stores", &mut config.job.extend_stores, raw.job.extend_stores);
         set.set("scan.packages", &mut config.scan.packages, raw.scan.packages);

@@ -52,6 +52,7 @@ patch = "2s"
 restart = "3s"
 stop = "4s"
 keep_old = "5s"
+copy = "18s"
 extend_stores = false
 [scan]
 packages = false
@@ -119,8 +120,8 @@ command = "d"
     assert_eq!(config.agent.runtime, Runtime::Runc);
     let job = &config.job;
     assert_eq!(
-        [job.boot, job.patch, job.restart, job.stop, job.keep_old].map(|d| d.as_secs()),
-        [1, 2, 3, 4, 5]
+        [job.boot, job.patch, job.restart, job.stop, job.keep_old, job.copy].map(|d| d.as_secs()),
+        [1, 2, 3, 4, 5, 18]
     );
     assert!(!job.extend_stores && default.job.extend_stores);
     let scan = Scan {

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use super::copies::make_store;
 use super::machine::CLOSE;
 use super::moves::Row;
 use super::{Definition, Machine, MachineDisk, Manager, ManagerError};
 use crate::names::Name;
 use crate::partition::spec::PartitionSpec;
+use crate::storage::copy::CopyOf;
 use crate::storage::disk::{Backing, Disk};
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::{self, CloneOf, WhenBusy};
@@ -15,8 +17,8 @@ use crate::store::{self, Role, State};
 /// A merge writes at the speed of the disk; this is for one that hangs.
 const MERGE: Duration = Duration::from_secs(3600);
 
-/// The stores that a clone has: those of its clones, those that wait for a disk to be moved, and those in which the other one
-/// keeps what it has moved here.
+/// The stores that a clone has: those of its clones, those that wait for a disk to be moved or have a copy of one, and those in
+/// which the other one keeps what it has moved here.
 fn stores_of(machine: &Machine, kept: &[CloneOf]) -> Vec<Backing> {
     let store = |disk: &MachineDisk| match &disk.clone {
         Some(clone) => clone.cow.clone(),
@@ -37,6 +39,7 @@ impl Manager {
         active: &Machine,
         standby: &Machine,
         clones: &[CloneOf],
+        copies: &[CopyOf],
     ) -> Result<Machine, ManagerError> {
         let reserve = standby.spec().clone();
         let spec = PartitionSpec {
@@ -55,13 +58,15 @@ impl Manager {
         };
         let disks = active.disks.iter().filter_map(|disk| {
             let name = crate::names::dm_disk(active.name(), &disk.name);
-            let clone = clones.iter().find(|clone| clone.active == name)?;
+            let clone = clones.iter().find(|clone| clone.active == name);
+            let copy = copies.iter().find(|copy| copy.active == name);
+            let backing = clone.map(|clone| &clone.origin).or_else(|| copy.map(|copy| &copy.target))?;
             Some(store::Disk {
                 partition: standby.name().clone(),
                 name: disk.name.clone(),
-                sectors: clone.sectors,
-                backing: serde_json::json!(clone.origin),
-                cow: Some(serde_json::json!(clone)),
+                sectors: disk.sectors,
+                backing: serde_json::json!(backing),
+                cow: clone.map(|clone| serde_json::json!(clone)),
             })
         });
         let _ = self.store.put_machines(&[(row, disks.collect())])?;
@@ -80,6 +85,7 @@ impl Manager {
             )));
         }
         self.stop(machine)?;
+        self.abandon_copies(machine)?;
         let dm = Self::dm()?;
         // What the other one has kept of disks that it gave away, and goes on with.
         let kept = self.clones_over(machine)?;
@@ -92,7 +98,7 @@ impl Manager {
         snapshot::discard(&dm, &machine.clones(), CLOSE, WhenBusy::CutOff)?;
         let stores = stores_of(machine, &kept);
         for store in &stores {
-            snapshot::free_cow(store)?;
+            make_store(store)?;
         }
         let mut machines = vec![self.freed(machine, &stores)?];
         machines.extend(self.merged(&kept)?);
@@ -138,8 +144,10 @@ impl Manager {
         };
         let mut machines = vec![(row, new.disks.iter().map(disk).collect())];
         if let Some(old) = self.other(service)? {
-            // Those in which it had kept disks that it gave away.
+            // Those in which it had kept disks that it gave away, and the disks that others have copies of.
             stores.extend(old.clones().into_iter().map(|clone| clone.cow));
+            let copied = old.copied().filter(|(_, disk)| disk.clone.is_none());
+            stores.extend(copied.map(|(_, disk)| disk.backing.clone()));
             machines.push(self.freed(&old, &stores)?);
         }
         let _ = self.store.put_machines(&machines)?;

@@ -386,9 +386,10 @@ impl Manager {
     }
 
     /// Where a partition has its disks, and where the agent's mount namespace has them. Of those that go to whoever takes over,
-    /// nothing can be left behind.
-    pub(crate) fn mount_points(machine: &Machine) -> Vec<(PathBuf, PathBuf)> {
-        let disks = machine.spec().disks.iter().filter(|disk| disk.policy != Policy::Move);
+    /// nothing can be left behind; `quiesced`: whether the service is, where it takes over.
+    pub(crate) fn mount_points(machine: &Machine, quiesced: bool) -> Vec<(PathBuf, PathBuf)> {
+        let goes = |policy: Policy| policy == Policy::Move || (quiesced && policy.goes_over());
+        let disks = machine.spec().disks.iter().filter(|disk| !goes(disk.policy));
         disks.map(|disk| (PathBuf::from(&disk.mount), mount_point(machine, &disk.mount))).collect()
     }
 

@@ -14,10 +14,12 @@
 //! * `host`: what the host has, who has what of it, what is free.
 //! * `machine`: start, stop, what is there.
 //! * `moves`: disks that go from one partition to the other.
+//! * `copies`: disks of which the other partition gets whole copies.
 //! * `lease`: a standby is lent to a service, and given back or kept.
 //! * `service`: a service address gets its partition and its data path.
 //! * `recover`: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
 
+mod copies;
 mod define;
 mod error;
 mod host;
@@ -35,6 +37,7 @@ pub use error::ManagerError;
 pub use host::{Amounts, Device, HostTable, Share};
 pub use layout::Layout;
 pub use machine::{Machine, MachineDisk, Running};
+pub(crate) use moves::Moved;
 pub use recover::Recovered;
 pub(crate) use service::{attachable, slot_of};
 

@@ -23,6 +23,7 @@ use crate::host::linux::block::DeviceNumber;
 use crate::names::{self, Name};
 use crate::partition::lifecycle;
 use crate::partition::spec::{self, Policy};
+use crate::storage::copies::{Account, Copies, Together, Wanted};
 use crate::storage::disk::{self, Backing};
 use crate::storage::snapshot::{self, CloneOf, WhenBusy};
 use crate::store;
@@ -31,10 +32,14 @@ use crate::store;
 const LET_GO: Duration = Duration::from_secs(5);
 
 impl Machine {
-    /// The disks that go to whoever takes over.
+    /// The disks that go to whoever takes over from a service that is quiesced, themselves or as copies.
     pub(crate) fn moving(&self) -> impl Iterator<Item = (&spec::Disk, &MachineDisk)> {
-        let disks = self.spec().disks.iter().zip(&self.disks);
-        disks.filter(|(disk, _)| disk.policy == Policy::Move)
+        self.spec().disks.iter().zip(&self.disks).filter(|(disk, _)| disk.policy.goes_over())
+    }
+
+    /// Those of them that go over themselves.
+    pub(crate) fn moving_itself(&self) -> impl Iterator<Item = (&spec::Disk, &MachineDisk)> {
+        self.moving().filter(|(disk, _)| disk.policy == Policy::Move)
     }
 }
 
@@ -95,23 +100,36 @@ impl Manager {
     }
 
     /// Moves the disks from one partition to the other, which serves from then on as far as the store knows. Both must have
-    /// been [taken](Self::take_disks) away. On an error `from` has them.
+    /// been [taken](Self::take_disks) away. Disks that are copied go over as `copies`, which end here; without, what is behind those
+    /// of the two is exchanged, which is the way back. On an error `from` has them.
     pub(crate) fn move_disks(
         &mut self,
         service: &Name,
         from: &Machine,
         to: &Machine,
-    ) -> Result<(Machine, Machine), ManagerError> {
-        let back: Vec<CloneOf> = to.moving().filter_map(|(_, disk)| disk.clone.clone()).collect();
+        copies: Option<(Copies<'_>, Vec<Wanted>)>,
+    ) -> Result<Moved, ManagerError> {
+        let back: Vec<CloneOf> = to.moving_itself().filter_map(|(_, disk)| disk.clone.clone()).collect();
         let kept = if back.is_empty() { kept_by(from, to) } else { Vec::new() };
-        let (mut old, mut new) = (Vec::new(), Vec::new());
+        let (mut old, mut new, mut accounts) = (Vec::new(), Vec::new(), Vec::new());
+        if let Some((copies, wanted)) = copies {
+            accounts = self.copies_closed(copies, &wanted)?;
+        } else {
+            for ((_, here), (_, there)) in from.copied().zip(to.copied()) {
+                new.push((names::dm_disk(to.name(), &there.name), here.backing.clone(), None));
+                old.push((names::dm_disk(from.name(), &here.name), there.backing.clone(), None));
+            }
+            close(to, to.copied())?;
+        }
         if back.is_empty() {
-            Self::cut_closed(from, &kept)?;
+            close(from, from.moving())?;
+            snapshot::clone_closed(&Self::dm()?, &kept)?;
             for clone in &kept {
                 new.push((clone.active.clone(), clone.origin.clone(), None));
                 old.push((clone.clone.clone(), clone.origin.clone(), Some(clone.clone())));
             }
         } else {
+            close(from, from.copied())?;
             snapshot::unclone_closed(&Self::dm()?, &back, LET_GO)?;
             for clone in &back {
                 new.push((clone.clone.clone(), clone.origin.clone(), None));
@@ -131,7 +149,15 @@ impl Manager {
                 tracing::warn!("{}", super::chain(&error));
             }
         }
-        Ok((self.machine(from.name())?, self.machine(to.name())?))
+        Ok(Moved { from: self.machine(from.name())?, to: self.machine(to.name())?, accounts })
+    }
+
+    /// Ends copies of disks that nobody has open any more: they are what those were in the end.
+    fn copies_closed(&self, copies: Copies<'_>, wanted: &[Wanted]) -> Result<Vec<Account>, ManagerError> {
+        let Together { accounts, .. } = copies.cut_closed()?;
+        Self::tell_copies_apart(wanted)?;
+        self.remove_logs(wanted)?;
+        Ok(accounts)
     }
 
     /// The one that had the disks keeps them as it had them, and serves from then on as far as the store knows; what the other
@@ -150,20 +176,6 @@ impl Manager {
         }
         self.take_disks(other)?;
         Ok(snapshot::unclone_closed(&Self::dm()?, &kept_by(serving, other), LET_GO)?)
-    }
-
-    fn cut_closed(from: &Machine, clones: &[CloneOf]) -> Result<(), ManagerError> {
-        let dm = Self::dm()?;
-        for (_, disk) in from.moving() {
-            let sectors = disk.sectors;
-            let disk = disk::Disk {
-                name: names::dm_disk(from.name(), &disk.name),
-                backing: disk.backing.clone(),
-                sectors,
-            };
-            let _ = disk::deactivate(&dm, &disk, LET_GO)?;
-        }
-        Ok(snapshot::clone_closed(&dm, clones)?)
     }
 
     /// A partition's row, with other things behind some of its disks, by the names of their devices.
@@ -196,6 +208,27 @@ impl Manager {
     }
 }
 
+/// Takes the devices of some of a partition's disks out of the kernel.
+fn close<'a>(
+    machine: &Machine,
+    disks: impl Iterator<Item = (&'a spec::Disk, &'a MachineDisk)>,
+) -> Result<(), ManagerError> {
+    let dm = Manager::dm()?;
+    for (_, disk) in disks {
+        let _ = disk::deactivate(&dm, &plain(machine.name(), disk), LET_GO)?;
+    }
+    Ok(())
+}
+
+/// Who had the disks, and who has them.
+#[derive(Debug)]
+pub(crate) struct Moved {
+    pub(crate) from: Machine,
+    pub(crate) to: Machine,
+    /// How those were made that are copies.
+    pub(crate) accounts: Vec<Account>,
+}
+
 /// What is behind a device.
 type Behind = (String, Backing, Option<CloneOf>);
 /// A partition as the store has it.
@@ -211,7 +244,7 @@ fn kept_by(from: &Machine, to: &Machine) -> Vec<CloneOf> {
         sectors: disk.sectors,
         watched: false,
     };
-    from.moving().zip(to.moving()).map(one).collect()
+    from.moving_itself().zip(to.moving_itself()).map(one).collect()
 }
 
 /// A disk's device, if it is there.

@@ -59,6 +59,23 @@ pub enum Policy {
     /// It has one writer at a time. Until the switch the clone has a copy that is thrown away; at the switch the disk
     /// itself goes over. Only a service that is quiesced can have such a disk.
     Move,
+    /// The clone has a whole copy on a device of its own, made by a bulk copy and a log of what is written meanwhile
+    /// (figures 8 to 10 of the patent). Of a service that is quiesced it is a copy of the disk as its last writer left it.
+    Log,
+    /// The same, made by a mirror that is split.
+    Mirror,
+}
+
+impl Policy {
+    /// Whether whoever takes over gets a whole copy on another device.
+    pub fn copies(self) -> bool {
+        matches!(self, Self::Log | Self::Mirror)
+    }
+
+    /// Whether it goes over when a service is quiesced, so that there is one writer at any time, and nothing is left behind.
+    pub fn goes_over(self) -> bool {
+        self == Self::Move || self.copies()
+    }
 }
 
 /// One disk of a partition.
@@ -238,9 +255,10 @@ impl PartitionSpec {
             self.require(!root, "disks", || {
                 "the system disk cannot be read-only: patches change it".to_owned()
             })?;
-            let moves = disk.policy == Policy::Move && (disk.mount == ROOT_MOUNT || disk.read_only);
-            self.require(!moves, "disks", || {
-                format!("{} cannot move: it is the system disk, or read-only", disk.name)
+            let fixed = disk.mount == ROOT_MOUNT || disk.read_only;
+            self.require(!fixed || disk.policy == Policy::Snapshot, "disks", || {
+                let what = if disk.policy == Policy::Move { "move" } else { "be copied" };
+                format!("{} cannot {what}: it is the system disk, or read-only", disk.name)
             })?;
             self.require(disk.size >= 1 << 20, "disks", || format!("{} is smaller than 1 MiB", disk.name))?;
         }

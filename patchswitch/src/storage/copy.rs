@@ -17,12 +17,13 @@ use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 
 use super::StorageError;
+use super::cut::Turn;
 use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
 use super::table::Table;
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
-use crate::host::linux::cutter::{Cutter, Mounts};
-use crate::host::linux::dm::{Dm, DmError, Done};
+use crate::host::linux::cutter::Mounts;
+use crate::host::linux::dm::{Dm, Done};
 use crate::host::linux::filesystem::{FileSystem, Kind};
 
 /// So much is read and written at once.
@@ -113,7 +114,7 @@ pub(super) struct Checked {
 }
 
 /// Checks a disk and what is to become its copy, before anything is changed.
-pub(super) fn check(dm: &Dm, of: &CopyOf) -> Result<Checked, StorageError> {
+pub(super) fn check(dm: &Dm, of: &CopyOf, mounts: &Mounts) -> Result<Checked, StorageError> {
     let (origin, target) = (of.origin.attach()?, of.target.attach()?);
     let devices = [(origin.device(), &of.origin), (target.device(), &of.target)];
     refuse_twice([&of.active, &of.copy].into_iter(), devices.into_iter())?;
@@ -133,7 +134,7 @@ pub(super) fn check(dm: &Dm, of: &CopyOf) -> Result<Checked, StorageError> {
         });
     }
     refuse_on_itself(dm, of, &of.target)?;
-    can_be_frozen(dm, &of.active, &Mounts::new())?;
+    can_be_frozen(dm, &of.active, mounts)?;
     block::open_exclusive(target.device())?;
     Ok(Checked { of: of.clone(), origin, target })
 }
@@ -158,6 +159,14 @@ pub(super) fn refuse_twice<'c>(
 }
 
 impl Checked {
+    /// Has its table of peace wait for the cut. `wake`: the copy comes alive in the same instant.
+    pub(super) fn load(&self, dm: &Dm, wake: bool) -> Result<Turn, StorageError> {
+        let table = Table::Linear { device: self.origin.device() };
+        dm.load(&self.of.active, &table.lines(self.of.sectors))?;
+        let wake = wake.then(|| self.of.copy.clone());
+        Ok(Turn { active: self.of.active.clone(), sectors: self.of.sectors, table, wake })
+    }
+
     /// Its names, and its devices with what they are.
     pub(super) fn parts(&self) -> ([&String; 2], [(DeviceNumber, &Backing); 2]) {
         let devices = [(self.origin.device(), &self.of.origin), (self.target.device(), &self.of.target)];
@@ -186,39 +195,6 @@ pub(super) fn can_be_frozen(dm: &Dm, disk: &str, mounts: &Mounts) -> Result<(), 
         Some(FileSystem { kind: Kind::Btrfs, .. }) => Err(StorageError::NotFrozen(disk.to_owned())),
         _ => Ok(()),
     }
-}
-
-/// Cuts: the disks are plain again, all at one instant, and what follows is in no copy. `wake` are devices that come alive in
-/// that instant. The tables must be loaded already.
-pub(super) fn cut(
-    dm: &Dm,
-    disks: &[&Checked],
-    wake: &[&str],
-) -> Result<(Duration, SystemTime, Vec<Mark>), StorageError> {
-    let names: Vec<&str> = disks.iter().map(|disk| disk.of.active.as_str()).collect();
-    for disk in disks {
-        dm.load(&disk.of.active, &Table::Linear { device: disk.origin.device() }.lines(disk.of.sectors))?;
-    }
-    let mounts = Mounts::new();
-    for name in &names {
-        // It may have been mounted meanwhile.
-        can_be_frozen(dm, name, &mounts)?;
-    }
-    let cutter = Cutter::fork(dm, &names, wake, &mounts)?;
-    let before = SystemTime::now();
-    let window = cutter.cut()?;
-    let marks = names.iter().zip(window.written).map(|(&name, written)| {
-        let info = dm.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
-        Mark::at(info.device, written)
-    });
-    let marks = marks.collect::<Result<_, _>>()?;
-    for disk in disks {
-        let lines = dm.table(&disk.of.active)?;
-        if Table::recognise(&lines, disk.of.sectors) != Some(Table::Linear { device: disk.origin.device() }) {
-            return Err(other_table(&disk.of.active, &lines, "the plain disk"));
-        }
-    }
-    Ok((window.length, before, marks))
 }
 
 /// Makes the device of a copy, not in use yet.
@@ -275,22 +251,34 @@ pub(super) fn plain(dm: &Dm, name: &str, sectors: u64, origin: DeviceNumber) -> 
 }
 
 /// A buffer for what goes past the page cache.
+#[derive(Debug)]
 pub(super) struct Buffer {
     bytes: Vec<u8>,
     start: usize,
+    size: usize,
 }
 
 impl Buffer {
     pub(super) fn new() -> Self {
-        let bytes = vec![0; PIECE + ALIGNED];
+        Self::of(PIECE)
+    }
+
+    /// One of so many bytes.
+    pub(super) fn of(size: usize) -> Self {
+        let bytes = vec![0; size + ALIGNED];
         let start = bytes.as_ptr().align_offset(ALIGNED).min(ALIGNED);
-        Self { bytes, start }
+        Self { bytes, start, size }
     }
 
     /// So many bytes of it, and no more than there are.
     pub(super) fn piece(&mut self, length: u64) -> &mut [u8] {
-        let length = usize::try_from(length).unwrap_or(PIECE).min(PIECE);
+        let length = usize::try_from(length).unwrap_or(self.size).min(self.size);
         &mut self.bytes[self.start..self.start + length]
+    }
+
+    /// The first so many bytes, to be read.
+    pub(super) fn filled(&self, length: usize) -> &[u8] {
+        &self.bytes[self.start..self.start + length.min(self.size)]
     }
 }
 
@@ -334,12 +322,10 @@ pub(super) fn bulk(
     Ok(done)
 }
 
-/// Makes bytes of a device read as zeros, without writing them where the device can do that.
+/// Makes bytes of a device read as zeros, without writing them where the device can do that. It keeps its room: a copy must not
+/// find out when it is written that there is none.
 pub(super) fn zero(device: &File, at: u64, bytes: u64) -> std::io::Result<()> {
-    let keep = FallocateFlags::KEEP_SIZE;
-    let punched = rustix::fs::fallocate(device, FallocateFlags::PUNCH_HOLE | keep, at, bytes);
-    Ok(punched
-        .or_else(|_cannot| rustix::fs::fallocate(device, FallocateFlags::ZERO_RANGE | keep, at, bytes))?)
+    Ok(rustix::fs::fallocate(device, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, at, bytes)?)
 }
 
 /// A part of a disk.

@@ -198,6 +198,9 @@ pub enum StorageError {
         /// The disk.
         name: String,
     },
+    /// Whoever wanted it does not any more.
+    #[error("it was called off")]
+    CalledOff,
     /// Something that should have come did not.
     #[error("{what} after {waited:?}")]
     NotInTime {

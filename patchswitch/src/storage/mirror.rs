@@ -12,10 +12,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::copy::{self, Checked, CopyOf, Extent, Instantly};
-use super::disk::other_table;
+use super::copy::{self, Checked, Copy, CopyOf, Extent, Instantly, Pristine};
+use super::cut::{self, Moment, Turn};
+use super::disk::{Backing, other_table};
 use super::table::{MirrorStatus, Table};
 use super::{Failed, StorageError};
+use crate::host::linux::block::DeviceNumber;
+use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::{Dm, DmError};
 
 /// How often the kernel is asked how far it is.
@@ -28,16 +31,33 @@ pub struct Mirrors<'dm> {
     disks: Vec<Checked>,
 }
 
+/// What waits for the cut.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) turns: Vec<Turn>,
+    events: Vec<u32>,
+}
+
 /// Begins to mirror disks; nobody waits for it. What the other devices had is lost.
 ///
 /// # Errors
 /// [`Failed`] with the reason; everything that was done has been undone.
 pub fn begin<'dm>(dm: &'dm Dm, copies: &[CopyOf]) -> Result<Mirrors<'dm>, Failed> {
+    begin_mounted(dm, copies, &Mounts::new())
+}
+
+/// As [`begin`], where some disks have file systems that must be frozen by their own means.
+pub(super) fn begin_mounted<'dm>(
+    dm: &'dm Dm,
+    copies: &[CopyOf],
+    mounts: &Mounts,
+) -> Result<Mirrors<'dm>, Failed> {
     let clean = |cause| Failed { cause, undo: Vec::new() };
     if copies.is_empty() {
         return Err(clean(StorageError::NoDisks));
     }
-    let disks = copies.iter().map(|of| copy::check(dm, of)).collect::<Result<Vec<_>, _>>().map_err(clean)?;
+    let check = |of| copy::check(dm, of, mounts);
+    let disks = copies.iter().map(check).collect::<Result<Vec<_>, _>>().map_err(clean)?;
     let names = disks.iter().flat_map(|disk| disk.parts().0);
     copy::refuse_twice(names, disks.iter().flat_map(|disk| disk.parts().1)).map_err(clean)?;
     let begun = disks.iter().try_for_each(|disk| {
@@ -60,7 +80,7 @@ impl Mirrors<'_> {
         self.disks.iter().map(|disk| status(self.dm, disk)).collect()
     }
 
-    /// Waits until all are the same as their disks. `progress` is told of each change and may end it.
+    /// Waits until all are the same as their disks. `progress` is told how far they are, again and again, and may end it.
     ///
     /// # Errors
     /// As [`Mirrors::status`]; [`StorageError::NotInTime`] at the end of the time.
@@ -69,13 +89,10 @@ impl Mirrors<'_> {
         limit: Duration,
         mut progress: impl FnMut(&[MirrorStatus]) -> Result<(), StorageError>,
     ) -> Result<(), StorageError> {
-        let (begun, mut last) = (Instant::now(), Vec::new());
+        let begun = Instant::now();
         loop {
             let now = self.status()?;
-            if now != last {
-                progress(&now)?;
-                last.clone_from(&now);
-            }
+            progress(&now)?;
             if now.iter().all(|status| status.is_synced()) {
                 return Ok(());
             }
@@ -91,30 +108,47 @@ impl Mirrors<'_> {
     /// # Errors
     /// [`Failed`]; the disks are plain, and there is no copy.
     pub fn split(self) -> Result<Instantly, Failed> {
-        let done = self.split_all();
-        done.map_err(|cause| Failed { cause, undo: copy::undo(self.dm, self.disks.iter()) })
+        let done = self.prepare().and_then(|waiting| {
+            let Moment { freeze, before, marks } = cut::cut(self.dm, &waiting.turns, &Mounts::new())?;
+            Ok(Instantly { freeze, before, copies: self.finish(&waiting)?, marks })
+        });
+        done.map_err(|cause| Failed { cause, undo: self.undo() })
     }
 
-    fn split_all(&self) -> Result<Instantly, StorageError> {
+    /// Has everything wait for the cut.
+    pub(super) fn prepare(&self) -> Result<Waiting, StorageError> {
         // A device that fails from here on is told by an event: afterwards there is no mirror that could be asked.
         let events = self.events()?;
+        let mut turns = Vec::new();
         for (disk, status) in self.disks.iter().zip(self.status()?) {
             if !status.is_synced() {
                 return Err(StorageError::NotInSync { name: disk.of.active.clone() });
             }
             copy::make_waiting(self.dm, disk)?;
+            turns.push(disk.load(self.dm, true)?);
         }
-        let disks: Vec<&Checked> = self.disks.iter().collect();
-        let wake: Vec<&str> = self.disks.iter().map(|disk| disk.of.copy.as_str()).collect();
-        let (freeze, before, marks) = copy::cut(self.dm, &disks, &wake)?;
-        for ((disk, before), now) in self.disks.iter().zip(events).zip(self.events()?) {
-            if before != now {
+        Ok(Waiting { turns, events })
+    }
+
+    /// The copies, after the cut.
+    pub(super) fn finish(&self, waiting: &Waiting) -> Result<Vec<Copy<Pristine>>, StorageError> {
+        for ((disk, before), now) in self.disks.iter().zip(&waiting.events).zip(self.events()?) {
+            if *before != now {
                 let status = "an event while it was split".to_owned();
                 return Err(StorageError::MirrorBroken { name: disk.of.active.clone(), status });
             }
         }
-        let copies = self.disks.iter().map(|disk| copy::made(self.dm, disk)).collect::<Result<_, _>>()?;
-        Ok(Instantly { freeze, before, copies, marks })
+        self.disks.iter().map(|disk| copy::made(self.dm, disk)).collect()
+    }
+
+    /// Undoes whatever has been done, and goes on after errors.
+    pub(super) fn undo(&self) -> Vec<StorageError> {
+        copy::undo(self.dm, self.disks.iter())
+    }
+
+    /// Their names, and their devices with what they are.
+    pub(super) fn parts(&self) -> impl Iterator<Item = ([&String; 2], [(DeviceNumber, &Backing); 2])> {
+        self.disks.iter().map(Checked::parts)
     }
 
     /// How many events each disk's targets have raised.
@@ -131,7 +165,7 @@ impl Mirrors<'_> {
     /// # Errors
     /// [`StorageError`] of the first that could not be; the others are.
     pub fn abandon(self) -> Result<(), StorageError> {
-        copy::undo(self.dm, self.disks.iter()).into_iter().next().map_or(Ok(()), Err)
+        self.undo().into_iter().next().map_or(Ok(()), Err)
     }
 }
 

@@ -20,6 +20,7 @@
 //! | [`table`] | tables and status lines, typed and pure |
 //! | [`snapshot`] | the cut, its undo, the discard |
 //! | [`merge`] | the commit, and going on with it after a crash |
+//! | [`copies`] | copies of several disks, each by its engine, cut in one instant with clones of others |
 //! | [`copy`] | a copy on another device, which may be written over until somebody has used it |
 //! | [`write_log`] | the engine that records writes and replays them |
 //! | [`mirror`] | the engine that mirrors and splits |
@@ -36,8 +37,10 @@
 //! Everything here is synchronous, and idempotent where a crash may have come in between. Who calls: the switchover,
 //! `up` and `down`.
 
+pub mod copies;
 pub mod copy;
 pub mod cow;
+mod cut;
 pub mod disk;
 mod error;
 pub mod extend;

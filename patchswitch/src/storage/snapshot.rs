@@ -4,11 +4,10 @@
 //! one suspend instead of one copy, whatever the size.
 //!
 //! The order of things is what keeps a clone right, so it is written in types: `Loaded` is what has its tables
-//! waiting, and the only way to make a snapshot come alive is `Loaded::cut`, which does it while the origins stand
+//! waiting, and the only way to make a snapshot come alive is the cut of `Loaded::turns`, which does it while the origins stand
 //! still, or [`reopen`], which does it before there is an origin device at all. See the module
 //! [`cutter`](crate::host::linux::cutter) for what happens otherwise.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -16,12 +15,13 @@ use serde::{Deserialize, Serialize};
 
 use super::copy;
 use super::cow::{self, Header};
+use super::cut::{self, Moment, Turn};
 use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
 use super::table::{SnapshotStatus, Table};
 use super::{Failed, StorageError, Unfinished};
 use crate::host::linux::block::{self, DeviceNumber};
-use crate::host::linux::cutter::{Cutter, Mounts};
+use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::{Dm, DmError, Done, Removal, Target};
 use crate::host::linux::filesystem::{forget, signatures};
 
@@ -87,14 +87,23 @@ pub struct Removed {
 }
 
 /// A clone with what is behind it, all of it checked.
-struct Checked<'c> {
+#[derive(Debug)]
+pub(super) struct Checked<'c> {
     of: &'c CloneOf,
     origin: Attached,
     cow: Attached,
 }
 
+impl Checked<'_> {
+    /// Its names, and its devices with what they are.
+    pub(super) fn parts(&self) -> ([&String; 2], [(DeviceNumber, &Backing); 2]) {
+        let devices = [(self.origin.device(), &self.of.origin), (self.cow.device(), &self.of.cow)];
+        ([&self.of.active, &self.of.clone], devices)
+    }
+}
+
 /// Clones with both tables waiting: `snapshot-origin` in the disk, `snapshot` in the clone. Nothing is live yet.
-struct Loaded<'c>(&'c [Checked<'c>]);
+pub(super) struct Loaded<'c>(&'c [Checked<'c>]);
 
 /// Clones all disks in one instant. Nobody sees more of it than a pause of the length of [`Cut::freeze`].
 ///
@@ -110,34 +119,30 @@ pub fn clone_disks(dm: &Dm, clones: &[CloneOf]) -> Result<Cut, Failed> {
 /// As [`clone_disks`]; [`StorageError::NotFrozen`] if a disk has such a file system, is in use, and no mount of it is given.
 pub fn clone_mounted(dm: &Dm, clones: &[CloneOf], mounts: &Mounts) -> Result<Cut, Failed> {
     let clean = |cause| Failed { cause, undo: Vec::new() };
-    let checked = check(dm, clones).map_err(clean)?;
-    for of in clones {
-        copy::can_be_frozen(dm, &of.active, mounts).map_err(clean)?;
-    }
-    let cut = Loaded::load(dm, &checked).and_then(|loaded| loaded.cut(dm, mounts));
+    let checked = check(dm, clones, mounts).map_err(clean)?;
+    let cut = Loaded::load(dm, &checked).and_then(|loaded| {
+        let Moment { freeze, before, marks } = cut::cut(dm, &loaded.turns(), mounts)?;
+        Ok(Cut { freeze, before, clones: loaded.finish(dm)?, marks })
+    });
     cut.map_err(|cause| Failed { cause, undo: undo(dm, &checked) })
 }
 
-fn check<'c>(dm: &Dm, clones: &'c [CloneOf]) -> Result<Vec<Checked<'c>>, StorageError> {
+pub(super) fn check<'c>(
+    dm: &Dm,
+    clones: &'c [CloneOf],
+    mounts: &Mounts,
+) -> Result<Vec<Checked<'c>>, StorageError> {
     if clones.is_empty() {
         return Err(StorageError::NoDisks);
     }
-    let mut names = BTreeSet::new();
-    for name in clones.iter().flat_map(|of| [&of.active, &of.clone]) {
-        if !names.insert(name) {
-            return Err(StorageError::Twice(name.clone()));
-        }
-    }
+    // Before their devices are looked at: of one that is named twice that would say something else.
+    copy::refuse_twice(clones.iter().flat_map(|of| [&of.active, &of.clone]), std::iter::empty())?;
     let checked = clones.iter().map(|of| check_one(dm, of)).collect::<Result<Vec<_>, _>>()?;
-    let mut devices = BTreeSet::new();
-    for one in &checked {
-        for (device, backing) in [(&one.origin, &one.of.origin), (&one.cow, &one.of.cow)] {
-            if !devices.insert(device.device()) {
-                return Err(StorageError::Twice(backing.to_string()));
-            }
-        }
-    }
+    copy::refuse_twice(std::iter::empty(), checked.iter().flat_map(|one| one.parts().1))?;
     refuse_own_file_systems(dm, clones)?;
+    for of in clones {
+        copy::can_be_frozen(dm, &of.active, mounts)?;
+    }
     Ok(checked)
 }
 
@@ -189,7 +194,7 @@ fn refuse_own_file_systems(dm: &Dm, clones: &[CloneOf]) -> Result<(), StorageErr
 }
 
 impl<'c> Loaded<'c> {
-    fn load(dm: &Dm, checked: &'c [Checked<'c>]) -> Result<Self, StorageError> {
+    pub(super) fn load(dm: &Dm, checked: &'c [Checked<'c>]) -> Result<Self, StorageError> {
         for one in checked {
             let (origin, cow) = (one.origin.device(), one.cow.device());
             cow::wipe(cow)?;
@@ -200,26 +205,19 @@ impl<'c> Loaded<'c> {
         Ok(Self(checked))
     }
 
-    fn cut(self, dm: &Dm, mounts: &Mounts) -> Result<Cut, StorageError> {
-        let active: Vec<&str> = self.0.iter().map(|one| one.of.active.as_str()).collect();
-        let clone: Vec<&str> = self.0.iter().map(|one| one.of.clone.as_str()).collect();
-        let cutter = Cutter::fork(dm, &active, &clone, mounts)?;
-        let before = SystemTime::now();
-        let window = cutter.cut()?;
-        for one in self.0 {
-            let lines = dm.table(&one.of.active)?;
-            let origin = Table::Origin { device: one.origin.device() };
-            // Nobody should have changed it. But a clone whose origin keeps nothing for it would be silently wrong.
-            if Table::recognise(&lines, one.of.sectors) != Some(origin) {
-                return Err(other_table(&one.of.active, &lines, "the origin of the clone"));
-            }
-        }
-        let clones = clone.iter().map(|&name| cloned(dm, name)).collect::<Result<_, _>>()?;
-        let marks = active.iter().zip(window.written).map(|(&name, written)| {
-            let info = dm.info(name)?.ok_or_else(|| DmError::NoDevice(name.to_owned()))?;
-            Mark::at(info.device, written)
-        });
-        Ok(Cut { freeze: window.length, before, clones, marks: marks.collect::<Result<_, _>>()? })
+    pub(super) fn turns(&self) -> Vec<Turn> {
+        let turn = |one: &Checked<'_>| Turn {
+            active: one.of.active.clone(),
+            sectors: one.of.sectors,
+            table: Table::Origin { device: one.origin.device() },
+            wake: Some(one.of.clone.clone()),
+        };
+        self.0.iter().map(turn).collect()
+    }
+
+    /// The clones, after the cut.
+    pub(super) fn finish(self, dm: &Dm) -> Result<Vec<Cloned>, StorageError> {
+        self.0.iter().map(|one| cloned(dm, &one.of.clone)).collect()
     }
 }
 
@@ -235,7 +233,7 @@ fn cloned(dm: &Dm, name: &str) -> Result<Cloned, StorageError> {
 }
 
 /// Undoes whatever has been done of a clone, in reverse, and goes on after errors.
-fn undo(dm: &Dm, checked: &[Checked<'_>]) -> Vec<StorageError> {
+pub(super) fn undo(dm: &Dm, checked: &[Checked<'_>]) -> Vec<StorageError> {
     let mut errors = Vec::new();
     for one in checked.iter().rev() {
         let removed = dm.remove_when_closed(&one.of.clone, UNDO_LIMIT).map_err(StorageError::from);

@@ -29,20 +29,24 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::copy::{self, Buffer, Bulk, Checked, CopyOf, Extent, Instantly, Parts};
+use super::copy::{self, Buffer, Bulk, Checked, Copy, CopyOf, Extent, Instantly, Parts, Pristine};
+use super::cut::{self, Moment, Turn};
 use super::disk::{Attached, Backing, other_table};
 use super::table::{LogStatus, Table};
 use super::{Failed, StorageError};
-use crate::host::linux::block::{self, SECTOR};
+use crate::host::linux::block::{self, DeviceNumber, SECTOR};
 use crate::host::linux::clock::boot_ns;
+use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::{Dm, Done};
 
 pub mod format;
+mod latest;
 mod reader;
 
 pub use reader::{Reader, Record};
 
 use format::{END, OURS, What};
+use latest::{Latest, Part};
 
 /// What is wiped of a log before it is used, in bytes: more than its beginning has.
 const WIPED: u64 = 64 << 10;
@@ -129,6 +133,15 @@ struct Logged {
     last: Instant,
 }
 
+/// Whether somebody writes to the disks after the cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Writers {
+    /// What the disks hold then is not what they held at the cut.
+    GoOn,
+    /// They hold it, and can still be asked.
+    HaveEnded,
+}
+
 /// Disks whose writes are recorded, with their copies as far as they are.
 #[derive(Debug)]
 pub struct WriteLogs<'dm> {
@@ -144,9 +157,19 @@ pub struct WriteLogs<'dm> {
 pub fn begin<'dm>(
     dm: &'dm Dm,
     logs: &[LogOf],
+    go_on: impl FnMut(&CopyOf, u64) -> Result<(), StorageError>,
+) -> Result<WriteLogs<'dm>, Failed> {
+    begin_mounted(dm, logs, &Mounts::new(), go_on)
+}
+
+/// As [`begin`], where some disks have file systems that must be frozen by their own means.
+pub(super) fn begin_mounted<'dm>(
+    dm: &'dm Dm,
+    logs: &[LogOf],
+    mounts: &Mounts,
     mut go_on: impl FnMut(&CopyOf, u64) -> Result<(), StorageError>,
 ) -> Result<WriteLogs<'dm>, Failed> {
-    let mut disks = check(dm, logs).map_err(|cause| Failed { cause, undo: Vec::new() })?;
+    let mut disks = check(dm, logs, mounts).map_err(|cause| Failed { cause, undo: Vec::new() })?;
     let begun = record(dm, &mut disks).and_then(|clock| {
         for disk in &mut disks {
             disk.bulk = copy::bulk(&disk.disk, &mut |bytes| go_on(&disk.disk.of, bytes))?;
@@ -160,13 +183,13 @@ pub fn begin<'dm>(
 }
 
 /// Checks everything before anything is changed.
-fn check(dm: &Dm, all: &[LogOf]) -> Result<Vec<Logged>, StorageError> {
+fn check(dm: &Dm, all: &[LogOf], mounts: &Mounts) -> Result<Vec<Logged>, StorageError> {
     if all.is_empty() {
         return Err(StorageError::NoDisks);
     }
     let mut disks = Vec::new();
     for of in all {
-        let disk = copy::check(dm, &of.copy)?;
+        let disk = copy::check(dm, &of.copy, mounts)?;
         let attach = |log: &Backing| {
             copy::refuse_on_itself(dm, &of.copy, log)?;
             let attached = log.attach()?;
@@ -179,12 +202,8 @@ fn check(dm: &Dm, all: &[LogOf]) -> Result<Vec<Logged>, StorageError> {
         let (current, bulk, rounds, last) = (0, Bulk::default(), Vec::new(), Instant::now());
         disks.push(Logged { disk, logs, current, target, bulk, rounds, last });
     }
-    let names = disks.iter().flat_map(|disk| disk.disk.parts().0);
-    let devices = disks.iter().flat_map(|disk| {
-        let logs = disk.logs.iter().map(|(log, backing)| (log.device(), backing));
-        disk.disk.parts().1.into_iter().chain(logs)
-    });
-    copy::refuse_twice(names, devices)?;
+    let devices = disks.iter().flat_map(Logged::devices);
+    copy::refuse_twice(disks.iter().flat_map(|disk| disk.disk.parts().0), devices)?;
     Ok(disks)
 }
 
@@ -246,22 +265,33 @@ impl WriteLogs<'_> {
     /// # Errors
     /// [`Failed`]; the disks are plain, and there is no copy.
     pub fn cut(mut self) -> Result<(Instantly, Vec<Vec<Round>>), Failed> {
-        let done = self.cut_all();
-        done.map_err(|cause| Failed { cause, undo: undo(self.dm, &self.disks) })
+        let done = self.prepare().and_then(|turns| {
+            let Moment { freeze, before, marks } = cut::cut(self.dm, &turns, &Mounts::new())?;
+            let (copies, rounds) = self.finish(Writers::GoOn)?;
+            Ok((Instantly { freeze, before, copies, marks }, rounds))
+        });
+        done.map_err(|cause| Failed { cause, undo: self.undo() })
     }
 
-    fn cut_all(&mut self) -> Result<(Instantly, Vec<Vec<Round>>), StorageError> {
+    /// One more round, and everything that was written since gets into the logs; then everything waits for the cut.
+    pub(super) fn prepare(&mut self) -> Result<Vec<Turn>, StorageError> {
         for disk in &mut self.disks {
             let _ = disk.round(self.dm)?;
         }
         for disk in &self.disks {
             flush(self.dm, &disk.disk.of.active)?;
         }
-        let disks: Vec<&Checked> = self.disks.iter().map(|disk| &disk.disk).collect();
-        let (freeze, before, marks) = copy::cut(self.dm, &disks, &[])?;
+        self.disks.iter().map(|disk| disk.disk.load(self.dm, false)).collect()
+    }
+
+    /// The copies, after the cut, and the rounds of each.
+    pub(super) fn finish(
+        &mut self,
+        writers: Writers,
+    ) -> Result<(Vec<Copy<Pristine>>, Vec<Vec<Round>>), StorageError> {
         let (mut copies, mut rounds) = (Vec::new(), Vec::new());
         for disk in &mut self.disks {
-            disk.rest()?;
+            disk.rest(writers)?;
             copy::make_waiting(self.dm, &disk.disk)?;
             self.dm.resume(&disk.disk.of.copy)?;
             copies.push(copy::made(self.dm, &disk.disk)?);
@@ -270,7 +300,18 @@ impl WriteLogs<'_> {
                 log.detach()?;
             }
         }
-        Ok((Instantly { freeze, before, copies, marks }, rounds))
+        Ok((copies, rounds))
+    }
+
+    /// Undoes whatever has been done, and goes on after errors.
+    pub(super) fn undo(&self) -> Vec<StorageError> {
+        undo(self.dm, &self.disks)
+    }
+
+    /// Their names, and their devices with what they are.
+    pub(super) fn parts(&self) -> (Vec<&String>, Vec<(DeviceNumber, &Backing)>) {
+        let names = self.disks.iter().flat_map(|disk| disk.disk.parts().0);
+        (names.collect(), self.disks.iter().flat_map(Logged::devices).collect())
     }
 
     /// Ends it: the disks are plain, and there is no copy.
@@ -278,7 +319,7 @@ impl WriteLogs<'_> {
     /// # Errors
     /// [`StorageError`] of the first that could not be; the others are.
     pub fn abandon(self) -> Result<(), StorageError> {
-        undo(self.dm, &self.disks).into_iter().next().map_or(Ok(()), Err)
+        self.undo().into_iter().next().map_or(Ok(()), Err)
     }
 }
 
@@ -303,6 +344,12 @@ pub fn abandon(dm: &Dm, of: &LogOf, limit: Duration) -> Result<Done, StorageErro
 }
 
 impl Logged {
+    /// Its devices, with what they are.
+    fn devices(&self) -> impl Iterator<Item = (DeviceNumber, &Backing)> {
+        let logs = self.logs.iter().map(|(log, backing)| (log.device(), backing));
+        self.disk.parts().1.into_iter().chain(logs)
+    }
+
     /// Records in a log from now on; the one before is complete when this returns.
     fn record_in(&mut self, dm: &Dm, log: usize) -> Result<(), StorageError> {
         let (attached, backing) = &self.logs[log];
@@ -332,13 +379,16 @@ impl Logged {
     }
 
     /// Replays what was written before the cut.
-    fn rest(&mut self) -> Result<(), StorageError> {
+    fn rest(&mut self, writers: Writers) -> Result<(), StorageError> {
         let recorded = self.last.elapsed();
         self.last = Instant::now();
         let (round, doubtful) = self.replay(self.current)?;
         let bytes: u64 = doubtful.iter().map(|part| part.bytes).sum();
-        if bytes > 0 {
+        if writers == Writers::GoOn && bytes > 0 {
             return Err(StorageError::OrderUnknown { name: self.disk.of.active.clone(), bytes });
+        }
+        for part in doubtful.iter() {
+            self.read_again(part)?;
         }
         self.target.sync_all().map_err(StorageError::io("write", self.disk.of.target.path()))?;
         let _ = self.note(round, recorded);
@@ -352,39 +402,41 @@ impl Logged {
         round
     }
 
-    /// Replays a log that nobody writes any more, and says where it does not tell which of two writes was the later one.
+    /// Replays a log that nobody writes any more, and says where it does not tell which of two writes was the later one. Piece by
+    /// piece of the log, the last record of each place, in the order of the places.
     fn replay(&self, log: usize) -> Result<(Round, Parts), StorageError> {
         let (attached, backing) = &self.logs[log];
         let mut reader = Reader::open(attached.device())?;
         let (mut round, mut at_once, mut doubtful) = (Round::default(), Parts::default(), Parts::default());
         let size = self.disk.of.sectors.saturating_mul(SECTOR);
-        let mut buffer = Buffer::new();
-        while let Some(entry) = reader.next_entry().map_err(|error| error.of(backing))? {
+        let (mut latest, mut buffer) = (Latest::default(), Buffer::new());
+        loop {
+            if !reader.is_near() {
+                self.write_latest(&mut buffer, (&reader, backing), &mut latest)?;
+            }
+            let Some(entry) = reader.next_entry().map_err(|error| error.of(backing))? else { break };
             round.records += 1;
-            let (part, is_at_once) = match entry.what {
-                What::Mark { text } if text == END => return Ok((round, doubtful)),
+            let (at, part, is_at_once) = match entry.what {
+                What::Mark { text } if text == END => {
+                    self.write_latest(&mut buffer, (&reader, backing), &mut latest)?;
+                    return Ok((round, doubtful));
+                }
                 What::Mark { .. } | What::Flush => continue,
-                What::Write { at, bytes, at_once } => (Extent { at, bytes }, at_once),
+                What::Write { at, bytes, at_once } => (at, Part { bytes, data: Some(entry.data) }, at_once),
                 What::Discard { at, bytes } => {
-                    let zeroed = copy::zero(&self.target, at, bytes.min(size.saturating_sub(at)));
-                    zeroed.map_err(StorageError::io("clear", self.disk.of.target.path()))?;
-                    round.bytes += bytes;
-                    if at_once.touch(at, bytes) {
-                        doubtful.add(at, bytes);
-                    }
-                    continue;
+                    (at, Part { bytes: bytes.min(size.saturating_sub(at)), data: None }, false)
                 }
             };
-            if part.at.saturating_add(part.bytes) > size {
+            if at.saturating_add(part.bytes) > size {
                 let source = format::BadLog::Entry(reader.read().saturating_sub(1));
                 return Err(StorageError::Log { log: backing.to_string(), source });
             }
             if is_at_once {
-                at_once.add(part.at, part.bytes);
-            } else if at_once.touch(part.at, part.bytes) {
-                doubtful.add(part.at, part.bytes);
+                at_once.add(at, part.bytes);
+            } else if at_once.touch(at, part.bytes) {
+                doubtful.add(at, part.bytes);
             }
-            self.write(&mut buffer, (&reader, backing), entry.data, part)?;
+            latest.add(at, part);
             round.bytes += part.bytes;
         }
         // The kernel had no room for its own mark at the end.
@@ -392,22 +444,46 @@ impl Logged {
         Err(StorageError::LogFull { name: self.disk.of.active.clone(), used })
     }
 
-    fn write(
+    /// Writes what was read of a log: neighbours in one piece.
+    fn write_latest(
         &self,
         buffer: &mut Buffer,
         (reader, log): (&Reader, &Backing),
-        from: u64,
-        to: Extent,
+        latest: &mut Latest,
     ) -> Result<(), StorageError> {
-        let mut done = 0;
-        while done < to.bytes {
-            let piece = buffer.piece(to.bytes - done);
-            reader.read_data(piece, from + done).map_err(StorageError::io("read", log.path()))?;
-            let written = self.target.write_all_at(piece, to.at + done);
-            written.map_err(StorageError::io("write", self.disk.of.target.path()))?;
-            done += piece.len() as u64;
+        let (mut begins, mut filled) = (0, 0);
+        for (at, Part { bytes, data }) in latest.take() {
+            let Some(from) = data else {
+                let zeroed = copy::zero(&self.target, at, bytes);
+                zeroed.map_err(StorageError::io("clear", self.disk.of.target.path()))?;
+                continue;
+            };
+            let mut done = 0;
+            while done < bytes {
+                if filled > 0 && begins + filled as u64 != at + done {
+                    self.write(buffer.filled(filled), begins)?;
+                    filled = 0;
+                }
+                if filled == 0 {
+                    begins = at + done;
+                }
+                let piece = &mut buffer.piece(u64::MAX)[filled..];
+                let length = piece.len().min(usize::try_from(bytes - done).unwrap_or(usize::MAX));
+                let read = reader.read_data(&mut piece[..length], from + done);
+                read.map_err(StorageError::io("read", log.path()))?;
+                (filled, done) = (filled + length, done + length as u64);
+                if filled == buffer.piece(u64::MAX).len() {
+                    self.write(buffer.filled(filled), begins)?;
+                    filled = 0;
+                }
+            }
         }
-        Ok(())
+        self.write(buffer.filled(filled), begins)
+    }
+
+    fn write(&self, piece: &[u8], at: u64) -> Result<(), StorageError> {
+        let written = self.target.write_all_at(piece, at);
+        written.map_err(StorageError::io("write", self.disk.of.target.path()))
     }
 
     /// Copies a part as the bulk copy does: what is written there from now on is recorded.

@@ -6,7 +6,9 @@ use patchswitch_common::Slot;
 use serde_json::json;
 
 use super::context::{at, with};
-use super::{Context, Failure, Phase, Plan};
+use super::quiesce::commands;
+use super::{Context, Failure, Phase, Plan, copies};
+use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::host::linux::programs::{Program, ProgramError};
 use crate::init::SYSTEMD_UNIT;
@@ -16,9 +18,11 @@ use crate::partition::program;
 use crate::patch::inject::{self, Payload};
 use crate::patch::scan;
 use crate::patch::wire::{OnError, PatchTableInput};
+use crate::storage::copies::Together;
+use crate::storage::copy::CopyOf;
 use crate::storage::cow::cow_sectors;
 use crate::storage::meter::Mark;
-use crate::storage::snapshot::{self, CloneOf};
+use crate::storage::snapshot::{self, CloneOf, Cut};
 use crate::store::Patch;
 
 /// What all states of a clone have in common.
@@ -58,30 +62,75 @@ impl Plan {
         job.step(Phase::Clone, intent, async |job| {
             let Self { active, standby, patches, .. } = self;
             let clones = clones(&active, &standby).map_err(at(Phase::Clone))?;
+            let (clones, copies) = whole_copies(&job.service, &active, clones);
             let service = job.service.name.clone();
-            let standby = job.manager.lend(&service, &active, &standby, &clones).map_err(at(Phase::Clone))?;
-            let start = std::time::Instant::now();
-            let dm = Manager::dm().map_err(at(Phase::Clone))?;
-            let mounts = job.manager.to_be_frozen(&active).map_err(at(Phase::Clone))?;
-            if !mounts.is_empty() && Program::Btrfstune.find().is_none() {
-                let missing = ProgramError::Missing { program: Program::Btrfstune };
-                return Err(at(Phase::Clone)(ManagerError::from(missing)));
-            }
-            job.manager.write_out(&active).map_err(at(Phase::Clone))?;
-            let cut = snapshot::clone_mounted(&dm, &clones, &mounts).map_err(at(Phase::Clone))?;
-            drop(mounts);
+            let standby = job.manager.lend(&service, &active, &standby, &clones, &copies);
+            let standby = standby.map_err(at(Phase::Clone))?;
+            let cut = cut(job, (&active, &standby), &clones)?;
             job.watch(clones);
-            let clone_ms = start.elapsed().as_secs_f64() * 1e3;
-            let freeze_ms = cut.freeze.as_secs_f64() * 1e3;
+            let (clone_ms, freeze_ms) = (cut.clone_ms, cut.cut.freeze.as_secs_f64() * 1e3);
             job.report.clone_ms = Some(clone_ms);
             job.report.freeze_ms = Some(freeze_ms);
             let slot = job.attachment.plane().word().active().other();
-            let clone = Clone { active, standby, patches, slot, marks: cut.marks, before: cut.before };
+            let Cut { marks, before, .. } = cut.cut;
+            let clone = Clone { active, standby, patches, slot, marks, before };
             let outcome = json!({"freeze_ms": round(freeze_ms), "clone_ms": round(clone_ms)});
             Ok((Cloned(clone), outcome))
         })
         .await
     }
+}
+
+/// Which disks are not cloned but copied, of a service that is not quiesced: there they are copied when the clone has been checked.
+fn whole_copies(service: &Service, active: &Machine, clones: Vec<CloneOf>) -> (Vec<CloneOf>, Vec<CopyOf>) {
+    if commands(service).is_some() {
+        return (clones, Vec::new());
+    }
+    let copied: Vec<_> = active.copied().map(|(_, disk)| names::dm_disk(active.name(), &disk.name)).collect();
+    let (copies, clones): (Vec<_>, _) = clones.into_iter().partition(|of| copied.contains(&of.active));
+    let copy = |of: CloneOf| CopyOf {
+        active: of.active,
+        copy: of.clone,
+        origin: of.origin,
+        target: of.cow,
+        sectors: of.sectors,
+    };
+    (clones, copies.into_iter().map(copy).collect())
+}
+
+/// The cut that was made, and how long the clone took without the time for which copies were made.
+struct Made {
+    cut: Cut,
+    clone_ms: f64,
+}
+
+/// Makes the copies, and cuts them together with the clones.
+fn cut(
+    job: &mut Context<'_>,
+    (active, standby): (&Machine, &Machine),
+    clones: &[CloneOf],
+) -> Result<Made, Failure> {
+    let failed = at::<ManagerError>;
+    let dm = Manager::dm().map_err(failed(Phase::Clone))?;
+    let mounts = job.manager.to_be_frozen(active).map_err(failed(Phase::Clone))?;
+    if !mounts.is_empty() && Program::Btrfstune.find().is_none() {
+        let missing = ProgramError::Missing { program: Program::Btrfstune };
+        return Err(failed(Phase::Clone)(missing.into()));
+    }
+    let copies = copies::begin(job, Phase::Clone, (&dm, &mounts), (active, standby))?;
+    let start = std::time::Instant::now();
+    job.manager.write_out(active).map_err(failed(Phase::Clone))?;
+    let cut = match copies {
+        None => snapshot::clone_mounted(&dm, clones, &mounts).map_err(at(Phase::Clone))?,
+        Some((copies, wanted)) => {
+            let Together { cut, accounts, .. } = copies.cut(clones, &mounts).map_err(at(Phase::Clone))?;
+            Manager::tell_copies_apart(&wanted).map_err(failed(Phase::Clone))?;
+            job.manager.remove_logs(&wanted).map_err(failed(Phase::Clone))?;
+            job.report.copies = accounts;
+            cut
+        }
+    };
+    Ok(Made { cut, clone_ms: start.elapsed().as_secs_f64() * 1e3 })
 }
 
 /// Largest disk into largest store: the assignment that `covers` has promised to work.

@@ -121,6 +121,7 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, 
     if let Some(old) = manager.other(service)? {
         // What it has kept of disks that it gave away.
         let _ = snapshot::discard(&dm, &old.clones(), CLOSE, WhenBusy::CutOff)?;
+        Manager::free_copied(&old)?;
     }
     let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);

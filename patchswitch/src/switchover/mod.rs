@@ -20,6 +20,7 @@
 mod clone;
 mod commit;
 mod context;
+mod copies;
 mod drain;
 mod exchange;
 mod look;

@@ -131,7 +131,7 @@ impl TakenOver {
         let (to, from) = (&self.clone.active, &self.clone.standby);
         if let Some(how) = quiesce::commands(&job.service).cloned() {
             let handing = Handing { phase, from, to, slot, patched };
-            let handed = quiesce::hand_over(job, &how, handing).await;
+            let handed = quiesce::hand_over(job, &how, handing, None).await;
             // Who has the disk is to serve, and perhaps does not.
             job.unfinished = handed.as_ref().is_err_and(|failure| failure.code == ExitCode::GiveBackFailed);
             let (.., waited) = handed?;

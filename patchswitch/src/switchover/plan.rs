@@ -7,11 +7,13 @@ use super::clone::clones;
 use crate::attachment::{SwitchOptions, View};
 use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
-use crate::manager::{Machine, Manager, ManagerError};
+use crate::manager::{Machine, MachineDisk, Manager, ManagerError};
 use crate::names::{self, Name};
 use crate::partition::resources::find_standby;
+use crate::partition::spec::Disk;
 use crate::patch::table;
 use crate::storage::cow;
+use crate::storage::snapshot::CloneOf;
 use crate::store::{Patch, Role};
 
 /// What the caller wants.
@@ -85,17 +87,19 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
 
 /// A disk with one writer goes over only while that is quiesced, and what is quiesced has something to give over.
 fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> {
-    let moving: Vec<&str> = active.moving().map(|(disk, _)| disk.name.as_str()).collect();
-    let message = match (&service.strategy, moving.as_slice()) {
-        (Strategy::Quiesce(_), [_, ..]) => return Ok(()),
-        (_, [first, ..]) => format!(
+    let names = |(disk, _): (&Disk, _)| disk.name.to_string();
+    let (itself, at_all) = (active.moving_itself().map(names).next(), active.moving().map(names).next());
+    let message = match (&service.strategy, itself, at_all) {
+        (Strategy::Quiesce(_), _, Some(_)) => return Ok(()),
+        (_, Some(first), _) => format!(
             "disk {first} of {} has one writer at a time (:move), and service {} is taken over while both sides run; set \
              strategy = \"quiesce\", with its commands",
             active.name(),
             service.name
         ),
-        (Strategy::Quiesce(_), []) => format!(
-            "service {} is quiesced (strategy = \"quiesce\"), and no disk of {} moves (--disk NAME:SIZE:MOUNT:move)",
+        (Strategy::Quiesce(_), ..) => format!(
+            "service {} is quiesced (strategy = \"quiesce\"), and no disk of {} moves (--disk NAME:SIZE:MOUNT:move, or :log or \
+             :mirror)",
             service.name,
             active.name()
         ),
@@ -104,23 +108,27 @@ fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> 
     Err(ManagerError::Refused { message, code: ExitCode::Config })
 }
 
-/// What the old partition keeps of a disk that goes over must not run full: it is the way back.
+/// What the old partition keeps of a disk that goes over must not run full: it is the way back. A whole copy needs the room of a
+/// whole disk.
 fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError> {
-    let names: Vec<String> =
-        active.moving().map(|(_, disk)| names::dm_disk(active.name(), &disk.name)).collect();
-    let clones = clones(active, standby)?;
-    let Some(small) = clones.iter().find(|clone| clone.watched && names.contains(&clone.active)) else {
-        return Ok(());
+    let device = |(_, disk): (&Disk, &MachineDisk)| names::dm_disk(active.name(), &disk.name);
+    let moving: Vec<String> = active.moving_itself().map(device).collect();
+    let copied: Vec<String> = active.copied().map(device).collect();
+    let refuse = |of: &CloneOf, why: &str| {
+        let (standby, disk) = (standby.name(), &of.active);
+        let message =
+            format!("the store of partition {standby} for {disk} {why}; define a standby without --store");
+        Err(ManagerError::Refused { message, code: ExitCode::Config })
     };
-    Err(ManagerError::Refused {
-        message: format!(
-            "the store of partition {} for {} can fill up, which a disk that moves must not; define a standby without \
-             --store",
-            standby.name(),
-            small.active
-        ),
-        code: ExitCode::Config,
-    })
+    for clone in clones(active, standby)? {
+        if clone.watched && moving.contains(&clone.active) {
+            return refuse(&clone, "can fill up, which that of a disk that moves must not");
+        }
+        if copied.contains(&clone.active) && clone.cow.sectors()? < clone.sectors {
+            return refuse(&clone, "is smaller than the disk, of which it is to be a whole copy");
+        }
+    }
+    Ok(())
 }
 
 fn patches(manager: &Manager, service: &Name, options: &Options) -> Result<Vec<Patch>, ManagerError> {

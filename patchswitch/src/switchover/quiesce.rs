@@ -24,7 +24,8 @@ use crate::attachment::{AttachError, Attachment, DrainOptions, Hold, OnDeadline,
 use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::runtime::Ready;
-use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
+use crate::manager::{Machine, Manager, ManagerError, Moved, chain, slot_of};
+use crate::storage::copies::{Copies, Wanted};
 use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
@@ -89,6 +90,7 @@ pub(super) async fn hand_over(
     job: &mut Context<'_>,
     how: &Quiesce,
     handing: Handing<'_>,
+    copies: Option<(Copies<'_>, Vec<Wanted>)>,
 ) -> Result<(Machine, Machine, Waited), Failure> {
     let Handing { phase, to, slot, patched, .. } = handing;
     settle(job).await.map_err(at(phase))?;
@@ -97,7 +99,7 @@ pub(super) async fn hand_over(
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
     let mut deed = Deed { handing, how, hold: &hold, waited: Waited::default(), moved: None };
-    match deed.run(job, commands) {
+    match deed.run(job, commands, copies) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
             // The switch is made, whatever becomes of this.
@@ -186,7 +188,12 @@ struct Deed<'a> {
 
 impl Deed<'_> {
     /// In its order; nobody else has the disk at any moment.
-    fn run(&mut self, job: &mut Context<'_>, commands: Commands) -> Result<(Machine, Machine), Failure> {
+    fn run(
+        &mut self,
+        job: &mut Context<'_>,
+        commands: Commands,
+        copies: Option<(Copies<'_>, Vec<Wanted>)>,
+    ) -> Result<(Machine, Machine), Failure> {
         let Handing { phase, from, to, .. } = self.handing;
         let Commands { ending, start } = commands;
         let (begun, mut finished) = (Instant::now(), None);
@@ -210,7 +217,9 @@ impl Deed<'_> {
         let stopped = Instant::now();
         job.manager.take_disks(from).map_err(at(phase))?;
         let service = job.service.name.clone();
-        let (old, new) = job.manager.move_disks(&service, from, to).map_err(at(phase))?;
+        let Moved { from: old, to: new, accounts } =
+            job.manager.move_disks(&service, from, to, copies).map_err(at(phase))?;
+        job.report.copies.extend(accounts);
         self.moved = Some((old.clone(), new.clone()));
         job.manager.give_disks(&new).map_err(at(phase))?;
         let moved = Instant::now();
@@ -254,10 +263,10 @@ impl Deed<'_> {
                 }
                 job.manager.take_disks(&new).map_err(at(phase))?;
                 // When the time is over clients may have written to the new side: what they wrote is not given up.
-                let keeps = old.moving().any(|(_, disk)| disk.clone.is_some()) && !self.hold.left().is_zero();
+                let keeps = phase != Phase::GiveBack && !self.hold.left().is_zero();
                 let again = match keeps {
                     true => job.manager.give_up(&service, &old),
-                    false => job.manager.move_disks(&service, &new, &old).map(|(_, old)| old),
+                    false => job.manager.move_disks(&service, &new, &old, None).map(|moved| moved.to),
                 };
                 again.map_err(at(phase))?
             }

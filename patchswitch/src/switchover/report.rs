@@ -14,6 +14,7 @@ use crate::attachment::{DrainReport, Switched};
 use crate::exit::ExitCode;
 use crate::manager::ManagerError;
 use crate::names::Name;
+use crate::storage::copies::Account;
 use crate::storage::meter::{Changes, Mark};
 use crate::store::JobId;
 
@@ -73,6 +74,8 @@ pub struct Report {
     pub freeze_ms: Option<f64>,
     /// How long the clone took as a whole, in milliseconds.
     pub clone_ms: Option<f64>,
+    /// How whole copies of disks were made, where there are any.
+    pub copies: Vec<Account>,
     /// How much the clone differs from its original, in bytes.
     pub cow_bytes: Option<u64>,
     /// What the scan found.
@@ -122,6 +125,7 @@ impl Report {
             phases: Vec::new(),
             freeze_ms: None,
             clone_ms: None,
+            copies: Vec::new(),
             cow_bytes: None,
             scan: None,
             patches: Vec::new(),

@@ -132,7 +132,7 @@ async fn hand_back(
         // It was started, and is checked, with what it had kept of them.
         quiesce::end_check(job, old, how)?;
         let handing = Handing { phase: Phase::GiveBack, from: new, to: old, slot, patched };
-        let (.., waited) = quiesce::hand_over(job, how, handing).await?;
+        let (.., waited) = quiesce::hand_over(job, how, handing, None).await?;
         job.report.waited_back = Some(waited);
         Ok(((), json!({"held_ms": waited.flows.held_ms.round(), "waited": waited.flows.frames})))
     })

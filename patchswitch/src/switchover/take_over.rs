@@ -11,7 +11,7 @@ use super::report::AtSwitch;
 use super::turn::{Turn, turn};
 use super::undo::meter;
 use super::verify::Verified;
-use super::{Context, Failure, Loss, Phase};
+use super::{Context, Failure, Loss, Phase, copies};
 use crate::attachment::SwitchOptions;
 use crate::config::{Quiesce, Strategy};
 use crate::exit::ExitCode;
@@ -62,7 +62,7 @@ impl Verified {
 /// What a rollback and a commit have to know, counted and written down before the switch.
 fn write_down(job: &mut Context<'_>, clone: &Clone) -> Result<AtSwitch, Failure> {
     count_loss(job, clone)?;
-    let marks = marks(clone).map_err(at(Phase::TakeOver))?;
+    let marks = marks(job, clone).map_err(at(Phase::TakeOver))?;
     let flows = job.attachment.flows(clone.slot.other()).map_err(at(Phase::TakeOver))?;
     job.report.old_flows_at_flip = Some(flows.accepted.len());
     let at_switch = AtSwitch { marks, at: std::time::SystemTime::now() };
@@ -84,14 +84,19 @@ fn staying(clone: &Clone) -> Result<Vec<Mark>, ManagerError> {
 /// Gives a service with a single writer to the new partition, with its disks.
 async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result<TakenOver, Failure> {
     let standby = clone.standby.clone();
+    let dm = Manager::dm().map_err(at(Phase::Quiesce))?;
+    let active = clone.active.clone();
     let checked = job.step(Phase::Quiesce, json!({"partition": standby.name()}), async |job| {
         quiesce::end_check(job, &standby, how)?;
         let standby = job.manager.drop_copies(&standby).map_err(at(Phase::Quiesce))?;
         job.watch(standby.clones());
-        Ok((standby, json!({})))
+        let mounts = job.manager.to_be_frozen(&active).map_err(at(Phase::Quiesce))?;
+        let copies = copies::begin(job, Phase::Quiesce, (&dm, &mounts), (&active, &standby))?;
+        Ok(((standby, copies), json!({})))
     });
     let marks = staying(&clone).map_err(at(Phase::TakeOver))?;
-    let clone = Clone { standby: checked.await?, marks, ..clone };
+    let (standby, copies) = checked.await?;
+    let clone = Clone { standby, marks, ..clone };
     job.step(Phase::TakeOver, json!({"to": clone.standby.name()}), async |job| {
         let AtSwitch { marks, at } = write_down(job, &clone)?;
         let handing = Handing {
@@ -101,7 +106,7 @@ async fn hand_over(job: &mut Context<'_>, clone: Clone, how: &Quiesce) -> Result
             slot: clone.slot,
             patched: Some(job.job),
         };
-        let (active, standby, waited) = quiesce::hand_over(job, how, handing).await?;
+        let (active, standby, waited) = quiesce::hand_over(job, how, handing, copies).await?;
         remember(job);
         job.report.waited = Some(waited);
         let outcome = json!({"held_ms": waited.flows.held_ms.round(), "waited": waited.flows.frames});
@@ -184,13 +189,18 @@ fn refused(files: u64, first: &[std::path::PathBuf]) -> Failure {
     Failure { phase: Phase::TakeOver, reason, code: ExitCode::WritesLost }
 }
 
-fn marks(clone: &Clone) -> Result<Vec<Mark>, crate::manager::ManagerError> {
+fn marks(job: &Context<'_>, clone: &Clone) -> Result<Vec<Mark>, ManagerError> {
     let dm = Manager::dm()?;
-    let mark = |of: &crate::storage::snapshot::CloneOf| -> Result<Mark, crate::manager::ManagerError> {
-        let device = crate::host::linux::block::DeviceNumber::of_path(&dm.node(&of.clone)?);
-        Ok(Mark::now(device.map_err(crate::storage::StorageError::from)?)?)
+    let mark = |name: String| -> Result<Mark, ManagerError> {
+        let device = DeviceNumber::of_path(&dm.node(&name)?);
+        Ok(Mark::now(device.map_err(StorageError::from)?)?)
     };
-    clone.standby.clones().iter().map(mark).collect()
+    let standby = &clone.standby;
+    let mut names: Vec<String> = standby.clones().into_iter().map(|of| of.clone).collect();
+    if commands(&job.service).is_none() {
+        names.extend(standby.copied().map(|(_, disk)| names::dm_disk(standby.name(), &disk.name)));
+    }
+    names.into_iter().map(mark).collect()
 }
 
 /// Used by the report of a give-back.

@@ -6,6 +6,7 @@ use patchswitch_common::Slot;
 use patchswitch_common::word::Phase as WordPhase;
 
 use super::context::{Failure, SwitchError};
+use super::quiesce::commands;
 use super::report::AtSwitch;
 use super::{Context, Loss};
 use crate::config::Service;
@@ -151,7 +152,7 @@ fn written(
     let may_lose = MayLose::parse(patterns).map_err(|error| ManagerError::refused(error.to_string()))?;
     let mounts = Manager::mounts()?;
     let mut loss = Loss { sectors: Some(sectors), ..Loss::default() };
-    for (at, root) in Manager::mount_points(machine) {
+    for (at, root) in Manager::mount_points(machine, commands(service).is_some()) {
         loss.add(&mounts.run(|_| changed_since(&root, &at, since, &may_lose, Limits::default()))??);
     }
     Ok(loss)

@@ -100,6 +100,8 @@ pub(super) fn nothing_left(stage: &Stage, before: &Snapshot) {
             if value == SERVER {
                 "init".clone_into(value);
             }
+            // A disk that came back from a copy lies where the copy lay.
+            *value = value.replace("web-b-data.img", "web-a-data.img");
         }
     });
 }

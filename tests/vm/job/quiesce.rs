@@ -17,7 +17,12 @@ use super::stage::{SERVICE, Settings, Stage};
 /// There, and back, and there for good.
 #[test]
 fn a_single_writer_goes_over_with_its_disk() {
-    let stage = Stage::new(&settings());
+    there_and_back(&settings());
+}
+
+#[track_caller]
+pub(super) fn there_and_back(settings: &Settings) {
+    let stage = Stage::new(settings);
     stage.says("v2");
     let before = Snapshot::take().unwrap();
     let writers = Writers::start(&stage);
@@ -34,13 +39,13 @@ fn a_single_writer_goes_over_with_its_disk() {
     assert_eq!(report["lost_by_switch"]["files"], 0, "{report}");
     nothing_to_do(&stage);
     // Whoever goes back has to know how.
-    stage.configure(&Settings { more: "", ..settings() });
+    stage.configure(&Settings { more: "", ..settings.clone() });
     let said = stage.ends_with(1, &["service", "add", SERVICE]);
     assert!(
         said.contains("its strategy stays as it is") && said.contains("patchswitch rollback web"),
         "{said}"
     );
-    stage.configure(&settings());
+    stage.configure(settings);
     std::thread::sleep(Duration::from_secs(1));
 
     stage.ok(&["rollback", SERVICE]);

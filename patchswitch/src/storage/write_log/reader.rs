@@ -13,6 +13,8 @@ use crate::storage::disk::Backing;
 
 /// What a sector of a log may have at most, in bytes.
 const SECTOR_MAX: u64 = 65536;
+/// So much of a log is in memory at once, in bytes.
+const WINDOW: usize = 8 << 20;
 
 /// Reads a log from its beginning to where it is at the moment. The kernel does not wait for what it writes there before it says how
 /// many records there are: only a log that nobody writes any more is to be believed to its last record.
@@ -24,6 +26,36 @@ pub struct Reader {
     next: Option<u64>,
     read: u64,
     known: u64,
+    window: Window,
+}
+
+/// A part of the log in memory: entries are small, and there are many.
+#[derive(Debug)]
+struct Window {
+    buffer: Buffer,
+    at: u64,
+    bytes: usize,
+}
+
+impl Window {
+    /// Bytes of the log, if all of them are in it.
+    fn get(&self, at: u64, bytes: usize) -> Option<&[u8]> {
+        let from = usize::try_from(at.checked_sub(self.at)?).ok()?;
+        self.buffer.filled(self.bytes).get(from..from.checked_add(bytes)?)
+    }
+
+    fn fill(&mut self, device: &File, at: u64) -> std::io::Result<()> {
+        (self.at, self.bytes) = (at, 0);
+        let piece = self.buffer.piece(u64::MAX);
+        // Less at the end of the device, and it may take several reads.
+        while self.bytes < piece.len() {
+            match device.read_at(&mut piece[self.bytes..], at + self.bytes as u64)? {
+                0 => break,
+                read => self.bytes += read,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why a log cannot be read.
@@ -59,7 +91,8 @@ pub struct Record {
 
 impl Reader {
     pub(super) fn open(log: DeviceNumber) -> Result<Self, StorageError> {
-        Ok(Self { device: block::open_direct(log)?, sector: 512, next: None, read: 0, known: 0 })
+        let window = Window { buffer: Buffer::of(WINDOW), at: 0, bytes: 0 };
+        Ok(Self { device: block::open_direct(log)?, sector: 512, next: None, read: 0, known: 0, window })
     }
 
     /// How many entries have been read.
@@ -73,21 +106,30 @@ impl Reader {
             self.look()?;
         }
         let Some(at) = self.next.filter(|_| self.read < self.known) else { return Ok(None) };
-        let mut buffer = Buffer::new();
-        let sector = buffer.piece(u64::from(self.sector));
-        self.device.read_exact_at(sector, at).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => ReadError::Bad(BadLog::Short(self.read)),
-            _ => ReadError::Io(error),
-        })?;
+        let bytes = usize::try_from(self.sector).unwrap_or(usize::MAX);
+        if self.window.get(at, bytes).is_none() {
+            self.window.fill(&self.device, at).map_err(ReadError::Io)?;
+        }
+        let sector = self.window.get(at, bytes).ok_or(ReadError::Bad(BadLog::Short(self.read)))?;
         let entry = Entry::parse(sector, self.sector, (self.read, at)).map_err(ReadError::Bad)?;
         self.next = Some(entry.next);
         self.read += 1;
         Ok(Some(entry))
     }
 
+    /// Whether the next entry is in memory, as those before it are.
+    pub(super) fn is_near(&self) -> bool {
+        let bytes = usize::try_from(self.sector).unwrap_or(usize::MAX);
+        self.next.is_some_and(|at| self.window.get(at, bytes).is_some())
+    }
+
     /// Reads data that an entry names.
     pub(super) fn read_data(&self, piece: &mut [u8], at: u64) -> std::io::Result<()> {
-        self.device.read_exact_at(piece, at)
+        match self.window.get(at, piece.len()) {
+            Some(bytes) => piece.copy_from_slice(bytes),
+            None => self.device.read_exact_at(piece, at)?,
+        }
+        Ok(())
     }
 
     /// How many entries there are now. Before the first mark or barrier the log has no beginning.
@@ -102,6 +144,10 @@ impl Reader {
         if self.next.is_none() {
             self.sector = sector;
             self.next = Some(u64::from(sector));
+        }
+        if self.known != entries {
+            // What is in memory may be from before they were written.
+            self.window.bytes = 0;
         }
         self.known = entries;
         Ok(())

@@ -12,7 +12,7 @@ use tokio_postgres::{Client, NoTls};
 
 use crate::netlab::Ns;
 use crate::programs;
-use crate::written::Written;
+use crate::written::{Noting, Written};
 
 /// Where its clients come.
 pub const PORT: u16 = 5432;
@@ -139,12 +139,23 @@ pub struct Writer {
 impl Writer {
     /// Starts in a namespace, with a table of its own.
     pub fn start(ns: &Ns, server: IpAddr, table: &'static str, manner: Manner) -> Self {
+        Self::start_noting(ns, server, table, manner, (1, Box::new(|_| ())))
+    }
+
+    /// As well as that, from a number on, and each one that was acknowledged is noted before the next.
+    pub fn start_noting(
+        ns: &Ns,
+        server: IpAddr,
+        table: &'static str,
+        manner: Manner,
+        noting: Noting,
+    ) -> Self {
         let (ns, ending) = (ns.clone(), Arc::<AtomicBool>::default());
         let end = Arc::clone(&ending);
         let thread = std::thread::spawn(move || {
             ns.enter(|| {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(write(SocketAddr::new(server, PORT), table, manner, &end))
+                runtime.block_on(write(SocketAddr::new(server, PORT), (table, manner), noting, &end))
             })
         });
         Self { ending, thread }
@@ -162,13 +173,14 @@ impl Writer {
 
 async fn write(
     server: SocketAddr,
-    table: &str,
-    manner: Manner,
+    (table, manner): (&str, Manner),
+    (first, mut note): Noting,
     ending: &AtomicBool,
 ) -> anyhow::Result<Written> {
-    connect(server).await?.batch_execute(&format!("CREATE TABLE {table} (n bigint PRIMARY KEY)")).await?;
+    let make = format!("CREATE TABLE IF NOT EXISTS {table} (n bigint PRIMARY KEY)");
+    connect(server).await?.batch_execute(&make).await?;
     let (mut written, mut last) = (Written::default(), Instant::now());
-    let mut number = 0;
+    let mut number = first - 1;
     while !ending.load(Ordering::Relaxed) {
         let client = match connect(server).await {
             Ok(client) => client,
@@ -187,6 +199,7 @@ async fn write(
                 break;
             }
             written.acknowledged.push(number);
+            note(number);
             written.longest = written.longest.max(last.elapsed());
             last = Instant::now();
         }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::netlab::Ns;
 use crate::programs;
-use crate::written::Written;
+use crate::written::{Noting, Written};
 
 /// Where its clients come.
 pub const PORT: u16 = 6379;
@@ -98,9 +98,6 @@ impl Drop for Keys {
         drop(std::fs::remove_dir_all(&self.directory));
     }
 }
-
-/// The first number, and what is done with each that was acknowledged.
-pub type Noting = (i64, Box<dyn FnMut(i64) + Send>);
 
 /// Adds numbers to a sorted set, one after the other, until it is told to end.
 #[derive(Debug)]

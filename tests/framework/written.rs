@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use anyhow::ensure;
 
+/// The first number, and what is done with each that was acknowledged.
+pub type Noting = (i64, Box<dyn FnMut(i64) + Send>);
+
 /// What became of numbered rows.
 #[derive(Debug, Default)]
 pub struct Written {

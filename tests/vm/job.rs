@@ -20,7 +20,6 @@ mod letter;
 mod lost;
 mod mend;
 mod moments;
-mod power;
 mod quiesce;
 mod rollbacks;
 mod soak;

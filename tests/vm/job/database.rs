@@ -11,11 +11,14 @@ use patchswitch_tests::netlab::SERVICE as ADDRESSES;
 use patchswitch_tests::postgres::{Manner, Writer};
 use patchswitch_tests::programs::run;
 use patchswitch_tests::root;
+use patchswitch_tests::written::Written;
 
-use super::keeper::{nothing_left, put_service};
+use super::keeper::{Noted, nothing_left, put_service};
 use super::stage::{SERVICE, Settings, Stage, job_root, path};
 
 const BIN: &str = "/usr/lib/postgresql/15/bin";
+/// The name of the server's process.
+pub(super) const SERVER: &str = "postgres";
 const WRITERS: [(&str, Manner); 2] = [("singly", Manner::AtOnce), ("together", Manner::InTransaction)];
 
 /// Begins and ends the server.
@@ -128,7 +131,7 @@ fn make_database(at: &Path) {
     );
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         root: (database_root, "300M"),
         standby: &["--size", "300M"],
@@ -143,9 +146,14 @@ fn settings() -> Settings {
 }
 
 fn rows(stage: &Stage, table: &str) -> Vec<i64> {
+    let said = sql(stage, &format!("SELECT n FROM {table} ORDER BY n"));
+    said.lines().map(|line| line.trim().parse().unwrap()).collect()
+}
+
+/// What the server says, which runs in the partition that serves.
+fn sql(stage: &Stage, sql: &str) -> String {
     let (active, psql) = (stage.active(), format!("{BIN}/psql"));
-    let sql = format!("SELECT n FROM {table} ORDER BY n");
-    let said = stage.ok(&[
+    stage.ok(&[
         "partition",
         "exec",
         &active,
@@ -157,9 +165,42 @@ fn rows(stage: &Stage, table: &str) -> Vec<i64> {
         "-U",
         "postgres",
         "-c",
-        &sql,
-    ]);
-    said.lines().map(|line| line.trim().parse().unwrap()).collect()
+        sql,
+    ])
+}
+
+/// Two writers that go on through everything.
+pub(super) struct Writers([(&'static str, Writer); 2]);
+
+impl Writers {
+    pub(super) fn start(stage: &Stage) -> Self {
+        let server = ADDRESSES[0].parse().unwrap();
+        Self(WRITERS.map(|(table, manner)| (table, Writer::start(&stage.client, server, table, manner))))
+    }
+
+    /// Ends them. All that was promised is there, in the partition that serves; what they wrote.
+    #[track_caller]
+    pub(super) fn stop(self, stage: &Stage) -> [Written; 2] {
+        self.0.map(|(table, writer)| {
+            let written = writer.stop().unwrap();
+            println!("{table}: {written}");
+            written.check(rows(stage, table)).unwrap();
+            written
+        })
+    }
+}
+
+/// A writer that notes durably what was acknowledged to it, until the machine is cut off.
+pub(super) fn begin_noting(stage: &Stage) {
+    sql(stage, "CREATE TABLE IF NOT EXISTS noted (n bigint PRIMARY KEY)");
+    let (server, noting) = (ADDRESSES[0].parse().unwrap(), Noted::after(&rows(stage, "noted")));
+    drop(Writer::start_noting(&stage.client, server, "noted", Manner::AtOnce, noting));
+}
+
+/// All that is noted is there.
+#[track_caller]
+pub(super) fn check_noted(stage: &Stage) {
+    Noted::are(&rows(stage, "noted"));
 }
 
 /// The connections that the client had to ask for again.
@@ -201,8 +242,7 @@ fn a_database_goes_over_with_its_disk() {
     let stage = Stage::new(&settings());
     stage.says("v2");
     let before = Snapshot::take().unwrap();
-    let server = ADDRESSES[0].parse().unwrap();
-    let writers = WRITERS.map(|(table, manner)| (table, Writer::start(&stage.client, server, table, manner)));
+    let writers = Writers::start(&stage);
     let bench = |arguments: &[&'static str]| {
         [&["pgbench", "-h", ADDRESSES[0], "-U", "postgres"], arguments, &["postgres"]].concat()
     };
@@ -230,12 +270,9 @@ fn a_database_goes_over_with_its_disk() {
     // Each of its clients ends with the first transaction, or connection, that fails, and says why.
     let text = fs::read_to_string(&log).unwrap();
     assert!(!text.contains("error") && !text.contains("abort") && !text.contains("FATAL"), "{text}");
-    for (table, writer) in writers {
-        let written = writer.stop().unwrap();
-        println!("{table}: {written}");
-        assert_eq!(written.refused, Vec::<String>::new(), "{table}");
-        assert!(written.acknowledged.len() > 20, "{table}: {written}");
-        written.check(rows(&stage, table)).unwrap();
+    for written in writers.stop(&stage) {
+        assert_eq!(written.refused, Vec::<String>::new());
+        assert!(written.acknowledged.len() > 20, "{written}");
     }
     println!("pgbench: {text}");
     let least = least(&stage);

@@ -11,7 +11,7 @@ use patchswitch_tests::netlab::SERVICE;
 use patchswitch_tests::programs;
 use patchswitch_tests::redis::{PORT, Writer};
 use patchswitch_tests::root;
-use patchswitch_tests::written::Written;
+use patchswitch_tests::written::{Noting, Written};
 
 use super::client;
 use super::stage::{Settings, Stage, job_root, path};
@@ -145,20 +145,31 @@ pub(super) struct Noted;
 impl Noted {
     /// Writes until the machine is cut off.
     pub(super) fn begin(stage: &Stage) {
-        let mut file = fs::File::options().create(true).append(true).open(path("noted")).unwrap();
-        let first = rows(stage, "noted").last().copied().unwrap_or(0) + 1;
         let service = SERVICE[0].parse().unwrap();
+        let noting = Self::after(&rows(stage, "noted"));
+        drop(Writer::start_noting(&stage.client, service, "noted", 10, noting));
+    }
+
+    /// What a writer does with numbers that come after those that are there.
+    pub(super) fn after(there: &[i64]) -> Noting {
+        let mut file = fs::File::options().create(true).append(true).open(path("noted")).unwrap();
         let note = move |number: i64| {
             writeln!(file, "{number}").and_then(|()| file.sync_data()).unwrap();
         };
-        drop(Writer::start_noting(&stage.client, service, "noted", 10, (first, Box::new(note))));
+        (there.last().copied().unwrap_or(0) + 1, Box::new(note))
     }
 
     /// All that is noted is there.
     #[track_caller]
     pub(super) fn check(stage: &Stage) {
+        Self::are(&rows(stage, "noted"));
+    }
+
+    /// All that is noted is among these.
+    #[track_caller]
+    pub(super) fn are(there: &[i64]) {
         let noted = fs::read_to_string(path("noted")).unwrap();
-        let there: BTreeSet<i64> = rows(stage, "noted").into_iter().collect();
+        let there: BTreeSet<i64> = there.iter().copied().collect();
         // The last line may be half of one.
         let noted: Vec<i64> =
             noted.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.parse().ok()).collect();

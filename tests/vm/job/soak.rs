@@ -14,17 +14,24 @@ use patchswitch_tests::{programs, vm};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::client;
 use super::exchange::{BOTH, SECOND, second_uplink};
 use super::keeper::{self, Noted, Writers};
 use super::mend::nothing_to_do;
+use super::moments::{Moment, start_until};
 use super::stage::{SERVICE, Settings, Stage, path, wait_until};
+use super::{client, copies, database};
 
 /// How a command ends before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Power,
     Kill,
+}
+
+/// Writers of either single writer.
+enum Clients {
+    OfKeeper(Writers),
+    OfDatabase(database::Writers),
 }
 
 /// A moment in which it does.
@@ -82,6 +89,12 @@ impl Point {
         match self.strategy {
             "takeover" => quick,
             "quiesce" => Settings { observe: "500ms", ..keeper::settings() },
+            "log" => Settings { observe: "500ms", disks: &["data:16M:/data:log"], ..keeper::settings() },
+            "mirror" => {
+                Settings { observe: "500ms", disks: &["data:16M:/data:mirror"], ..keeper::settings() }
+            }
+            "database" => Settings { observe: "500ms", ..database::settings() },
+            "copies" => Settings { disks: copies::DISKS, ..quick },
             "device" => Settings { more: "strategy = \"device\"\n", ..quick },
             "address" => Settings { more: "strategy = \"address\"\n", uplink: BOTH, ..quick },
             "letter" => Settings {
@@ -118,11 +131,24 @@ impl Point {
     /// Runs the command as far as the phase, and a moment further; the phase in which it is then, by what it says.
     fn run(&self, stage: &Stage) -> (programs::Running, String) {
         if self.is_noted() {
-            Noted::begin(stage);
+            match self.is_database() {
+                true => database::begin_noting(stage),
+                false => Noted::begin(stage),
+            }
             std::thread::sleep(Duration::from_secs(1));
         }
-        let running = stage.start_until(&[self.command, SERVICE], self.phase);
-        std::thread::sleep(Duration::from_millis(hash(self.name()) % WITHIN));
+        let moment =
+            Moment::ALL.into_iter().find(|moment| format!("{moment:?}").to_lowercase() == self.phase);
+        let arguments = [self.command, SERVICE];
+        let running = if let Some(moment) = moment {
+            let to = if self.command == "apply" { "web-b" } else { "web-a" };
+            let server = if self.is_database() { database::SERVER } else { keeper::SERVER };
+            start_until(stage, &arguments, (to, server), moment)
+        } else {
+            let running = stage.start_until(&arguments, self.phase);
+            std::thread::sleep(Duration::from_millis(hash(self.name()) % WITHIN));
+            running
+        };
         let said = running.output();
         let begun = said.lines().rev().find_map(|line| line.trim().strip_suffix(" …")).map(str::to_owned);
         (running, begun.unwrap_or_else(|| panic!("{said}")))
@@ -130,7 +156,24 @@ impl Point {
 
     /// Whether what a single writer was promised is on disk, for who comes after a power cut.
     fn is_noted(&self) -> bool {
-        self.strategy == "quiesce" && self.end == End::Power
+        self.has_writer() && self.end == End::Power
+    }
+
+    /// Whether the service has a single writer.
+    fn has_writer(&self) -> bool {
+        ["quiesce", "log", "mirror", "database"].contains(&self.strategy)
+    }
+
+    fn is_database(&self) -> bool {
+        self.strategy == "database"
+    }
+
+    /// Writers that go on through everything, where there is one at the other end.
+    fn writers(&self, stage: &Stage) -> Option<Clients> {
+        (self.has_writer() && !self.is_noted()).then(|| match self.is_database() {
+            true => Clients::OfDatabase(database::Writers::start(stage)),
+            false => Clients::OfKeeper(Writers::start(stage)),
+        })
     }
 
     /// Who may serve after an end in this phase or in the next one.
@@ -152,15 +195,17 @@ impl Point {
     }
 
     /// What must hold afterwards.
-    fn check(&self, (stage, before): (Stage, Snapshot), phase: &str, writers: Option<Writers>) {
+    fn check(&self, (stage, before): (Stage, Snapshot), phase: &str, writers: Option<Clients>) {
         let said = stage.ok(&["up"]);
         let (who, active) = (stage.who(), stage.active());
         println!("{} in {phase}: {active} serves {who}", self.name());
         assert!(self.may_serve(phase).contains(&active.as_str()), "{active} after {phase}: {said}");
         assert_eq!(who, if active == "web-a" { "v1" } else { "v2" }, "{said}");
         nothing_to_do(&stage);
-        if self.is_noted() {
-            Noted::check(&stage);
+        match self.is_noted() {
+            true if self.is_database() => database::check_noted(&stage),
+            true => Noted::check(&stage),
+            false => {}
         }
         // The next thing that is asked for works.
         match (self.command, active.as_str()) {
@@ -171,8 +216,10 @@ impl Point {
         }
         let active = stage.active();
         assert_eq!(stage.who(), if active == "web-a" { "v1" } else { "v2" });
-        if let Some(writers) = writers {
-            let _ = writers.stop(&stage);
+        match writers {
+            Some(Clients::OfDatabase(writers)) => drop(writers.stop(&stage)),
+            Some(Clients::OfKeeper(writers)) => drop(writers.stop(&stage)),
+            None => {}
         }
         self.finish(&stage, &before, &active);
     }
@@ -214,7 +261,7 @@ fn go(points: &[Point]) {
     for (number, point) in points.iter().enumerate().skip(next) {
         println!("{}", point.name());
         let (stage, before) = point.prepare();
-        let writers = (point.strategy == "quiesce" && !point.is_noted()).then(|| Writers::start(&stage));
+        let writers = point.writers(&stage);
         let (running, begun) = point.run(&stage);
         match point.end {
             End::Power => {
@@ -273,8 +320,28 @@ points! {
         commit: [commit]
     }
     quiesce: {
-        apply: [clone inject boot patch restart verify quiesce take_over observe drain retire]
-        rollback: [boot verify give_back drain]
+        apply: [clone inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
+        rollback: [boot verify give_back waiting moved begun released drain]
+        commit: [commit]
+    }
+    log: {
+        apply: [clone quiesce take_over waiting moved begun observe drain]
+        rollback: [give_back waiting moved begun drain]
+        commit: [commit]
+    }
+    mirror: {
+        apply: [clone quiesce take_over waiting moved begun observe drain]
+        rollback: [give_back waiting moved begun drain]
+        commit: [commit]
+    }
+    database: {
+        apply: [quiesce take_over waiting moved begun released observe]
+        rollback: [give_back waiting moved begun released]
+        commit: [commit]
+    }
+    copies: {
+        apply: [clone take_over observe drain retire]
+        rollback: [give_back drain]
         commit: [commit]
     }
     device: {

@@ -8,6 +8,7 @@
 //! [job]
 //! boot = "60s"                        # until the clone has booted
 //! copy = "1h"                         # for whole copies of disks (:log, :mirror)
+//! store_lasts = "10m"                 # what a clone's store takes, if it could fill up, at the pace of writers
 //! extend_stores = true                # of clones that could fill up, while they are in use
 //!
 //! [scan]
@@ -119,6 +120,10 @@ pub struct Job {
     /// How long the old partition is kept, stopped, after it was drained.
     #[serde(with = "duration")]
     pub keep_old: Duration,
+    /// For how long a store smaller than its disk is to take what is written to the disk: so large it is made at the clone, from
+    /// the pace of writers then.
+    #[serde(with = "duration")]
+    pub store_lasts: Duration,
     /// Whether the store of a clone that could fill up is extended while it is in use, as long as the host's file system
     /// has room. Otherwise, and where it has none, the job turns back before the store is full.
     pub extend_stores: bool,
@@ -308,6 +313,7 @@ impl Default for Config {
                 stop: Duration::from_secs(30),
                 copy: Duration::from_secs(3600),
                 keep_old: Duration::from_secs(3600),
+                store_lasts: Duration::from_secs(600),
                 extend_stores: true,
             },
             scan: Scan {

@@ -54,6 +54,7 @@ struct RawJob {
     stop: Opt<Span>,
     copy: Opt<Span>,
     keep_old: Opt<Span>,
+    store_lasts: Opt<Span>,
     extend_stores: Opt<bool>,
 }
 
@@ -250,6 +251,7 @@ impl Builder {
         set.set("job.stop", &mut config.job.stop, raw.job.stop);
         set.set("job.copy", &mut config.job.copy, raw.job.copy);
         set.set("job.keep_old", &mut config.job.keep_old, raw.job.keep_old);
+        set.set("job.store_lasts", &mut config.job.store_lasts, raw.job.store_lasts);
         set.set("job.extend_stores", &mut config.job.extend_stores, raw.job.extend_stores);
         set.set("scan.packages", &mut config.scan.packages, raw.scan.packages);
         set.set("scan.command", &mut config.scan.command, raw.scan.command);

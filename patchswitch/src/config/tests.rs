@@ -53,6 +53,7 @@ restart = "3s"
 stop = "4s"
 keep_old = "5s"
 copy = "18s"
+store_lasts = "19s"
 extend_stores = false
 [scan]
 packages = false
@@ -120,8 +121,9 @@ command = "d"
     assert_eq!(config.agent.runtime, Runtime::Runc);
     let job = &config.job;
     assert_eq!(
-        [job.boot, job.patch, job.restart, job.stop, job.keep_old, job.copy].map(|d| d.as_secs()),
-        [1, 2, 3, 4, 5, 18]
+        [job.boot, job.patch, job.restart, job.stop, job.keep_old, job.copy, job.store_lasts]
+            .map(|d| d.as_secs()),
+        [1, 2, 3, 4, 5, 18, 19]
     );
     assert!(!job.extend_stores && default.job.extend_stores);
     let scan = Scan {

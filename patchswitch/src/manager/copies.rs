@@ -10,16 +10,19 @@
 //! Nothing connects the two from the cut on: to discard B is to have S as a store again, and to commit is to have D as one. A
 //! service that is quiesced has its disk at B from the cut on; back it goes as it is, and A and B exchange D and S.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::machine::{CLOSE, plain};
 use super::{Machine, MachineDisk, Manager, ManagerError};
+use crate::host::linux::filesystem::{forget, signatures};
 use crate::names::{self, Name};
 use crate::partition::define as content;
 use crate::partition::spec::{self, Policy};
+use crate::storage::StorageError;
 use crate::storage::copies::{Engine, Wanted};
 use crate::storage::copy::{self, CopyOf};
 use crate::storage::disk::{self, Backing, Room};
+use crate::storage::extend::has_room;
 use crate::storage::snapshot::free_cow;
 
 /// What a log needs for itself beside what is written, in sectors: its beginning, and room for marks.
@@ -100,9 +103,15 @@ impl Manager {
         }
         let dm = Self::dm()?;
         for Wanted { of, .. } in &wanted {
-            let _ = copy::abandon(&dm, of, CLOSE)?;
+            let _ = copy::cut_off(&dm, of, CLOSE)?;
+            forget_content(&of.target)?;
         }
         self.remove_logs(&wanted)
+    }
+
+    /// Whether the host has room for what is written to disks while they are copied.
+    pub(crate) fn has_room_for_logs(&self) -> bool {
+        has_room(self.state(), 0).unwrap_or(true)
     }
 
     /// Makes stores of the disks of an old partition that others have copies of: what they had is given up with the commit.
@@ -110,22 +119,43 @@ impl Manager {
         let dm = Self::dm()?;
         for (_, disk) in old.copied().filter(|(_, disk)| disk.clone.is_none()) {
             let _ = disk::deactivate(&dm, &plain(old.name(), disk), CLOSE)?;
+            forget_content(&disk.backing)?;
             make_store(&disk.backing)?;
         }
         Ok(())
     }
 }
 
+/// A device that had a disk, or a copy of one, has nothing on it that anybody could take for his.
+fn forget_content(backing: &Backing) -> Result<(), ManagerError> {
+    match backing {
+        Backing::Device(path) if !signatures(path)?.is_empty() => Ok(forget(path)?),
+        Backing::Device(_) | Backing::Image(_) => Ok(()),
+    }
+}
+
 /// Makes a store of what was a disk, or a store: whatever it had is gone, and an image has all of its room. Where the host has
-/// none it is told, and the next job tells it again.
+/// none that is told; a copy is refused then when it is planned, and a clone is watched.
 pub(super) fn make_store(backing: &Backing) -> Result<(), ManagerError> {
     free_cow(backing)?;
     let Backing::Image(path) = backing else { return Ok(()) };
-    let allocated = backing.sectors().and_then(|sectors| disk::create_image(path, sectors, Room::Allocated));
-    if let Err(error) = allocated {
-        tracing::warn!("a store does not have all of its room: {}", super::chain(&error));
+    match allocate(path, backing) {
+        Ok(true) => {}
+        Ok(false) => tracing::warn!("the host has no room for all of the store {backing}"),
+        Err(error) => {
+            tracing::warn!("the store {backing} does not have all of its room: {}", super::chain(&error));
+        }
     }
     Ok(())
+}
+
+/// Whether an image has all of its room now. The host keeps some for itself: others lie there as well, and grow.
+fn allocate(path: &Path, backing: &Backing) -> Result<bool, StorageError> {
+    let missing = backing.missing()?;
+    if missing > 0 && !has_room(path, missing)? {
+        return Ok(false);
+    }
+    disk::create_image(path, backing.sectors()?, Room::Allocated).map(|_| true)
 }
 
 fn copy_of(from: &Machine, disk: &MachineDisk, to: &Machine, target: &MachineDisk) -> CopyOf {

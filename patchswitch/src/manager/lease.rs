@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::copies::make_store;
 use super::machine::CLOSE;
 use super::moves::Row;
-use super::{Definition, Machine, MachineDisk, Manager, ManagerError};
+use super::{Definition, Machine, MachineDisk, Manager, ManagerError, Teardown};
 use crate::names::Name;
 use crate::partition::spec::PartitionSpec;
 use crate::storage::copy::CopyOf;
@@ -84,8 +84,12 @@ impl Manager {
                 machine.name()
             )));
         }
-        self.stop(machine)?;
+        let mut teardown = Teardown::default();
+        self.end(machine, &mut teardown)?;
+        teardown.finish()?;
+        // Before its other disks: who does not let go of a copy is cut off from it, as from a clone.
         self.abandon_copies(machine)?;
+        self.stop(machine)?;
         let dm = Self::dm()?;
         // What the other one has kept of disks that it gave away, and goes on with.
         let kept = self.clones_over(machine)?;

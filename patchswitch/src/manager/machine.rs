@@ -313,14 +313,20 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Cleanup`] with all that failed.
     pub fn stop(&mut self, machine: &Machine) -> Result<(), ManagerError> {
-        let mounts = Self::mounts()?;
         let mut teardown = Teardown::default();
-        teardown.note(lifecycle::stop(self.runtime(), &mounts, machine.spec(), self.config.job.stop));
-        teardown.note(Netns::unmake(&machine.netns()));
-        teardown.note(self.unmount(&mounts, machine));
+        self.end(machine, &mut teardown)?;
         teardown.note(self.close_disks(machine));
         teardown.finish()?;
         let _ = self.store.set_partition_state(machine.name(), State::Stopped)?;
+        Ok(())
+    }
+
+    /// Everything of that but its disks.
+    pub(super) fn end(&self, machine: &Machine, teardown: &mut Teardown) -> Result<(), ManagerError> {
+        let mounts = Self::mounts()?;
+        teardown.note(lifecycle::stop(self.runtime(), &mounts, machine.spec(), self.config.job.stop));
+        teardown.note(Netns::unmake(&machine.netns()));
+        teardown.note(self.unmount(&mounts, machine));
         Ok(())
     }
 

@@ -17,6 +17,7 @@
 //! * `copies`: disks of which the other partition gets whole copies.
 //! * `lease`: a standby is lent to a service, and given back or kept.
 //! * `service`: a service address gets its partition and its data path.
+//! * `stores`: stores that could fill up, when nobody watches them.
 //! * `recover`: `up` and `down`: after a kill or a boot things are put right from the store and the phase word.
 
 mod copies;
@@ -29,6 +30,7 @@ mod machine;
 mod moves;
 mod recover;
 mod service;
+mod stores;
 
 use std::path::{Path, PathBuf};
 

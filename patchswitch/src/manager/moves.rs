@@ -111,25 +111,22 @@ impl Manager {
     ) -> Result<Moved, ManagerError> {
         let back: Vec<CloneOf> = to.moving_itself().filter_map(|(_, disk)| disk.clone.clone()).collect();
         let kept = if back.is_empty() { kept_by(from, to) } else { Vec::new() };
-        let (mut old, mut new, mut accounts) = (Vec::new(), Vec::new(), Vec::new());
-        if let Some((copies, wanted)) = copies {
-            accounts = self.copies_closed(copies, &wanted)?;
-        } else {
-            for ((_, here), (_, there)) in from.copied().zip(to.copied()) {
-                new.push((names::dm_disk(to.name(), &there.name), here.backing.clone(), None));
-                old.push((names::dm_disk(from.name(), &here.name), there.backing.clone(), None));
+        let mut accounts = Vec::new();
+        let (mut old, mut new) = match copies {
+            Some((copies, wanted)) => {
+                accounts = self.copies_closed(copies, &wanted)?;
+                (Vec::new(), Vec::new())
             }
-            close(to, to.copied())?;
-        }
+            None => exchanged(from, to)?,
+        };
+        close(from, from.moving().filter(|(disk, _)| back.is_empty() || disk.policy.copies()))?;
         if back.is_empty() {
-            close(from, from.moving())?;
             snapshot::clone_closed(&Self::dm()?, &kept)?;
             for clone in &kept {
                 new.push((clone.active.clone(), clone.origin.clone(), None));
                 old.push((clone.clone.clone(), clone.origin.clone(), Some(clone.clone())));
             }
         } else {
-            close(from, from.copied())?;
             snapshot::unclone_closed(&Self::dm()?, &back, LET_GO)?;
             for clone in &back {
                 new.push((clone.clone.clone(), clone.origin.clone(), None));
@@ -154,7 +151,7 @@ impl Manager {
 
     /// Ends copies of disks that nobody has open any more: they are what those were in the end.
     fn copies_closed(&self, copies: Copies<'_>, wanted: &[Wanted]) -> Result<Vec<Account>, ManagerError> {
-        let Together { accounts, .. } = copies.cut_closed()?;
+        let Together { accounts, .. } = copies.cut_closed(LET_GO)?;
         Self::tell_copies_apart(wanted)?;
         self.remove_logs(wanted)?;
         Ok(accounts)
@@ -206,6 +203,19 @@ impl Manager {
         };
         Ok((self.row(machine.name())?, machine.disks.iter().map(row).collect()))
     }
+}
+
+/// What is behind the copied disks of the two when they have been exchanged; nobody has them open.
+fn exchanged(from: &Machine, to: &Machine) -> Result<(Vec<Behind>, Vec<Behind>), ManagerError> {
+    close(to, to.copied())?;
+    let behind = |machine: &Machine, disk: &MachineDisk, other: &MachineDisk| {
+        (names::dm_disk(machine.name(), &disk.name), other.backing.clone(), None)
+    };
+    let pairs = from
+        .copied()
+        .zip(to.copied())
+        .map(|((_, here), (_, there))| (behind(from, here, there), behind(to, there, here)));
+    Ok(pairs.unzip())
 }
 
 /// Takes the devices of some of a partition's disks out of the kernel.

@@ -101,7 +101,7 @@ impl Manager {
     ) -> Result<(), ManagerError> {
         let names: Vec<Name> = self.store.services()?.into_iter().map(|service| service.name).collect();
         for name in &names {
-            let _lock = if merges.iter().any(|(job, _)| &job.service == name) {
+            let lock = if merges.iter().any(|(job, _)| &job.service == name) {
                 None
             } else {
                 // Somebody is at it: he knows better.
@@ -113,6 +113,16 @@ impl Manager {
             let was = self.is_served(&settings).unwrap_or(false);
             match self.serve(&settings).await {
                 Ok(mended) => {
+                    // Of one that was killed nobody has left its clone in order; one that is merged needs no room.
+                    let unwatched = match lock {
+                        Some(_) => {
+                            self.active(&settings).and_then(|active| self.leave_unwatched(&active)).map(drop)
+                        }
+                        None => Ok(()),
+                    };
+                    if let Err(error) = unwatched {
+                        tracing::warn!(service = %name, "stores of clones: {}", chain(&error));
+                    }
                     if !was {
                         done.actions.push(format!("service {name} was started"));
                     }

@@ -168,8 +168,21 @@ impl<'dm> Copies<'dm> {
             };
             self.mirrors.insert(mirrors).wait(end.saturating_duration_since(begun), told).map_err(alone)?;
             self.seconds = begun.elapsed().as_secs_f64();
+            // That took its time, in which the others were written.
+            self.catch_up(progress).map_err(alone)?;
         }
         Ok(())
+    }
+
+    /// Replays what the logs have, so that little is left for the time in which somebody waits.
+    ///
+    /// # Errors
+    /// As [`begin`]; the copies go on all the same.
+    pub fn catch_up(
+        &mut self,
+        progress: &mut dyn FnMut(Progress<'_>) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        self.logs.as_mut().map_or(Ok(()), |logs| logs.catch_up(progress))
     }
 
     /// Cuts, together with clones of other disks.
@@ -180,11 +193,20 @@ impl<'dm> Copies<'dm> {
         self.cut_with(clones, mounts, Writers::GoOn)
     }
 
-    /// Cuts disks that nobody has open any more.
+    /// Cuts disks whose last user has ended, or does within this time.
     ///
     /// # Errors
-    /// As [`Copies::cut`].
-    pub fn cut_closed(self) -> Result<Together, Failed> {
+    /// As [`Copies::cut`]; [`DmError::Busy`](crate::host::linux::dm::DmError::Busy) if somebody still has one open.
+    pub fn cut_closed(mut self, limit: Duration) -> Result<Together, Failed> {
+        // It opens the disks as well.
+        self.logs.iter_mut().for_each(WriteLogs::stop_clock);
+        let names = self.logs.iter().flat_map(WriteLogs::names);
+        let mut names = names.chain(self.mirrors.iter().flat_map(Mirrors::names));
+        if let Err(cause) = names.try_for_each(|name| self.dm.wait_closed(name, limit)) {
+            drop(names);
+            return Err(Failed { cause: cause.into(), undo: self.undo() });
+        }
+        drop(names);
         self.cut_with(&[], &Mounts::new(), Writers::HaveEnded)
     }
 

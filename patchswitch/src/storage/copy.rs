@@ -20,6 +20,7 @@ use super::StorageError;
 use super::cut::Turn;
 use super::disk::{Attached, Backing, other_table, remove_half_made};
 use super::meter::Mark;
+use super::snapshot::{self, WhenBusy};
 use super::table::Table;
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
 use crate::host::linux::cutter::Mounts;
@@ -217,6 +218,27 @@ pub(super) fn made(dm: &Dm, disk: &Checked) -> Result<Copy<Pristine>, StorageErr
 /// [`StorageError`]; the rest is done.
 pub fn abandon(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<Done, StorageError> {
     let gone = dm.remove_when_closed(&of.copy, limit).map_err(StorageError::from);
+    abandon_rest(dm, of, gone)
+}
+
+/// As [`abandon`], also where somebody does not close the copy: it is cut off then, and goes when he does.
+///
+/// # Errors
+/// As [`abandon`].
+pub fn cut_off(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<Done, StorageError> {
+    let is_there = dm.info(&of.copy)?.is_some();
+    let gone = snapshot::remove(
+        dm,
+        &of.copy,
+        of.sectors,
+        limit,
+        WhenBusy::CutOff,
+        &mut snapshot::Removed::default(),
+    );
+    abandon_rest(dm, of, gone.map(|()| if is_there { Done::Changed } else { Done::AlreadySo }))
+}
+
+fn abandon_rest(dm: &Dm, of: &CopyOf, gone: Result<Done, StorageError>) -> Result<Done, StorageError> {
     let plain = of.origin.attach().and_then(|origin| plain(dm, &of.active, of.sectors, origin.device()));
     let (gone, plain) = (gone?, plain?);
     of.target.detach()?;
@@ -241,9 +263,14 @@ pub(super) fn plain(dm: &Dm, name: &str, sectors: u64, origin: DeviceNumber) -> 
     let (lines, linear) = (dm.table(name)?, Table::Linear { device: origin });
     match Table::recognise(&lines, sectors) {
         Some(table) if table == linear => Ok(Done::AlreadySo),
-        Some(Table::LogWrites { device, .. } | Table::Mirror { first: device, .. }) if device == origin => {
+        Some(Table::LogWrites { device, .. }) if device == origin => {
             dm.load(name, &linear.lines(sectors))?;
             dm.swap(name)?;
+            Ok(Done::Changed)
+        }
+        Some(Table::Mirror { first: device, .. }) if device == origin => {
+            dm.load(name, &linear.lines(sectors))?;
+            dm.swap_held(name)?;
             Ok(Done::Changed)
         }
         _ => Err(other_table(name, &lines, "a disk that is being copied")),

@@ -117,7 +117,10 @@ impl Backing {
     }
 
     /// How many bytes of it the host's file system has not set aside; 0 for a device.
-    pub(super) fn missing(&self) -> Result<u64, StorageError> {
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn missing(&self) -> Result<u64, StorageError> {
         match self {
             Self::Device(_) => Ok(0),
             Self::Image(path) => {

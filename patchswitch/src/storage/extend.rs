@@ -58,10 +58,32 @@ pub fn keep_room(dm: &Dm, of: &CloneOf, extend: bool) -> Result<Watch, StorageEr
 /// # Errors
 /// [`StorageError::Io`], [`StorageError::Loop`]. What has been set aside by then is used the next time.
 pub fn extend(of: &CloneOf) -> Result<Option<u64>, StorageError> {
+    enlarge(of, |has| has.saturating_add(LEAST.max(has / 2)))
+}
+
+/// Extends the store of a clone, in use or to be made, by what so many chunks take; its size in bytes then. Nothing if it cannot be
+/// extended, or can never fill up as it is.
+///
+/// # Errors
+/// As [`extend`].
+pub fn extend_for(of: &CloneOf, chunks: u64) -> Result<Option<u64>, StorageError> {
+    let taken = cow_sectors(chunks.saturating_mul(CHUNK)).saturating_mul(SECTOR);
+    enlarge(of, |has| has.saturating_add(taken))
+}
+
+/// Extends the store of a clone to where it can never fill up, or not at all; its size in bytes then.
+///
+/// # Errors
+/// As [`extend`].
+pub fn extend_to_the_end(of: &CloneOf) -> Result<Option<u64>, StorageError> {
+    enlarge(of, |_| u64::MAX)
+}
+
+fn enlarge(of: &CloneOf, wanted: impl FnOnce(u64) -> u64) -> Result<Option<u64>, StorageError> {
     let Backing::Image(path) = &of.cow else { return Ok(None) };
     let has = image_bytes(path)?;
-    let ample = cow_sectors(of.sectors).saturating_mul(SECTOR);
     let chunk = CHUNK * SECTOR;
+    let ample = cow_sectors(of.sectors).saturating_mul(SECTOR);
     let file = loopdev::open_image(path, has)?;
     let device = loopdev::find(&file)?;
     // Whoever extended it the last time was killed before the device followed.
@@ -71,7 +93,7 @@ pub fn extend(of: &CloneOf) -> Result<Option<u64>, StorageError> {
         device.grow()?;
         return Ok(Some(has));
     }
-    let wanted = has.saturating_add(LEAST.max(has / 2)).div_ceil(chunk).saturating_mul(chunk).min(ample);
+    let wanted = wanted(has).div_ceil(chunk).saturating_mul(chunk).min(ample);
     if wanted <= has || !has_room(path, wanted - has)? {
         return Ok(None);
     }
@@ -88,7 +110,10 @@ fn grow(file: &File, bytes: u64) -> std::io::Result<()> {
 }
 
 /// Whether the file system of an image has so many bytes, and a part of itself beside.
-fn has_room(image: &Path, bytes: u64) -> Result<bool, StorageError> {
+///
+/// # Errors
+/// [`StorageError::Io`].
+pub fn has_room(image: &Path, bytes: u64) -> Result<bool, StorageError> {
     let all = rustix::fs::statvfs(image).map_err(std::io::Error::from);
     let all = all.map_err(StorageError::io("look at the file system of", image))?;
     let [size, free] = [all.f_blocks, all.f_bavail].map(|blocks| blocks.saturating_mul(all.f_frsize));

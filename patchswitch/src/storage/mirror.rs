@@ -17,7 +17,7 @@ use super::cut::{self, Moment, Turn};
 use super::disk::{Backing, other_table};
 use super::table::{MirrorStatus, Table};
 use super::{Failed, StorageError};
-use crate::host::linux::block::DeviceNumber;
+use crate::host::linux::block::{self, DeviceNumber};
 use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::{Dm, DmError};
 
@@ -138,12 +138,23 @@ impl Mirrors<'_> {
                 return Err(StorageError::MirrorBroken { name: disk.of.active.clone(), status });
             }
         }
-        self.disks.iter().map(|disk| copy::made(self.dm, disk)).collect()
+        let made = |disk: &Checked| {
+            // What was copied may still be in the device's own memory, and the next thing that is written down relies on it.
+            let target = block::open_direct(disk.target.device())?;
+            target.sync_all().map_err(StorageError::io("write", disk.of.target.path()))?;
+            copy::made(self.dm, disk)
+        };
+        self.disks.iter().map(made).collect()
     }
 
     /// Undoes whatever has been done, and goes on after errors.
     pub(super) fn undo(&self) -> Vec<StorageError> {
         copy::undo(self.dm, self.disks.iter())
+    }
+
+    /// The disks.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.of.active.as_str())
     }
 
     /// Their names, and their devices with what they are.

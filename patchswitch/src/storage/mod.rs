@@ -17,6 +17,7 @@
 //! | [`disk`] | a disk and what is behind it: images, activation, what is refused |
 //! | [`cow`] | the store of a clone: its size, its header, how full it is |
 //! | [`extend`] | a store that becomes larger while it is in use |
+//! | [`pace`] | how fast a disk is written |
 //! | [`table`] | tables and status lines, typed and pure |
 //! | [`snapshot`] | the cut, its undo, the discard |
 //! | [`merge`] | the commit, and going on with it after a crash |
@@ -47,6 +48,7 @@ pub mod extend;
 pub mod merge;
 pub mod meter;
 pub mod mirror;
+pub mod pace;
 pub mod snapshot;
 pub mod table;
 pub mod write_log;

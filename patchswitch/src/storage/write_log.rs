@@ -133,6 +133,9 @@ struct Logged {
     last: Instant,
 }
 
+/// The rounds of each of several disks.
+type Rounds = Vec<Vec<Round>>;
+
 /// Whether somebody writes to the disks after the cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Writers {
@@ -147,7 +150,7 @@ pub(super) enum Writers {
 pub struct WriteLogs<'dm> {
     dm: &'dm Dm,
     disks: Vec<Logged>,
-    _clock: Clock,
+    clock: Option<Clock>,
 }
 
 /// Records writes of disks, and copies them. `go_on` is told the bytes copied of each disk, and may end it.
@@ -177,7 +180,7 @@ pub(super) fn begin_mounted<'dm>(
         Ok(clock)
     });
     match begun {
-        Ok(clock) => Ok(WriteLogs { dm, disks, _clock: clock }),
+        Ok(clock) => Ok(WriteLogs { dm, disks, clock: Some(clock) }),
         Err(cause) => Err(Failed { cause, undo: undo(dm, &disks) }),
     }
 }
@@ -285,10 +288,7 @@ impl WriteLogs<'_> {
     }
 
     /// The copies, after the cut, and the rounds of each.
-    pub(super) fn finish(
-        &mut self,
-        writers: Writers,
-    ) -> Result<(Vec<Copy<Pristine>>, Vec<Vec<Round>>), StorageError> {
+    pub(super) fn finish(&mut self, writers: Writers) -> Result<(Vec<Copy<Pristine>>, Rounds), StorageError> {
         let (mut copies, mut rounds) = (Vec::new(), Vec::new());
         for disk in &mut self.disks {
             disk.rest(writers)?;
@@ -306,6 +306,16 @@ impl WriteLogs<'_> {
     /// Undoes whatever has been done, and goes on after errors.
     pub(super) fn undo(&self) -> Vec<StorageError> {
         undo(self.dm, &self.disks)
+    }
+
+    /// Nobody writes any more, and nobody has to be told when.
+    pub(super) fn stop_clock(&mut self) {
+        self.clock = None;
+    }
+
+    /// The disks.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.disk.of.active.as_str())
     }
 
     /// Their names, and their devices with what they are.
@@ -541,7 +551,8 @@ impl Clock {
                     let _ = flush(&dm, name);
                     let _ = dm.message(name, 0, &format!("mark {OURS}{}", boot_ns()));
                 }
-                std::thread::sleep(EVERY);
+                // Whoever ends it does not wait for that.
+                std::thread::park_timeout(EVERY);
             }
         });
         Self { stop, thread: Some(thread) }
@@ -552,6 +563,7 @@ impl Drop for Clock {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }

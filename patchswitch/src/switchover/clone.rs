@@ -7,12 +7,12 @@ use serde_json::json;
 
 use super::context::{at, with};
 use super::quiesce::commands;
-use super::{Context, Failure, Phase, Plan, copies};
+use super::{Context, Failure, Phase, Plan, copies, stores};
 use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::host::linux::programs::{Program, ProgramError};
 use crate::init::SYSTEMD_UNIT;
-use crate::manager::{Machine, Manager, ManagerError};
+use crate::manager::{Machine, MachineDisk, Manager, ManagerError};
 use crate::names;
 use crate::partition::program;
 use crate::patch::inject::{self, Payload};
@@ -66,6 +66,7 @@ impl Plan {
             let service = job.service.name.clone();
             let standby = job.manager.lend(&service, &active, &standby, &clones, &copies);
             let standby = standby.map_err(at(Phase::Clone))?;
+            stores::size(job, &clones).await?;
             let cut = cut(job, (&active, &standby), &clones)?;
             job.watch(clones);
             let (clone_ms, freeze_ms) = (cut.clone_ms, cut.cut.freeze.as_secs_f64() * 1e3);
@@ -133,16 +134,22 @@ fn cut(
     Ok(Made { cut, clone_ms: start.elapsed().as_secs_f64() * 1e3 })
 }
 
-/// Largest disk into largest store: the assignment that `covers` has promised to work.
+/// Whatever needs most into the largest store: the assignment that `covers` has promised to work.
 pub(super) fn clones(active: &Machine, standby: &Machine) -> Result<Vec<CloneOf>, ManagerError> {
     let mut stores: Vec<_> = standby.disks.iter().collect();
     stores.sort_by_key(|disk| std::cmp::Reverse(disk.sectors));
     let mut disks: Vec<_> = active.disks.iter().collect();
-    disks.sort_by_key(|disk| std::cmp::Reverse(disk.sectors));
+    // A whole copy needs as much as its disk, a clone that can never fill up a little more.
+    let copied: Vec<_> = active.copied().map(|(_, disk)| &disk.name).collect();
+    let needs = |disk: &MachineDisk| match copied.contains(&&disk.name) {
+        true => disk.sectors,
+        false => cow_sectors(disk.sectors),
+    };
+    disks.sort_by_key(|disk| std::cmp::Reverse(needs(disk)));
     if stores.len() < disks.len() {
         return Err(ManagerError::refused(format!("partition {} has too few disks", standby.name())));
     }
-    let clone = |(disk, store): (&&crate::manager::MachineDisk, &&crate::manager::MachineDisk)| CloneOf {
+    let clone = |(disk, store): (&&MachineDisk, &&MachineDisk)| CloneOf {
         active: names::dm_disk(active.name(), &disk.name),
         clone: names::dm_disk(standby.name(), &disk.name),
         origin: disk.backing.clone(),

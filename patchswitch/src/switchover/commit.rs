@@ -121,12 +121,15 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, 
     if let Some(old) = manager.other(service)? {
         // What it has kept of disks that it gave away.
         let _ = snapshot::discard(&dm, &old.clones(), CLOSE, WhenBusy::CutOff)?;
-        Manager::free_copied(&old)?;
     }
     let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);
         *most = (*most).max(progress.total * 512);
     })?;
+    if let Some(old) = manager.other(service)? {
+        // Only now there is certainly no way back.
+        Manager::free_copied(&old)?;
+    }
     manager.exchange(service, &new, &committed.disks)?;
     Ok(total.values().sum())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::context::at;
 use super::{Context, Failure, Phase};
+use crate::exit::ExitCode;
 use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::Dm;
 use crate::manager::{Machine, ManagerError};
@@ -32,7 +33,7 @@ pub(super) fn begin<'dm>(
         if let Some(text) = words(progress, &mut told) {
             (job.say)(&format!("{phase}: {text}"));
         }
-        job.go_on(phase).map_err(|failure| {
+        go_on(job, phase).map_err(|failure| {
             stopped = Some(failure);
             StorageError::CalledOff
         })
@@ -42,6 +43,33 @@ pub(super) fn begin<'dm>(
         (Err(Failed { undo, .. }), Some(failure)) if undo.is_empty() => Err(failure),
         (Err(failed), _) => Err(at(phase)(ManagerError::from(failed))),
     }
+}
+
+/// Has them catch up once more: nobody waits yet.
+pub(super) fn catch_up(job: &Context<'_>, phase: Phase, copies: &mut Copies<'_>) -> Result<(), Failure> {
+    let mut stopped = None;
+    let caught = copies.catch_up(&mut |_| {
+        go_on(job, phase).map_err(|failure| {
+            stopped = Some(failure);
+            StorageError::CalledOff
+        })
+    });
+    match (caught, stopped) {
+        (Err(_), Some(failure)) => Err(failure),
+        (caught, _) => caught.map_err(|error| at(phase)(ManagerError::from(error))),
+    }
+}
+
+fn go_on(job: &Context<'_>, phase: Phase) -> Result<(), Failure> {
+    job.go_on(phase)?;
+    if job.manager.has_room_for_logs() {
+        return Ok(());
+    }
+    let reason = format!(
+        "the file system of {} is nearly full, and what is written to a disk while it is copied is kept there",
+        job.manager.state().display()
+    );
+    Err(Failure { phase, reason, code: ExitCode::Unavailable })
 }
 
 /// What is worth a line.

@@ -10,7 +10,7 @@ use super::observe::Observed;
 use super::serves::Serves;
 use super::take_over::TakenOver;
 use super::verify::inside;
-use super::{Context, undo};
+use super::{Context, stores, undo};
 use crate::attachment::{DrainOptions, DrainReport};
 use crate::config::OnDeadline;
 use crate::exit::ExitCode;
@@ -22,7 +22,7 @@ pub(super) struct Drained(TakenOver);
 
 /// The old partition is stopped; its disks are there.
 #[derive(Debug)]
-pub(super) struct Retired(());
+pub(super) struct Retired(Machine);
 
 /// Why a drain did not end.
 #[derive(Debug)]
@@ -192,13 +192,18 @@ impl Drained {
             job.report.lost_by_switch = Some(loss);
             job.manager.stop(&old).map_err(at(Phase::Retire))?;
             undo::unmask(job, &self.0.clone.standby);
-            Ok((Retired(()), json!({})))
+            Ok((Retired(self.0.clone.standby), json!({})))
         })
         .await
     }
 }
 
 impl Retired {
+    /// Leaves the decision to somebody, for as long as that takes: nobody watches the clone meanwhile.
+    pub(super) fn stay(self, job: &Context<'_>) {
+        stores::leave(job, &self.0);
+    }
+
     /// Makes the clone the disk.
     pub(super) fn commit(self, job: &mut Context<'_>) -> Result<(), Failure> {
         // The old side may have written until its last flow ended.

@@ -77,8 +77,8 @@ fn view(store: &Store, state: &Path, job: Job) -> Result<JobView, ManagerError> 
     Ok(JobView { progress: progress(&job)?, job, steps, report, log })
 }
 
-/// How full the store of a clone is that can fill up. After the end of its job nobody watches it: whoever lets the
-/// clone serve for long looks here.
+/// How full the store of a clone is that can fill up. After the end of its job nobody watches it; it is made so large then that it
+/// cannot, if the host has the room. Otherwise whoever lets the clone serve for long looks here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Room {
     /// The service that has the clone.

@@ -33,6 +33,7 @@ mod report;
 mod rollback;
 mod serves;
 mod stop;
+mod stores;
 mod take_over;
 mod turn;
 pub(crate) mod undo;
@@ -76,6 +77,8 @@ pub async fn run(job: &mut Context<'_>, plan: Plan) -> Result<ExitCode, SwitchEr
     let retired = drained.retire(job).await.map_err(|failure| undo::serving_anyway(job, failure))?;
     if job.options.commit {
         retired.commit(job).map_err(|failure| undo::serving_anyway(job, failure))?;
+    } else {
+        retired.stay(job);
     }
     Ok(job.report.exit_code())
 }

@@ -7,12 +7,14 @@ use super::clone::clones;
 use crate::attachment::{SwitchOptions, View};
 use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
+use crate::host::linux::filesystem::signatures;
 use crate::manager::{Machine, MachineDisk, Manager, ManagerError};
 use crate::names::{self, Name};
 use crate::partition::resources::find_standby;
-use crate::partition::spec::Disk;
+use crate::partition::spec::{Disk, Policy};
 use crate::patch::table;
 use crate::storage::cow;
+use crate::storage::disk::Backing;
 use crate::storage::snapshot::CloneOf;
 use crate::store::{Patch, Role};
 
@@ -74,6 +76,7 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
         )));
     }
     check_disks(&settings, &active)?;
+    check_kernel(&active)?;
     let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
     check_stores(&active, &standby)?;
@@ -124,8 +127,39 @@ fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError>
         if clone.watched && moving.contains(&clone.active) {
             return refuse(&clone, "can fill up, which that of a disk that moves must not");
         }
-        if copied.contains(&clone.active) && clone.cow.sectors()? < clone.sectors {
+        if !copied.contains(&clone.active) {
+            continue;
+        }
+        if clone.cow.sectors()? < clone.sectors {
             return refuse(&clone, "is smaller than the disk, of which it is to be a whole copy");
+        }
+        if clone.cow.missing()? > 0 {
+            return refuse(&clone, "has holes, for which the host had no room (`fallocate` fills them)");
+        }
+        if let Backing::Device(path) = &clone.cow
+            && let [found, ..] = signatures(path)?.as_slice()
+        {
+            return refuse(&clone, &format!("has {found} on it (`wipefs --all` if nobody wants that)"));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel has what the policies of disks need. Otherwise it would be found only in the middle of a job.
+fn check_kernel(active: &Machine) -> Result<(), ManagerError> {
+    for (disk, _) in active.copied() {
+        let (target, module) = match disk.policy {
+            Policy::Log => ("log-writes", "dm_log_writes"),
+            _ => ("mirror", "dm_mirror"),
+        };
+        if Manager::dm()?.target_version(target)?.is_none() {
+            let message = format!(
+                "disk {} of {} is to be copied by device-mapper's target {target}, which this kernel does not have (`modprobe \
+                 {module}`)",
+                disk.name,
+                active.name()
+            );
+            return Err(ManagerError::Refused { message, code: ExitCode::Unavailable });
         }
     }
     Ok(())

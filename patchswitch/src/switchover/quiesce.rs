@@ -96,6 +96,10 @@ pub(super) async fn hand_over(
     settle(job).await.map_err(at(phase))?;
     // Before anybody waits.
     let commands = Commands::prepare(job, how, &handing)?;
+    let mut copies = copies;
+    if let Some((copies, _)) = &mut copies {
+        super::copies::catch_up(job, phase, copies)?;
+    }
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
     let mut deed = Deed { handing, how, hold: &hold, waited: Waited::default(), moved: None };

@@ -236,6 +236,50 @@ fn refusals(stage: &Stage, volumes: &Volumes, [root, data, more]: [&str; 3]) {
     fs::metadata(root).unwrap();
 }
 
+/// A single writer's disk on a volume, copied to another one and back: what one job leaves on them is not in the way of the next.
+#[test]
+fn copies_on_volumes_are_made_again_and_again() {
+    let volumes = Volumes::make();
+    let (data, store) = (volumes.add("data", 64), volumes.add("store", 72));
+    volumes.named();
+    let settings = Settings { disks: &[], ..keeper::settings() };
+    let stage = Stage::bare(&settings);
+    let root = (keeper::settings().root.0)();
+    let [on_data, on_store] = [&data, &store].map(|device| format!("data={device}"));
+    let define = |name: &str, [v4, v6]: [&str; 2], more: &[&str]| {
+        stage.ok(&[&["partition", "define", name, "--size", "80M", "--own", v4, "--own", v6], more].concat());
+    };
+    let (from, command) = (root.to_str().unwrap(), ["--command", "/usr/bin/serve"]);
+    define(
+        "web-a",
+        OWN_A,
+        &[&["--from", from, "--on", &on_data, "--disk", "data:64M:/data:log"][..], &command].concat(),
+    );
+    define(
+        "web-b",
+        OWN_B,
+        &["--standby", "--store", "72M", "--on", &on_store, "--disk", "data:64M:/data:log"],
+    );
+    stage.ok(&["service", "add", SERVICE]);
+    wait_until("v1 serves", Duration::from_secs(60), || client::who(&stage.client).is_ok());
+    let writers = Writers::start(&stage);
+    stage.says("v2");
+    stage.ok(&["apply", SERVICE]);
+    assert_eq!(stage.who(), "v2");
+    stage.ok(&["rollback", SERVICE]);
+    // The disk came back on the other volume; its store was the disk.
+    stage.ok(&["apply", SERVICE, "--commit"]);
+    assert_eq!(stage.who(), "v2");
+    nothing_to_do(&stage);
+    writers.stop_unnoticed(&stage);
+    stage.finish();
+    // What serves is whole, the store is empty, wherever they are.
+    let found = [&data, &store]
+        .map(|device| sh(&format!("wipefs --noheadings {device}")).split_whitespace().last().is_some());
+    assert_eq!(found.iter().filter(|is_there| **is_there).count(), 1);
+    volumes.remove();
+}
+
 /// A copy of a btrfs beside it, closed and opened again by turns, on a disk that moves.
 #[test]
 fn a_btrfs_that_moves_is_told_from_its_copies() {

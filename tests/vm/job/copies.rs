@@ -62,6 +62,20 @@ fn no_logs() {
     assert!(logs.is_empty(), "{logs:?}");
 }
 
+/// The report says how each copy was made.
+#[track_caller]
+fn accounts(report: &Value) {
+    let copies = report["copies"].as_array().unwrap();
+    let by = |engine: &str| {
+        copies.iter().find(|copy| copy["engine"] == engine).unwrap_or_else(|| panic!("{report}"))
+    };
+    assert_eq!(by("mirror")["bytes"].as_u64(), Some(32 << 20), "{report}");
+    assert_eq!(by("log")["bulk"]["bytes"].as_u64(), Some(24 << 20), "{report}");
+    assert!(by("log")["rounds"].as_array().unwrap().len() >= 3, "{report}");
+    // What the old side wrote until it was stopped is counted, as with a clone.
+    assert!(report["lost_by_switch"]["sectors"].as_u64() > Some(0), "{report}");
+}
+
 /// Cut in one instant with the clone of the system disk, while all are written; given back, made permanent, and the other way
 /// round.
 #[test]
@@ -76,16 +90,7 @@ fn whole_copies_are_cut_with_the_clone_and_become_the_disks() {
     let copied = lines(&stage, "web-b");
     assert!(copied > 0, "nothing was written before the cut");
     assert_eq!(kinds("web-b"), ["linear", "linear"]);
-    let report = &stage.json(&["report"])["report"];
-    let copies = report["copies"].as_array().unwrap();
-    let by = |engine: &str| {
-        copies.iter().find(|copy| copy["engine"] == engine).unwrap_or_else(|| panic!("{report}"))
-    };
-    assert_eq!(by("mirror")["bytes"].as_u64(), Some(32 << 20), "{report}");
-    assert_eq!(by("log")["bulk"]["bytes"].as_u64(), Some(24 << 20), "{report}");
-    assert!(by("log")["rounds"].as_array().unwrap().len() >= 3, "{report}");
-    // What the old side wrote until it was stopped is counted, as with a clone.
-    assert!(report["lost_by_switch"]["sectors"].as_u64() > Some(0), "{report}");
+    accounts(&stage.json(&["report"])["report"]);
     no_logs();
     nothing_to_do(&stage);
 

@@ -131,18 +131,32 @@ fn make_database(at: &Path) {
     );
 }
 
-pub(super) fn settings() -> Settings {
+/// The section of the service, with the time for which flows may wait.
+macro_rules! section {
+    ($hold:literal) => {
+        concat!(
+            "strategy = \"quiesce\"\n[service.quiesce]\nfinish = \"/usr/bin/db finish\"\nstop = \"/usr/bin/db stop\"\n",
+            "start = \"/usr/bin/db start\"\nhold = \"",
+            $hold,
+            "\"\n[[service.probe]]\nkind = \"tcp\"\nport = 5432\n"
+        )
+    };
+}
+
+fn settings() -> Settings {
     Settings {
         root: (database_root, "300M"),
         standby: &["--size", "300M"],
         disks: &["data:200M:/data:move"],
         come_up: "60s",
-        more: "strategy = \"quiesce\"\n\
-               [service.quiesce]\nfinish = \"/usr/bin/db finish\"\nstop = \"/usr/bin/db stop\"\n\
-               start = \"/usr/bin/db start\"\nhold = \"60s\"\n\
-               [[service.probe]]\nkind = \"tcp\"\nport = 5432\n",
+        more: section!("60s"),
         ..Settings::default()
     }
+}
+
+/// Where somebody is killed whose flows wait then until the time is over.
+pub(super) fn impatient() -> Settings {
+    Settings { observe: "500ms", more: section!("15s"), ..settings() }
 }
 
 fn rows(stage: &Stage, table: &str) -> Vec<i64> {

@@ -203,10 +203,34 @@ fn a_job_turns_back_before_its_clone_is_full() {
     assert!(said.contains("% full") && said.contains("web-a serves again"), "{said}");
     stage.nothing_of_a_job_left(&before);
 
-    // The same where stores become larger: nobody turns back.
+    // The same where stores become larger: nobody turns back. At first it is as large as the pace of the old side asks for.
     stage.configure(&Settings { standby, observe: "1s", ..Settings::default() });
     let id = stage.patch("writes-as-much", &format!("{writes}; echo v3 > /etc/says"));
-    stage.ok(&["apply", SERVICE, "--patch", &id, "--commit"]);
+    let slowly = "(while dd if=/dev/zero of=/srv/again bs=4k count=1 conv=fsync; do sleep 0.2; done) >/dev/null 2>&1 </dev/null &";
+    stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", slowly]);
+    let ended = stage.run(&["apply", SERVICE, "--patch", &id]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let told = ended
+        .stderr
+        .lines()
+        .find(|line| line.contains("ps-web-a-root is written at"))
+        .unwrap_or_else(|| panic!("{}", ended.stderr));
+    let mib: f64 = told.split("a store of ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(mib > 7.0, "{told}");
+    // Nobody watches it now, and nobody has to: it can take everything.
+    let room = |stage: &Stage| stage.json(&["status"])["clones"].as_array().unwrap().len();
+    assert_eq!(room(&stage), 0);
+    stage.ok(&[
+        "partition",
+        "exec",
+        "web-b",
+        "--",
+        "/bin/sh",
+        "-c",
+        "cat /dev/zero > /srv/full; : > /srv/full",
+    ]);
+    assert_eq!(room(&stage), 0);
+    stage.ok(&["commit", SERVICE]);
     stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "[ -s /srv/1 ] && [ -s /srv/8 ]"]);
     assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v3"]);
     stage.finish();

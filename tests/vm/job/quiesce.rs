@@ -25,8 +25,16 @@ pub(super) fn there_and_back(settings: &Settings) {
     let before = Snapshot::take().unwrap();
     let writers = Writers::start(&stage);
     std::thread::sleep(Duration::from_secs(1));
+    // Somebody ends a moment after the server, and has something to write until then.
+    let inside = |partition: &str, script: &str| {
+        stage.ok(&["partition", "exec", partition, "--", "/bin/sh", "-c", script])
+    };
+    let late = "(exec 3>/data/late; while [ -e /run/redis.pid ]; do sleep 0.1; done; sleep 0.5; echo late >&3) \
+                >/dev/null 2>&1 </dev/null &";
+    inside("web-a", late);
     stage.ok(&["apply", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
+    assert_eq!(inside("web-b", "cat /data/late").trim(), "late");
     let report = &stage.json(&["report"])["report"];
     let waited = |key: &str| report["waited"][key].as_f64().unwrap();
     for part in ["stop_ms", "move_ms", "start_ms", "check_ms"] {

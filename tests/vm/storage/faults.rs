@@ -3,14 +3,19 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use patchswitch::storage::StorageError;
+use patchswitch::storage::copy::CopyOf;
 use patchswitch::storage::cow::{HIGH_WATER, Watch, cow_sectors, status, watch};
 use patchswitch::storage::disk::{Active, Backing, Disk, Room, activate};
 use patchswitch::storage::merge::{Patience, commit, resume_merge};
+use patchswitch::storage::mirror;
 use patchswitch::storage::snapshot::{CloneOf, WhenBusy, clone_disks, discard};
 
-use super::lab::{LIMIT, Lab, device_digest, dm_name, sh};
+use patchswitch_tests::programs;
+
+use super::lab::{LIMIT, Lab, device_digest, dm_name, sh, wait_until};
 
 const DISK: u64 = 32 << 11;
 const MIB: u64 = 2048;
@@ -187,4 +192,40 @@ fn a_merge_that_cannot_read_its_store_stops_and_is_gone_on_with() {
     assert_eq!(lab.kind(&of.clone), "linear");
     store.remove();
     lab.finish(&[&done.disks[0]]);
+}
+
+/// A copy that cannot be written: writes to the disk wait until its mirror is taken away, and are done then.
+#[test]
+fn what_a_mirror_holds_back_is_written_when_it_is_gone() {
+    let lab = Lab::new();
+    let (disk, active) = disk(&lab, lab.image("a-root", DISK, Room::Allocated));
+    let weak = Weak::new(&lab, "weak", DISK);
+    let of = CopyOf {
+        active: disk.name.clone(),
+        copy: dm_name("b", "root"),
+        origin: disk.backing.clone(),
+        target: weak.backing(),
+        sectors: DISK,
+    };
+    let mirror = mirror::begin(&lab.dm, std::slice::from_ref(&of)).unwrap();
+    mirror.wait(LIMIT, |_| Ok(())).unwrap();
+    weak.breaks(0, DISK);
+    let path = active.path.display();
+    let write = format!(
+        "tr '\\0' x < /dev/zero | dd of={path} bs=64k seek=80 count=1 iflag=fullblock oflag=direct status=none"
+    );
+    let mut writer = programs::spawn(&["/bin/sh", "-ec", &write], None).unwrap();
+    wait_until("the mirror says so", LIMIT, || {
+        matches!(mirror.status(), Err(StorageError::MirrorBroken { .. }))
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!writer.has_ended(), "the write did not wait");
+    mirror.abandon().unwrap();
+    assert!(writer.wait(LIMIT).unwrap().success(), "the write failed with the mirror");
+    assert_eq!(lab.kind(&disk.name), "linear");
+    let found =
+        sh(&format!("dd if={path} bs=64k skip=80 count=1 iflag=direct status=none | tr -d x | wc -c"));
+    assert_eq!(found.trim(), "0");
+    weak.remove();
+    lab.finish(&[&disk]);
 }

@@ -236,6 +236,35 @@ impl Dm {
         self.call(VERB, name, call).map(|_answer| ())
     }
 
+    /// As [`Self::swap`], for a table that holds writes back: they are done by the new one. A mirror holds those that one of its
+    /// devices did not take, and would fail them if they were awaited (`hold_bio`, `drivers/md/dm-raid1.c`).
+    ///
+    /// # Errors
+    /// As [`Self::swap`].
+    pub fn swap_held(&self, name: &str) -> Result<(), DmError> {
+        const VERB: &str = "exchange the table of";
+        let call = find(VERB, name, Command::Suspend)?.flags(Suspend::NoFlush.flags());
+        self.call(VERB, name, call).map(|_answer| ())
+    }
+
+    /// Waits until nobody has a device open; one that is not there is.
+    ///
+    /// # Errors
+    /// [`DmError::Busy`] at the end of the time.
+    pub fn wait_closed(&self, name: &str, limit: Duration) -> Result<(), DmError> {
+        let start = Instant::now();
+        loop {
+            let open_count = self.info(name)?.map_or(0, |info| info.open_count);
+            if open_count == 0 {
+                return Ok(());
+            }
+            if start.elapsed() >= limit {
+                return Err(DmError::Busy { name: name.to_owned(), open_count, waited: start.elapsed() });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Removes a device that nobody has open, and its node.
     ///
     /// # Errors

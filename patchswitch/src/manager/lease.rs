@@ -86,10 +86,9 @@ impl Manager {
         }
         let mut teardown = Teardown::default();
         self.end(machine, &mut teardown)?;
-        teardown.finish()?;
         // Before its other disks: who does not let go of a copy is cut off from it, as from a clone.
-        self.abandon_copies(machine)?;
-        self.stop(machine)?;
+        teardown.note(self.abandon_copies(machine));
+        self.close(machine, teardown)?;
         let dm = Self::dm()?;
         // What the other one has kept of disks that it gave away, and goes on with.
         let kept = self.clones_over(machine)?;

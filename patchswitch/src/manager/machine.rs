@@ -315,13 +315,18 @@ impl Manager {
     pub fn stop(&mut self, machine: &Machine) -> Result<(), ManagerError> {
         let mut teardown = Teardown::default();
         self.end(machine, &mut teardown)?;
+        self.close(machine, teardown)
+    }
+
+    /// The second half of that: its disks, and that it is stopped.
+    pub(super) fn close(&mut self, machine: &Machine, mut teardown: Teardown) -> Result<(), ManagerError> {
         teardown.note(self.close_disks(machine));
         teardown.finish()?;
         let _ = self.store.set_partition_state(machine.name(), State::Stopped)?;
         Ok(())
     }
 
-    /// Everything of that but its disks.
+    /// The first half: everything but its disks.
     pub(super) fn end(&self, machine: &Machine, teardown: &mut Teardown) -> Result<(), ManagerError> {
         let mounts = Self::mounts()?;
         teardown.note(lifecycle::stop(self.runtime(), &mounts, machine.spec(), self.config.job.stop));

@@ -12,7 +12,7 @@ use crate::storage::table::CHUNK;
 
 /// How a disk is written, and what that means for the store of its clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Sized {
+pub(crate) struct StoreSize {
     /// The disk.
     pub(crate) active: String,
     /// How fast it is written.
@@ -37,7 +37,7 @@ impl Manager {
     }
 
     /// Makes stores so large that what was written since goes on for as long as the configuration says, where that can be.
-    pub(crate) fn size_stores(&self, counted: &[(&CloneOf, Count)]) -> Result<Vec<Sized>, ManagerError> {
+    pub(crate) fn size_stores(&self, counted: &[(&CloneOf, Count)]) -> Result<Vec<StoreSize>, ManagerError> {
         let job = &self.config.job;
         let dm = Self::dm()?;
         let mut all = Vec::new();
@@ -52,7 +52,7 @@ impl Manager {
                 }
             }
             let sectors = clone.cow.sectors()?;
-            all.push(Sized {
+            all.push(StoreSize {
                 active: clone.active.clone(),
                 pace,
                 bytes: sectors * 512,

@@ -1,5 +1,5 @@
 //! Disks of which a partition gets whole copies on other devices, each by the engine that was chosen for it, and the cut that
-//! they have in common with the clones of its other disks.
+//! they have in common with the clones of its other disks (steps 801 to 805 of the patent by a log, its two mirrored disks by a mirror).
 //!
 //! ```text
 //!            begin: engine after engine, while the disks are in use             cut: all in one instant
@@ -193,16 +193,19 @@ impl<'dm> Copies<'dm> {
         self.cut_with(clones, mounts, Writers::GoOn)
     }
 
-    /// Cuts disks whose last user has ended, or does within this time.
+    /// Cuts disks whose last users have ended, or do within this time.
     ///
     /// # Errors
     /// As [`Copies::cut`]; [`DmError::Busy`](crate::host::linux::dm::DmError::Busy) if somebody still has one open.
     pub fn cut_closed(mut self, limit: Duration) -> Result<Together, Failed> {
         // It opens the disks as well.
         self.logs.iter_mut().for_each(WriteLogs::stop_clock);
+        let end = Instant::now() + limit;
         let names = self.logs.iter().flat_map(WriteLogs::names);
         let mut names = names.chain(self.mirrors.iter().flat_map(Mirrors::names));
-        if let Err(cause) = names.try_for_each(|name| self.dm.wait_closed(name, limit)) {
+        if let Err(cause) = names
+            .try_for_each(|name| self.dm.wait_closed(name, end.saturating_duration_since(Instant::now())))
+        {
             drop(names);
             return Err(Failed { cause: cause.into(), undo: self.undo() });
         }

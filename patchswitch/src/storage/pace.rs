@@ -56,8 +56,8 @@ fn pace(writes: u64, sectors: u64, time: Duration) -> Pace {
     if seconds <= 0.0 {
         return Pace { bytes: 0.0, chunks: 0.0 };
     }
-    // One for where a write begins, and one for each chunk that it is long.
-    let chunks = writes.saturating_add(sectors / CHUNK);
+    // A write of two sectors may lie in two chunks; from there on each chunk that it is longer is one more.
+    let chunks = writes.saturating_mul(2).saturating_add(sectors / CHUNK);
     Pace { bytes: sectors as f64 * 512.0 / seconds, chunks: chunks as f64 / seconds }
 }
 
@@ -83,8 +83,8 @@ mod tests {
         let (writes, sectors) = parse(stat).unwrap();
         assert_eq!((writes, sectors), (50, 6400));
         let found = pace(writes, sectors, Duration::from_secs(2));
-        assert_eq!(found, Pace { bytes: 1_638_400.0, chunks: 75.0 });
-        assert_eq!(found.chunks_in(Duration::from_secs(60)), 4500);
+        assert_eq!(found, Pace { bytes: 1_638_400.0, chunks: 100.0 });
+        assert_eq!(found.chunks_in(Duration::from_secs(60)), 6000);
         assert_eq!(pace(0, 0, Duration::from_secs(2)).chunks_in(Duration::from_secs(60)), 0);
         assert_eq!(pace(5, 5, Duration::ZERO), Pace { bytes: 0.0, chunks: 0.0 });
         for bad in ["", "1 2 3 4 5 6", "1 2 3 4 x 6 7"] {

@@ -8,7 +8,7 @@ use crate::exit::ExitCode;
 use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::Dm;
 use crate::manager::{Machine, ManagerError};
-use crate::storage::copies::{self, Copies, Progress, Wanted};
+use crate::storage::copies::{self, Copies, Engine, Progress, Wanted};
 use crate::storage::copy::CopyOf;
 use crate::storage::write_log::Round;
 use crate::storage::{Failed, StorageError};
@@ -28,12 +28,13 @@ pub(super) fn begin<'dm>(
         return Ok(None);
     }
     job.manager.make_logs(&wanted).map_err(at(phase))?;
+    let has_logs = wanted.iter().any(|wanted| matches!(wanted.by, Engine::Log(_)));
     let (mut stopped, mut told) = (None, BTreeMap::new());
     let begun = copies::begin(dm, &wanted, mounts, job.manager.config.job.copy, &mut |progress| {
         if let Some(text) = words(progress, &mut told) {
             (job.say)(&format!("{phase}: {text}"));
         }
-        go_on(job, phase).map_err(|failure| {
+        go_on(job, phase, has_logs).map_err(|failure| {
             stopped = Some(failure);
             StorageError::CalledOff
         })
@@ -49,7 +50,8 @@ pub(super) fn begin<'dm>(
 pub(super) fn catch_up(job: &Context<'_>, phase: Phase, copies: &mut Copies<'_>) -> Result<(), Failure> {
     let mut stopped = None;
     let caught = copies.catch_up(&mut |_| {
-        go_on(job, phase).map_err(|failure| {
+        // Only logs have anything to catch up with.
+        go_on(job, phase, true).map_err(|failure| {
             stopped = Some(failure);
             StorageError::CalledOff
         })
@@ -60,9 +62,9 @@ pub(super) fn catch_up(job: &Context<'_>, phase: Phase, copies: &mut Copies<'_>)
     }
 }
 
-fn go_on(job: &Context<'_>, phase: Phase) -> Result<(), Failure> {
+fn go_on(job: &Context<'_>, phase: Phase, has_logs: bool) -> Result<(), Failure> {
     job.go_on(phase)?;
-    if job.manager.has_room_for_logs() {
+    if !has_logs || job.manager.has_room_for_logs() {
         return Ok(());
     }
     let reason = format!(

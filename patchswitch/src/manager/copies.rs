@@ -71,7 +71,7 @@ impl Manager {
     }
 
     /// Removes them again. Not there: nothing to do.
-    pub(crate) fn remove_logs(&self, wanted: &[Wanted]) -> Result<(), ManagerError> {
+    fn remove_logs(&self, wanted: &[Wanted]) -> Result<(), ManagerError> {
         for log in wanted.iter().flat_map(|wanted| match &wanted.by {
             Engine::Log(logs) => logs.as_slice(),
             Engine::Mirror => &[],
@@ -82,14 +82,14 @@ impl Manager {
         Ok(())
     }
 
-    /// Gives copies of file systems that the kernel would take for their originals identities of their own. Nobody has mounted
-    /// them yet.
-    pub(crate) fn tell_copies_apart(wanted: &[Wanted]) -> Result<(), ManagerError> {
+    /// What comes after the cut: copies of file systems that the kernel would take for their originals get identities of their own,
+    /// nobody having mounted them yet, and the logs go.
+    pub(crate) fn finish_copies(&self, wanted: &[Wanted]) -> Result<(), ManagerError> {
         let dm = Self::dm()?;
         for Wanted { of, .. } in wanted {
             let _ = content::tell_apart(&dm.node(&of.copy)?, &dm.node(&of.active)?)?;
         }
-        Ok(())
+        self.remove_logs(wanted)
     }
 
     /// Takes away whatever there is of the copies that a partition has, or was to get; its disks can be stores again. It must have
@@ -103,7 +103,7 @@ impl Manager {
         }
         let dm = Self::dm()?;
         for Wanted { of, .. } in &wanted {
-            let _ = copy::cut_off(&dm, of, CLOSE)?;
+            copy::cut_off(&dm, of, CLOSE)?;
             forget_content(&of.target)?;
         }
         self.remove_logs(&wanted)

@@ -23,7 +23,7 @@ use crate::host::linux::block::DeviceNumber;
 use crate::names::{self, Name};
 use crate::partition::lifecycle;
 use crate::partition::spec::{self, Policy};
-use crate::storage::copies::{Account, Copies, Together, Wanted};
+use crate::storage::copies::{Account, Copies};
 use crate::storage::disk::{self, Backing};
 use crate::storage::snapshot::{self, CloneOf, WhenBusy};
 use crate::store;
@@ -107,14 +107,16 @@ impl Manager {
         service: &Name,
         from: &Machine,
         to: &Machine,
-        copies: Option<(Copies<'_>, Vec<Wanted>)>,
+        copies: Option<Copies<'_>>,
     ) -> Result<Moved, ManagerError> {
         let back: Vec<CloneOf> = to.moving_itself().filter_map(|(_, disk)| disk.clone.clone()).collect();
         let kept = if back.is_empty() { kept_by(from, to) } else { Vec::new() };
         let mut accounts = Vec::new();
         let (mut old, mut new) = match copies {
-            Some((copies, wanted)) => {
-                accounts = self.copies_closed(copies, &wanted)?;
+            Some(copies) => {
+                let together = copies.cut_closed(LET_GO)?;
+                self.finish_copies(&together.wanted)?;
+                accounts = together.accounts;
                 (Vec::new(), Vec::new())
             }
             None => exchanged(from, to)?,
@@ -147,14 +149,6 @@ impl Manager {
             }
         }
         Ok(Moved { from: self.machine(from.name())?, to: self.machine(to.name())?, accounts })
-    }
-
-    /// Ends copies of disks that nobody has open any more: they are what those were in the end.
-    fn copies_closed(&self, copies: Copies<'_>, wanted: &[Wanted]) -> Result<Vec<Account>, ManagerError> {
-        let Together { accounts, .. } = copies.cut_closed(LET_GO)?;
-        Self::tell_copies_apart(wanted)?;
-        self.remove_logs(wanted)?;
-        Ok(accounts)
     }
 
     /// The one that had the disks keeps them as it had them, and serves from then on as far as the store knows; what the other

@@ -113,15 +113,9 @@ impl Manager {
             let was = self.is_served(&settings).unwrap_or(false);
             match self.serve(&settings).await {
                 Ok(mended) => {
-                    // Of one that was killed nobody has left its clone in order; one that is merged needs no room.
-                    let unwatched = match lock {
-                        Some(_) => {
-                            self.active(&settings).and_then(|active| self.leave_unwatched(&active)).map(drop)
-                        }
-                        None => Ok(()),
-                    };
-                    if let Err(error) = unwatched {
-                        tracing::warn!(service = %name, "stores of clones: {}", chain(&error));
+                    // One that is merged needs no room.
+                    if lock.is_some() {
+                        self.leave_stores(&settings);
                     }
                     if !was {
                         done.actions.push(format!("service {name} was started"));
@@ -132,6 +126,20 @@ impl Manager {
             }
         }
         Ok(())
+    }
+
+    /// Of a job that was killed nobody has left the stores in order.
+    fn leave_stores(&self, settings: &Service) {
+        match self.active(settings).and_then(|active| self.leave_unwatched(&active)) {
+            Ok(left) => {
+                for clone in left {
+                    tracing::warn!("{}", self.can_fill_up_unwatched(&settings.name, &clone));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(service = %settings.name, "stores of clones: {}", chain(&error));
+            }
+        }
     }
 
     fn is_served(&self, settings: &Service) -> Result<bool, ManagerError> {

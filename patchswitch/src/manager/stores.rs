@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Machine, Manager, ManagerError};
+use crate::names::Name;
 use crate::storage::StorageError;
 use crate::storage::cow::cow_sectors;
 use crate::storage::extend::{extend_for, extend_to_the_end};
@@ -77,6 +78,16 @@ impl Manager {
             }
         }
         Ok(left)
+    }
+
+    /// What is to be said of a clone that [`Manager::leave_unwatched`] has left.
+    pub(crate) fn can_fill_up_unwatched(&self, service: &Name, clone: &CloneOf) -> String {
+        format!(
+            "the store of {} can fill up, and nobody watches it from now on: `patchswitch status` says how full it is; \
+             `patchswitch commit {service}` or `patchswitch rollback {service}` frees it{}",
+            clone.clone,
+            if self.config.job.extend_stores { ", and the host has no room to extend it" } else { "" },
+        )
     }
 }
 

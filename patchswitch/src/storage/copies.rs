@@ -94,12 +94,15 @@ pub struct Together {
     pub copies: Vec<Copy<Pristine>>,
     /// How each was made.
     pub accounts: Vec<Account>,
+    /// What was wanted of each.
+    pub wanted: Vec<Wanted>,
 }
 
 /// Copies that follow their disks, ready to be cut.
 #[derive(Debug)]
 pub struct Copies<'dm> {
     dm: &'dm Dm,
+    wanted: Vec<Wanted>,
     logs: Option<WriteLogs<'dm>>,
     mirrors: Option<Mirrors<'dm>>,
     seconds: f64,
@@ -113,20 +116,20 @@ pub struct Copies<'dm> {
 /// done has been undone.
 pub fn begin<'dm>(
     dm: &'dm Dm,
-    wanted: &[Wanted],
+    wanted: Vec<Wanted>,
     mounts: &Mounts,
     limit: Duration,
     progress: &mut dyn FnMut(Progress<'_>) -> Result<(), StorageError>,
 ) -> Result<Copies<'dm>, Failed> {
     let end = Instant::now() + limit;
     let (mut logged, mut mirrored) = (Vec::new(), Vec::new());
-    for Wanted { of, by } in wanted {
+    for Wanted { of, by } in &wanted {
         match by {
             Engine::Log(logs) => logged.push(LogOf { copy: of.clone(), logs: logs.clone() }),
             Engine::Mirror => mirrored.push(of.clone()),
         }
     }
-    let mut copies = Copies { dm, logs: None, mirrors: None, seconds: 0.0 };
+    let mut copies = Copies { dm, wanted, logs: None, mirrors: None, seconds: 0.0 };
     let begun = copies.follow((&logged, &mirrored), mounts, end, &mut |what| {
         if Instant::now() >= end {
             return Err(StorageError::NotInTime { what: "the copy is not ready", waited: limit });
@@ -276,7 +279,7 @@ impl<'dm> Copies<'dm> {
             accounts.extend(made.iter().zip(bulks).zip(rounds).map(account));
             copies.extend(made);
         }
-        Ok(Together { cut, copies, accounts })
+        Ok(Together { cut, copies, accounts, wanted: std::mem::take(&mut self.wanted) })
     }
 
     /// Undoes whatever has been done, and goes on after errors.

@@ -218,31 +218,28 @@ pub(super) fn made(dm: &Dm, disk: &Checked) -> Result<Copy<Pristine>, StorageErr
 /// [`StorageError`]; the rest is done.
 pub fn abandon(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<Done, StorageError> {
     let gone = dm.remove_when_closed(&of.copy, limit).map_err(StorageError::from);
-    abandon_rest(dm, of, gone)
+    let plain = without_copy(dm, of);
+    let (gone, plain) = (gone?, plain?);
+    of.target.detach()?;
+    Ok(if [gone, plain].contains(&Done::Changed) { Done::Changed } else { Done::AlreadySo })
 }
 
 /// As [`abandon`], also where somebody does not close the copy: it is cut off then, and goes when he does.
 ///
 /// # Errors
 /// As [`abandon`].
-pub fn cut_off(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<Done, StorageError> {
-    let is_there = dm.info(&of.copy)?.is_some();
-    let gone = snapshot::remove(
-        dm,
-        &of.copy,
-        of.sectors,
-        limit,
-        WhenBusy::CutOff,
-        &mut snapshot::Removed::default(),
-    );
-    abandon_rest(dm, of, gone.map(|()| if is_there { Done::Changed } else { Done::AlreadySo }))
+pub fn cut_off(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<(), StorageError> {
+    let mut removed = snapshot::Removed::default();
+    let gone = snapshot::remove(dm, &of.copy, of.sectors, limit, WhenBusy::CutOff, &mut removed);
+    let plain = without_copy(dm, of);
+    gone?;
+    let _ = plain?;
+    of.target.detach().map(|_| ())
 }
 
-fn abandon_rest(dm: &Dm, of: &CopyOf, gone: Result<Done, StorageError>) -> Result<Done, StorageError> {
-    let plain = of.origin.attach().and_then(|origin| plain(dm, &of.active, of.sectors, origin.device()));
-    let (gone, plain) = (gone?, plain?);
-    of.target.detach()?;
-    Ok(if [gone, plain].contains(&Done::Changed) { Done::Changed } else { Done::AlreadySo })
+fn without_copy(dm: &Dm, of: &CopyOf) -> Result<Done, StorageError> {
+    let origin = of.origin.attach()?;
+    plain(dm, &of.active, of.sectors, origin.device())
 }
 
 /// Undoes whatever has been done, in reverse, and goes on after errors.

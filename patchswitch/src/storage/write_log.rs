@@ -22,36 +22,31 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::copy::{self, Buffer, Bulk, Checked, Copy, CopyOf, Extent, Instantly, Parts, Pristine};
+use super::copy::{self, Buffer, Bulk, Checked, Copy, CopyOf, Instantly, Pristine};
 use super::cut::{self, Moment, Turn};
 use super::disk::{Attached, Backing, other_table};
 use super::table::{LogStatus, Table};
 use super::{Failed, StorageError};
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
-use crate::host::linux::clock::boot_ns;
 use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::{Dm, Done};
 
+mod clock;
 pub mod format;
 mod latest;
 mod reader;
+mod replay;
 
 pub use reader::{Reader, Record};
 
-use format::{END, OURS, What};
-use latest::{Latest, Part};
+use clock::{Clock, flush};
 
 /// What is wiped of a log before it is used, in bytes: more than its beginning has.
 const WIPED: u64 = 64 << 10;
-/// How often the time is recorded.
-const EVERY: Duration = Duration::from_millis(100);
 /// A round that is not shorter than so many hundredths of the one before does not lead anywhere.
 const SHRINKS: u64 = 90;
 /// And so many of them are no accident.
@@ -411,110 +406,6 @@ impl Logged {
         self.rounds.push(round);
         round
     }
-
-    /// Replays a log that nobody writes any more, and says where it does not tell which of two writes was the later one. Piece by
-    /// piece of the log, the last record of each place, in the order of the places.
-    fn replay(&self, log: usize) -> Result<(Round, Parts), StorageError> {
-        let (attached, backing) = &self.logs[log];
-        let mut reader = Reader::open(attached.device())?;
-        let (mut round, mut at_once, mut doubtful) = (Round::default(), Parts::default(), Parts::default());
-        let size = self.disk.of.sectors.saturating_mul(SECTOR);
-        let (mut latest, mut buffer) = (Latest::default(), Buffer::new());
-        loop {
-            if !reader.is_near() {
-                self.write_latest(&mut buffer, (&reader, backing), &mut latest)?;
-            }
-            let Some(entry) = reader.next_entry().map_err(|error| error.of(backing))? else { break };
-            round.records += 1;
-            let (at, part, is_at_once) = match entry.what {
-                What::Mark { text } if text == END => {
-                    self.write_latest(&mut buffer, (&reader, backing), &mut latest)?;
-                    return Ok((round, doubtful));
-                }
-                What::Mark { .. } | What::Flush => continue,
-                What::Write { at, bytes, at_once } => (at, Part { bytes, data: Some(entry.data) }, at_once),
-                What::Discard { at, bytes } => {
-                    (at, Part { bytes: bytes.min(size.saturating_sub(at)), data: None }, false)
-                }
-            };
-            if at.saturating_add(part.bytes) > size {
-                let source = format::BadLog::Entry(reader.read().saturating_sub(1));
-                return Err(StorageError::Log { log: backing.to_string(), source });
-            }
-            if is_at_once {
-                at_once.add(at, part.bytes);
-            } else if at_once.touch(at, part.bytes) {
-                doubtful.add(at, part.bytes);
-            }
-            latest.add(at, part);
-            round.bytes += part.bytes;
-        }
-        // The kernel had no room for its own mark at the end.
-        let used = attached.device().sectors()?.saturating_mul(SECTOR);
-        Err(StorageError::LogFull { name: self.disk.of.active.clone(), used })
-    }
-
-    /// Writes what was read of a log: neighbours in one piece.
-    fn write_latest(
-        &self,
-        buffer: &mut Buffer,
-        (reader, log): (&Reader, &Backing),
-        latest: &mut Latest,
-    ) -> Result<(), StorageError> {
-        let (mut begins, mut filled) = (0, 0);
-        for (at, Part { bytes, data }) in latest.take() {
-            let Some(from) = data else {
-                let zeroed = copy::zero(&self.target, at, bytes);
-                zeroed.map_err(StorageError::io("clear", self.disk.of.target.path()))?;
-                continue;
-            };
-            let mut done = 0;
-            while done < bytes {
-                if filled > 0 && begins + filled as u64 != at + done {
-                    self.write(buffer.filled(filled), begins)?;
-                    filled = 0;
-                }
-                if filled == 0 {
-                    begins = at + done;
-                }
-                let piece = &mut buffer.piece(u64::MAX)[filled..];
-                let length = piece.len().min(usize::try_from(bytes - done).unwrap_or(usize::MAX));
-                let read = reader.read_data(&mut piece[..length], from + done);
-                read.map_err(StorageError::io("read", log.path()))?;
-                (filled, done) = (filled + length, done + length as u64);
-                if filled == buffer.piece(u64::MAX).len() {
-                    self.write(buffer.filled(filled), begins)?;
-                    filled = 0;
-                }
-            }
-        }
-        self.write(buffer.filled(filled), begins)
-    }
-
-    fn write(&self, piece: &[u8], at: u64) -> Result<(), StorageError> {
-        let written = self.target.write_all_at(piece, at);
-        written.map_err(StorageError::io("write", self.disk.of.target.path()))
-    }
-
-    /// Copies a part as the bulk copy does: what is written there from now on is recorded.
-    fn read_again(&self, part: Extent) -> Result<(), StorageError> {
-        let (from, mut buffer, mut done) = (block::open_direct(self.disk.origin.device())?, Buffer::new(), 0);
-        while done < part.bytes {
-            let piece = buffer.piece(part.bytes - done);
-            let read = from.read_exact_at(piece, part.at + done);
-            read.map_err(StorageError::io("read", self.disk.of.origin.path()))?;
-            let written = self.target.write_all_at(piece, part.at + done);
-            written.map_err(StorageError::io("write", self.disk.of.target.path()))?;
-            done += piece.len() as u64;
-        }
-        Ok(())
-    }
-}
-
-/// Has everything that was written to a disk on disk, and so in its log.
-fn flush(dm: &Dm, name: &str) -> Result<(), StorageError> {
-    let node = dm.node(name)?;
-    File::open(&node).and_then(|device| device.sync_all()).map_err(StorageError::io("flush", node))
 }
 
 /// Whether writes are still recorded.
@@ -528,44 +419,6 @@ fn records(dm: &Dm, name: &str) -> Result<(), StorageError> {
             }
         },
         lines => Err(other_table(name, lines, "a disk whose writes are recorded")),
-    }
-}
-
-/// Flushes disks and records the time, on a thread of its own, until it is dropped. The flush gives a record its time, and keeps what
-/// waits for it small: the kernel has a copy of each write in memory until then.
-#[derive(Debug)]
-struct Clock {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Clock {
-    fn start(names: Vec<String>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            // That a mark is missing makes an interval longer, and nothing wrong.
-            let Ok(dm) = Dm::open() else { return };
-            while !stopped.load(Ordering::Relaxed) {
-                for name in &names {
-                    let _ = flush(&dm, name);
-                    let _ = dm.message(name, 0, &format!("mark {OURS}{}", boot_ns()));
-                }
-                // Whoever ends it does not wait for that.
-                std::thread::park_timeout(EVERY);
-            }
-        });
-        Self { stop, thread: Some(thread) }
-    }
-}
-
-impl Drop for Clock {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
     }
 }
 

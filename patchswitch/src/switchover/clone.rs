@@ -123,10 +123,10 @@ fn cut(
     job.manager.write_out(active).map_err(failed(Phase::Clone))?;
     let cut = match copies {
         None => snapshot::clone_mounted(&dm, clones, &mounts).map_err(at(Phase::Clone))?,
-        Some((copies, wanted)) => {
-            let Together { cut, accounts, .. } = copies.cut(clones, &mounts).map_err(at(Phase::Clone))?;
-            Manager::tell_copies_apart(&wanted).map_err(failed(Phase::Clone))?;
-            job.manager.remove_logs(&wanted).map_err(failed(Phase::Clone))?;
+        Some(copies) => {
+            let Together { cut, accounts, wanted, .. } =
+                copies.cut(clones, &mounts).map_err(at(Phase::Clone))?;
+            job.manager.finish_copies(&wanted).map_err(failed(Phase::Clone))?;
             job.report.copies = accounts;
             cut
         }

@@ -8,7 +8,7 @@ use crate::exit::ExitCode;
 use crate::host::linux::cutter::Mounts;
 use crate::host::linux::dm::Dm;
 use crate::manager::{Machine, ManagerError};
-use crate::storage::copies::{self, Copies, Engine, Progress, Wanted};
+use crate::storage::copies::{self, Copies, Engine, Progress};
 use crate::storage::copy::CopyOf;
 use crate::storage::write_log::Round;
 use crate::storage::{Failed, StorageError};
@@ -22,7 +22,7 @@ pub(super) fn begin<'dm>(
     phase: Phase,
     (dm, mounts): (&'dm Dm, &Mounts),
     (active, standby): (&Machine, &Machine),
-) -> Result<Option<(Copies<'dm>, Vec<Wanted>)>, Failure> {
+) -> Result<Option<Copies<'dm>>, Failure> {
     let wanted = job.manager.wanted_copies(active, standby);
     if wanted.is_empty() {
         return Ok(None);
@@ -30,7 +30,7 @@ pub(super) fn begin<'dm>(
     job.manager.make_logs(&wanted).map_err(at(phase))?;
     let has_logs = wanted.iter().any(|wanted| matches!(wanted.by, Engine::Log(_)));
     let (mut stopped, mut told) = (None, BTreeMap::new());
-    let begun = copies::begin(dm, &wanted, mounts, job.manager.config.job.copy, &mut |progress| {
+    let begun = copies::begin(dm, wanted, mounts, job.manager.config.job.copy, &mut |progress| {
         if let Some(text) = words(progress, &mut told) {
             (job.say)(&format!("{phase}: {text}"));
         }
@@ -40,7 +40,7 @@ pub(super) fn begin<'dm>(
         })
     });
     match (begun, stopped) {
-        (Ok(copies), _) => Ok(Some((copies, wanted))),
+        (Ok(copies), _) => Ok(Some(copies)),
         (Err(Failed { undo, .. }), Some(failure)) if undo.is_empty() => Err(failure),
         (Err(failed), _) => Err(at(phase)(ManagerError::from(failed))),
     }

@@ -25,7 +25,7 @@ use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::runtime::Ready;
 use crate::manager::{Machine, Manager, ManagerError, Moved, chain, slot_of};
-use crate::storage::copies::{Copies, Wanted};
+use crate::storage::copies::Copies;
 use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
@@ -90,14 +90,13 @@ pub(super) async fn hand_over(
     job: &mut Context<'_>,
     how: &Quiesce,
     handing: Handing<'_>,
-    copies: Option<(Copies<'_>, Vec<Wanted>)>,
+    mut copies: Option<Copies<'_>>,
 ) -> Result<(Machine, Machine, Waited), Failure> {
     let Handing { phase, to, slot, patched, .. } = handing;
     settle(job).await.map_err(at(phase))?;
     // Before anybody waits.
     let commands = Commands::prepare(job, how, &handing)?;
-    let mut copies = copies;
-    if let Some((copies, _)) = &mut copies {
+    if let Some(copies) = &mut copies {
         super::copies::catch_up(job, phase, copies)?;
     }
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
@@ -196,7 +195,7 @@ impl Deed<'_> {
         &mut self,
         job: &mut Context<'_>,
         commands: Commands,
-        copies: Option<(Copies<'_>, Vec<Wanted>)>,
+        copies: Option<Copies<'_>>,
     ) -> Result<(Machine, Machine), Failure> {
         let Handing { phase, from, to, .. } = self.handing;
         let Commands { ending, start } = commands;

@@ -40,17 +40,7 @@ pub(super) fn leave(job: &Context<'_>, machine: &Machine) {
     match job.manager.leave_unwatched(machine) {
         Ok(left) => {
             for clone in left {
-                (job.say)(&format!(
-                    "the store of {} can fill up, and nobody watches it from now on: `patchswitch status` says how full it is; \
-                     `patchswitch commit {2}` or `patchswitch rollback {2}` frees it{1}",
-                    clone.clone,
-                    if job.manager.config.job.extend_stores {
-                        ", and the host has no room to extend it"
-                    } else {
-                        ""
-                    },
-                    job.service.name
-                ));
+                (job.say)(&job.manager.can_fill_up_unwatched(&job.service.name, &clone));
             }
         }
         Err(error) => tracing::warn!("stores of clones: {}", crate::manager::chain(&error)),

@@ -135,10 +135,10 @@ fn whole_copies_are_cut_with_the_clone_and_become_the_disks() {
     stage.ok(&["apply", SERVICE, "--commit"]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-a"));
     assert_eq!((lines(&stage, "web-a"), inside(&stage, "web-a", "cat /srv/data/new").trim()), (kept, "here"));
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2", "v3"]);
     stage.ok(&["down"]);
     stage.ok(&["up"]);
     assert_eq!((stage.who().as_str(), lines(&stage, "web-a")), ("v3", kept));
-    drop(client);
     stage.finish();
 }
 

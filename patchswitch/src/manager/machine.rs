@@ -169,7 +169,10 @@ impl Manager {
         let over = self.clones_over(machine)?;
         let mut teardown = Teardown::default();
         for disk in machine.plain_disks().filter(|disk| over.iter().all(|clone| clone.active != disk.name)) {
-            teardown.note(disk::deactivate(&dm, &disk, CLOSE));
+            // One that was cut off goes when whoever has it open lets it go.
+            if !dm.info(&disk.name)?.is_some_and(|info| info.deferred) {
+                teardown.note(disk::deactivate(&dm, &disk, CLOSE));
+            }
         }
         teardown.finish()
     }

@@ -91,8 +91,10 @@ impl Manager {
     }
 }
 
+/// By the device, which may be smaller than its image still.
 fn can_fill_up(clone: &CloneOf) -> Result<bool, StorageError> {
-    Ok(clone.cow.sectors()? < cow_sectors(clone.sectors))
+    let device = clone.cow.attach()?.device().sectors()?;
+    Ok(device < cow_sectors(clone.sectors))
 }
 
 /// How long a store of so many sectors takes a pace: for ever, if it is slow enough.

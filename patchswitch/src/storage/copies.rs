@@ -200,9 +200,9 @@ impl<'dm> Copies<'dm> {
     ///
     /// # Errors
     /// As [`Copies::cut`]; [`DmError::Busy`](crate::host::linux::dm::DmError::Busy) if somebody still has one open.
-    pub fn cut_closed(mut self, limit: Duration) -> Result<Together, Failed> {
+    pub fn cut_closed(self, limit: Duration) -> Result<Together, Failed> {
         // It opens the disks as well.
-        self.logs.iter_mut().for_each(WriteLogs::stop_clock);
+        self.logs.iter().for_each(WriteLogs::stop_clock);
         let end = Instant::now() + limit;
         let names = self.logs.iter().flat_map(WriteLogs::names);
         let mut names = names.chain(self.mirrors.iter().flat_map(Mirrors::names));

@@ -61,14 +61,14 @@ pub fn extend(of: &CloneOf) -> Result<Option<u64>, StorageError> {
     enlarge(of, |has| has.saturating_add(LEAST.max(has / 2)))
 }
 
-/// Extends the store of a clone, in use or to be made, by what so many chunks take; its size in bytes then. Nothing if it cannot be
-/// extended, or can never fill up as it is.
+/// Makes the store of a clone that is to be made so large that it takes so many chunks; its size in bytes then. Nothing if it is, or
+/// cannot be.
 ///
 /// # Errors
 /// As [`extend`].
 pub fn extend_for(of: &CloneOf, chunks: u64) -> Result<Option<u64>, StorageError> {
     let taken = cow_sectors(chunks.saturating_mul(CHUNK)).saturating_mul(SECTOR);
-    enlarge(of, |has| has.saturating_add(taken))
+    enlarge(of, |has| has.max(taken))
 }
 
 /// Extends the store of a clone to where it can never fill up, or not at all; its size in bytes then.
@@ -87,15 +87,16 @@ fn enlarge(of: &CloneOf, wanted: impl FnOnce(u64) -> u64) -> Result<Option<u64>,
     let file = loopdev::open_image(path, has)?;
     let device = loopdev::find(&file)?;
     // Whoever extended it the last time was killed before the device followed.
+    let mut followed = None;
     if let Some(device) = &device
         && device.device().sectors()?.saturating_mul(SECTOR) < has
     {
         device.grow()?;
-        return Ok(Some(has));
+        followed = Some(has);
     }
     let wanted = wanted(has).div_ceil(chunk).saturating_mul(chunk).min(ample);
     if wanted <= has || !has_room(path, wanted - has)? {
-        return Ok(None);
+        return Ok(followed);
     }
     grow(&file, wanted).map_err(StorageError::io("extend", path))?;
     if let Some(device) = device {

@@ -10,12 +10,14 @@
 //! To mirror again is to say whose content stays: both may have changed since. What only the other one had is listed before it is
 //! written over.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::copy::{self, Checked, Copy, CopyOf, Extent, Instantly, Pristine};
 use super::cut::{self, Moment, Turn};
 use super::disk::{Backing, other_table};
 use super::table::{MirrorStatus, Table};
+use super::ticker::Ticker;
 use super::{Failed, StorageError};
 use crate::host::linux::block::{self, DeviceNumber};
 use crate::host::linux::cutter::Mounts;
@@ -24,12 +26,28 @@ use crate::host::linux::dm::{Dm, DmError};
 /// How often the kernel is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
 
+/// How often it is asked whether a mirror has lost one of its devices.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Disks that are mirrored.
 #[derive(Debug)]
 pub struct Mirrors<'dm> {
     dm: &'dm Dm,
     disks: Vec<Checked>,
+    keeper: Keeper,
 }
+
+/// Gives the writers of a disk back what its mirror holds when one of the devices fails, whatever else is being waited for: until
+/// then whoever writes waits, and that may be the agent.
+#[derive(Debug)]
+struct Keeper {
+    ticker: Ticker,
+    /// The first that was found broken: a mirror no more, and so nothing to be asked.
+    broken: Arc<Mutex<Option<Broken>>>,
+}
+
+/// A mirror's name, and its status when it was one.
+type Broken = (String, String);
 
 /// What waits for the cut.
 #[derive(Debug)]
@@ -66,7 +84,7 @@ pub(super) fn begin_mounted<'dm>(
         Ok(dm.swap(&disk.of.active)?)
     });
     match begun {
-        Ok(()) => Ok(Mirrors { dm, disks }),
+        Ok(()) => Ok(Mirrors { dm, keeper: Keeper::start(&disks), disks }),
         Err(cause) => Err(Failed { cause, undo: copy::undo(dm, disks.iter()) }),
     }
 }
@@ -77,7 +95,8 @@ impl Mirrors<'_> {
     /// # Errors
     /// [`StorageError::MirrorBroken`] if one of the devices fails, [`StorageError::OtherTable`].
     pub fn status(&self) -> Result<Vec<MirrorStatus>, StorageError> {
-        self.disks.iter().map(|disk| status(self.dm, disk)).collect()
+        let all: Result<_, _> = self.disks.iter().map(|disk| status(self.dm, &disk.of.active)).collect();
+        all.map_err(|error| self.keeper.broken().unwrap_or(error))
     }
 
     /// Waits until all are the same as their disks. `progress` is told how far they are, again and again, and may end it.
@@ -117,6 +136,8 @@ impl Mirrors<'_> {
 
     /// Has everything wait for the cut.
     pub(super) fn prepare(&self) -> Result<Waiting, StorageError> {
+        // The tables are the cut's from here on.
+        self.keeper.ticker.stop();
         // A device that fails from here on is told by an event: afterwards there is no mirror that could be asked.
         let events = self.events()?;
         let mut turns = Vec::new();
@@ -149,6 +170,7 @@ impl Mirrors<'_> {
 
     /// Undoes whatever has been done, and goes on after errors.
     pub(super) fn undo(&self) -> Vec<StorageError> {
+        self.keeper.ticker.stop();
         copy::undo(self.dm, self.disks.iter())
     }
 
@@ -180,17 +202,48 @@ impl Mirrors<'_> {
     }
 }
 
-fn status(dm: &Dm, disk: &Checked) -> Result<MirrorStatus, StorageError> {
-    let lines = dm.status(&disk.of.active)?;
+impl Keeper {
+    fn start(disks: &[Checked]) -> Self {
+        let broken = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&broken);
+        let disks: Vec<_> = disks
+            .iter()
+            .map(|disk| (disk.of.active.clone(), disk.of.sectors, disk.origin.device()))
+            .collect();
+        let dm = Dm::open().ok();
+        let ticker = Ticker::start(LOOK, move || {
+            for (dm, (name, sectors, origin)) in
+                dm.iter().flat_map(|dm| disks.iter().map(move |disk| (dm, disk)))
+            {
+                let Err(StorageError::MirrorBroken { name: _, status }) = status(dm, name) else { continue };
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = told.get_or_insert_with(|| (name.clone(), status));
+                // If it cannot be done now, it is tried again.
+                if let Err(error) = copy::plain(dm, name, *sectors, *origin) {
+                    tracing::warn!("what the broken mirror of {name} holds back: {error}");
+                }
+            }
+        });
+        Self { ticker, broken }
+    }
+
+    fn broken(&self) -> Option<StorageError> {
+        let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        broken.map(|(name, status)| StorageError::MirrorBroken { name, status })
+    }
+}
+
+fn status(dm: &Dm, name: &str) -> Result<MirrorStatus, StorageError> {
+    let lines = dm.status(name)?;
     match lines.as_slice() {
         [line] if line.kind == "mirror" => {
             let status = MirrorStatus::parse(&line.params)?;
             if status.healthy {
                 return Ok(status);
             }
-            Err(StorageError::MirrorBroken { name: disk.of.active.clone(), status: line.params.clone() })
+            Err(StorageError::MirrorBroken { name: name.to_owned(), status: line.params.clone() })
         }
-        lines => Err(other_table(&disk.of.active, lines, "a mirror")),
+        lines => Err(other_table(name, lines, "a mirror")),
     }
 }
 

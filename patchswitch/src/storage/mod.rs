@@ -51,6 +51,7 @@ pub mod mirror;
 pub mod pace;
 pub mod snapshot;
 pub mod table;
+mod ticker;
 pub mod write_log;
 
 pub use error::{Failed, StorageError, Unfinished};

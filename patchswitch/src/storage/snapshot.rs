@@ -304,7 +304,7 @@ fn clear(cow: &Backing, device: DeviceNumber) -> Result<(), StorageError> {
     cow::wipe(device)
 }
 
-/// Makes a store free. The clone in it, if there is one, is gone for good.
+/// Makes a store free. The clone in it, if there is one, is gone for good. What is no clone on a device is somebody else's, and stays.
 ///
 /// # Errors
 /// [`StorageError`], e.g. if a clone is still using it.
@@ -313,8 +313,11 @@ pub fn free_cow(cow: &Backing) -> Result<(), StorageError> {
         return Ok(());
     }
     let attached = cow.attach()?;
-    if cow::header(attached.device())? != Header::Free {
-        clear(cow, attached.device())?;
+    match (cow::header(attached.device())?, cow) {
+        (Header::Free, _) | (Header::Foreign, Backing::Device(_)) => {}
+        (Header::Foreign, Backing::Image(_)) | (Header::Valid | Header::Invalid, _) => {
+            clear(cow, attached.device())?;
+        }
     }
     drop(attached);
     cow.detach().map(|_| ())

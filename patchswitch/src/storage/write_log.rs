@@ -30,6 +30,7 @@ use super::copy::{self, Buffer, Bulk, Checked, Copy, CopyOf, Instantly, Pristine
 use super::cut::{self, Moment, Turn};
 use super::disk::{Attached, Backing, other_table};
 use super::table::{LogStatus, Table};
+use super::ticker::Ticker;
 use super::{Failed, StorageError};
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
 use crate::host::linux::cutter::Mounts;
@@ -43,7 +44,7 @@ mod replay;
 
 pub use reader::{Reader, Record};
 
-use clock::{Clock, flush};
+use clock::flush;
 
 /// What is wiped of a log before it is used, in bytes: more than its beginning has.
 const WIPED: u64 = 64 << 10;
@@ -145,7 +146,7 @@ pub(super) enum Writers {
 pub struct WriteLogs<'dm> {
     dm: &'dm Dm,
     disks: Vec<Logged>,
-    clock: Option<Clock>,
+    clock: Ticker,
 }
 
 /// Records writes of disks, and copies them. `go_on` is told the bytes copied of each disk, and may end it.
@@ -175,7 +176,7 @@ pub(super) fn begin_mounted<'dm>(
         Ok(clock)
     });
     match begun {
-        Ok(clock) => Ok(WriteLogs { dm, disks, clock: Some(clock) }),
+        Ok(clock) => Ok(WriteLogs { dm, disks, clock }),
         Err(cause) => Err(Failed { cause, undo: undo(dm, &disks) }),
     }
 }
@@ -206,12 +207,12 @@ fn check(dm: &Dm, all: &[LogOf], mounts: &Mounts) -> Result<Vec<Logged>, Storage
 }
 
 /// From now on every write is recorded.
-fn record(dm: &Dm, disks: &mut [Logged]) -> Result<Clock, StorageError> {
+fn record(dm: &Dm, disks: &mut [Logged]) -> Result<Ticker, StorageError> {
     for disk in disks.iter_mut() {
         disk.record_in(dm, 0)?;
         disk.last = Instant::now();
     }
-    Ok(Clock::start(disks.iter().map(|disk| disk.disk.of.active.clone()).collect()))
+    Ok(clock::start(disks.iter().map(|disk| disk.disk.of.active.clone()).collect()))
 }
 
 impl WriteLogs<'_> {
@@ -231,11 +232,11 @@ impl WriteLogs<'_> {
         mut progress: impl FnMut(&CopyOf, &Round) -> Result<(), StorageError>,
     ) -> Result<(), StorageError> {
         for disk in &mut self.disks {
-            let mut stubborn = 0;
+            let (mut stubborn, mut before, mut rounds) = (0, None::<Round>, 0);
             loop {
-                let before = disk.rounds.last().copied();
                 let round = disk.round(self.dm)?;
                 progress(&disk.disk.of, &round)?;
+                rounds += 1;
                 if round.replayed_s.min(round.predicted_s()) <= limits.rest.as_secs_f64() {
                     break;
                 }
@@ -243,9 +244,8 @@ impl WriteLogs<'_> {
                     round.bytes.saturating_mul(100) < before.bytes.saturating_mul(SHRINKS)
                 });
                 stubborn = if shrinks { 0 } else { stubborn + 1 };
-                if stubborn >= STUBBORN
-                    || disk.rounds.len() >= usize::try_from(limits.rounds).unwrap_or(usize::MAX)
-                {
+                before = Some(round);
+                if stubborn >= STUBBORN || rounds >= limits.rounds {
                     return Err(StorageError::DoesNotConverge {
                         name: disk.disk.of.active.clone(),
                         dirty: round.dirty_rate(),
@@ -304,8 +304,8 @@ impl WriteLogs<'_> {
     }
 
     /// Nobody writes any more, and nobody has to be told when.
-    pub(super) fn stop_clock(&mut self) {
-        self.clock = None;
+    pub(super) fn stop_clock(&self) {
+        self.clock.stop();
     }
 
     /// The disks.

@@ -112,7 +112,7 @@ fn check_disks(service: &Service, active: &Machine) -> Result<(), ManagerError> 
 }
 
 /// What the old partition keeps of a disk that goes over must not run full: it is the way back. A whole copy needs the room of a
-/// whole disk.
+/// whole disk, and nobody must have come to use a device since.
 fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError> {
     let device = |(_, disk): (&Disk, &MachineDisk)| names::dm_disk(active.name(), &disk.name);
     let moving: Vec<String> = active.moving_itself().map(device).collect();
@@ -127,13 +127,11 @@ fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError>
         if clone.watched && moving.contains(&clone.active) {
             return refuse(&clone, "can fill up, which that of a disk that moves must not");
         }
-        if !copied.contains(&clone.active) {
-            continue;
-        }
-        if clone.cow.sectors()? < clone.sectors {
+        let is_copied = copied.contains(&clone.active);
+        if is_copied && clone.cow.sectors()? < clone.sectors {
             return refuse(&clone, "is smaller than the disk, of which it is to be a whole copy");
         }
-        if clone.cow.missing()? > 0 {
+        if (is_copied || !clone.watched) && clone.cow.missing()? > 0 {
             return refuse(&clone, "has holes, for which the host had no room (`fallocate` fills them)");
         }
         if let Backing::Device(path) = &clone.cow

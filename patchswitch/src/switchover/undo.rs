@@ -8,7 +8,7 @@ use patchswitch_common::word::Phase as WordPhase;
 use super::context::{Failure, SwitchError};
 use super::quiesce::commands;
 use super::report::AtSwitch;
-use super::{Context, Loss};
+use super::{Context, Loss, stores};
 use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
@@ -90,6 +90,13 @@ pub(super) fn serving_anyway(job: &mut Context<'_>, failure: Failure) -> SwitchE
     let serving = serving(job).unwrap_or_else(|| job.service.partition.clone());
     job.report.outcome = "switched".to_owned();
     let service = &job.service.name;
+    if !job.unfinished {
+        // Whoever has watched its stores goes.
+        match job.manager.active(&job.service) {
+            Ok(machine) => stores::leave(job, &machine),
+            Err(error) => tracing::warn!("stores of clones: {}", chain(&error)),
+        }
+    }
     let now = if job.unfinished {
         format!("{serving} serves; the merge is not done: `patchswitch up` goes on with it")
     } else {

@@ -148,10 +148,10 @@ fn volumes_and_partitions_of_disks_are_patched_and_stay() {
 
     stage.says("v2");
     // Somebody has come to use what looked like nobody's.
-    sh(&format!("mkfs.ext4 -q {}", stores[0]));
-    let said = stage.ends_with(1, &["apply", SERVICE]);
-    assert!(said.contains("there is ext4 on it now"), "{said}");
-    sh(&format!("e2fsck -fn {0}; wipefs -q --all {0}", stores[0]));
+    sh(&format!("printf 'LUKS\\272\\276\\0\\1' | dd of={} conv=notrunc status=none", stores[0]));
+    let said = stage.ends_with(78, &["apply", SERVICE]);
+    assert!(said.contains("has crypto_LUKS on it (`wipefs --all` if nobody wants that)"), "{said}");
+    sh(&format!("wipefs --noheadings {0} | grep -q crypto_LUKS; wipefs -q --all {0}", stores[0]));
     stage.ok(&["apply", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
     let all = kinds();

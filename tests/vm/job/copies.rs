@@ -1,6 +1,7 @@
 //! Partitions with disks of which whoever takes over gets whole copies, by a log of writes and by a mirror.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use patchswitch::host::linux::dm::Dm;
@@ -76,6 +77,17 @@ fn accounts(report: &Value) {
     assert!(report["lost_by_switch"]["sectors"].as_u64() > Some(0), "{report}");
 }
 
+/// Somebody else has the copy open, and is cut off from it.
+fn roll_back_despite_a_holder(stage: &Stage) {
+    let dm = Dm::open().unwrap();
+    let held = fs::File::open(dm.node("ps-web-b-data").unwrap()).unwrap();
+    stage.ok(&["rollback", SERVICE]);
+    assert!(held.read_exact_at(&mut [0; 512], 0).is_err(), "he reads what is a store again");
+    drop(held);
+    let gone = || dm.info("ps-web-b-data").unwrap().is_none();
+    super::stage::wait_until("it goes when he lets go", Duration::from_secs(10), gone);
+}
+
 /// Cut in one instant with the clone of the system disk, while all are written; given back, made permanent, and the other way
 /// round.
 #[test]
@@ -96,7 +108,7 @@ fn whole_copies_are_cut_with_the_clone_and_become_the_disks() {
 
     // Both go their own ways, and back is what the old one had in the end.
     inside(&stage, "web-b", "echo here > /srv/data/new");
-    stage.ok(&["rollback", SERVICE]);
+    roll_back_despite_a_holder(&stage);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     let kept = lines(&stage, "web-a");
     assert!(kept >= copied, "{kept} lines, and the copy had {copied}");

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use patchswitch::storage::StorageError;
-use patchswitch::storage::copy::CopyOf;
+use patchswitch::storage::copy::{self, CopyOf};
 use patchswitch::storage::cow::{HIGH_WATER, Watch, cow_sectors, status, watch};
 use patchswitch::storage::disk::{Active, Backing, Disk, Room, activate};
 use patchswitch::storage::merge::{Patience, commit, resume_merge};
@@ -194,9 +194,16 @@ fn a_merge_that_cannot_read_its_store_stops_and_is_gone_on_with() {
     lab.finish(&[&done.disks[0]]);
 }
 
-/// A copy that cannot be written: writes to the disk wait until its mirror is taken away, and are done then.
+/// A copy that cannot be written: writes to the disk wait until its mirror is taken away, and are done then. Whoever mirrors sees to
+/// that, and somebody else when he was killed.
 #[test]
 fn what_a_mirror_holds_back_is_written_when_it_is_gone() {
+    for killed in [false, true] {
+        mirror_that_holds_back(killed);
+    }
+}
+
+fn mirror_that_holds_back(killed: bool) {
     let lab = Lab::new();
     let (disk, active) = disk(&lab, lab.image("a-root", DISK, Room::Allocated));
     let weak = Weak::new(&lab, "weak", DISK);
@@ -209,20 +216,31 @@ fn what_a_mirror_holds_back_is_written_when_it_is_gone() {
     };
     let mirror = mirror::begin(&lab.dm, std::slice::from_ref(&of)).unwrap();
     mirror.wait(LIMIT, |_| Ok(())).unwrap();
+    let mut mirror = Some(mirror);
+    if killed {
+        drop(mirror.take());
+    }
     weak.breaks(0, DISK);
     let path = active.path.display();
     let write = format!(
         "tr '\\0' x < /dev/zero | dd of={path} bs=64k seek=80 count=1 iflag=fullblock oflag=direct status=none"
     );
     let mut writer = programs::spawn(&["/bin/sh", "-ec", &write], None).unwrap();
-    wait_until("the mirror says so", LIMIT, || {
-        matches!(mirror.status(), Err(StorageError::MirrorBroken { .. }))
-    });
-    std::thread::sleep(Duration::from_millis(200));
-    assert!(!writer.has_ended(), "the write did not wait");
-    mirror.abandon().unwrap();
+    if killed {
+        wait_until("the mirror says so", LIMIT, || {
+            lab.dm.status(&disk.name).unwrap()[0].params.contains("AD")
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!writer.has_ended(), "the write did not wait");
+        let _ = copy::abandon(&lab.dm, &of, LIMIT).unwrap();
+    }
     assert!(writer.wait(LIMIT).unwrap().success(), "the write failed with the mirror");
     assert_eq!(lab.kind(&disk.name), "linear");
+    if let Some(mirror) = mirror {
+        let refused = mirror.split().unwrap_err();
+        assert!(matches!(refused.cause, StorageError::MirrorBroken { .. }), "{refused}");
+        assert!(refused.undo.is_empty(), "{refused}");
+    }
     let found =
         sh(&format!("dd if={path} bs=64k skip=80 count=1 iflag=direct status=none | tr -d x | wc -c"));
     assert_eq!(found.trim(), "0");

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use patchswitch::storage::StorageError;
 use patchswitch::storage::cow::{HIGH_WATER, Watch, cow_level, cow_sectors, status, watch};
 use patchswitch::storage::disk::{Backing, Room};
-use patchswitch::storage::extend::keep_room;
+use patchswitch::storage::extend::{extend_for, keep_room};
 use patchswitch::storage::merge::{Patience, commit};
 use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard};
 
@@ -84,7 +84,10 @@ fn a_store_is_extended_while_it_is_in_use() {
     sh(&format!("fallocate -l 18M {}", clones[0].cow.path().display()));
     assert!(matches!(keep_room(&lab.dm, &clones[0], true).unwrap(), Watch::Below { percent: 60..70 }));
     assert_eq!(size(), 18 << 11);
-    for (from, more, wanted) in [(11, 10, 34 << 11), (21, 11, 51 << 11), (32, 1, cow_sectors(disk.sectors))] {
+    sh(&format!("fallocate -l 20M {}", clones[0].cow.path().display()));
+    assert_eq!(extend_for(&clones[0], 1).unwrap(), Some(20 << 20), "nothing more is wanted");
+    assert_eq!((size(), extend_for(&clones[0], 1).unwrap()), (20 << 11, None));
+    for (from, more, wanted) in [(11, 10, 36 << 11), (21, 13, 54 << 11), (34, 1, cow_sectors(disk.sectors))] {
         let extended = keep_room(&lab.dm, &clones[0], true).unwrap();
         assert!(matches!(extended, Watch::Below { percent: 30..60 } | Watch::Ample), "{extended:?}");
         assert_eq!(size(), wanted);

@@ -5,7 +5,7 @@ use patchswitch::host::linux::dm::{DmError, Done};
 use patchswitch::host::linux::loopdev;
 use patchswitch::storage::StorageError;
 use patchswitch::storage::disk::{Backing, Disk, Room, activate, deactivate};
-use patchswitch::storage::snapshot::{WhenBusy, clone_disks, discard};
+use patchswitch::storage::snapshot::{CloneOf, WhenBusy, clone_disks, discard};
 
 use super::lab::{LIMIT, Lab, dm_name, sh, wait_until};
 
@@ -90,6 +90,16 @@ fn stores_that_belong_to_something_are_refused() {
     assert!(matches!(error.cause, StorageError::Block(BlockError::Busy(_))), "{error:?}");
     sh("dmsetup remove lab-holder");
     drop(held);
+
+    // A device that somebody has come to use: nor is what he has there taken for what a clone has left.
+    let image = lab.image("taken", clone.cow.sectors().unwrap(), Room::Allocated);
+    let node = sh(&format!("losetup --find --show {}", image.path().display())).trim().to_owned();
+    sh(&format!("printf 'LUKS\\272\\276\\0\\1' | dd of={node} conv=notrunc,fsync status=none"));
+    let taken = CloneOf { cow: Backing::Device(node.clone().into()), ..clone.clone() };
+    let error = clone_disks(&lab.dm, std::slice::from_ref(&taken)).unwrap_err();
+    assert!(matches!(error.cause, StorageError::CowTaken { .. }), "{error:?}");
+    discard(&lab.dm, &[taken], LIMIT, WhenBusy::Refuse).unwrap();
+    sh(&format!("wipefs --noheadings {node} | grep crypto_LUKS; losetup --detach {node}"));
 
     // The disk itself, and one store for two.
     let mut itself = clone.clone();

@@ -21,6 +21,8 @@ use crate::store;
 
 /// The targets of device-mapper that a job needs.
 const TARGETS: [&str; 4] = ["linear", "snapshot", "snapshot-origin", "snapshot-merge"];
+/// Those that whole copies of disks need.
+const COPIES: [&str; 2] = ["log-writes", "mirror"];
 /// The controllers that a partition's limits need.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
@@ -104,6 +106,10 @@ pub struct Facts {
     pub runtime_version: Result<(PathBuf, String), String>,
     /// Programs that a job needs and that are not installed.
     pub missing_programs: Vec<Program>,
+    /// Programs for disks with other file systems than ext4 that are not installed.
+    pub missing_file_systems: Vec<Program>,
+    /// Targets of device-mapper that whole copies of disks need and that are not there.
+    pub missing_copies: Vec<&'static str>,
     /// Where `patchswitch-init` is, or what is wrong with it.
     pub init: Result<PathBuf, String>,
     /// The rules of nftables, or why they are not known.
@@ -130,7 +136,12 @@ pub fn read(config_file: &Path) -> Facts {
         Runtime::Crun => Program::Crun,
         Runtime::Runc => Program::Runc,
     };
-    let needed = [Program::Tar, Program::Mkfs, Program::Fsck, Program::Shell, Program::DpkgDeb];
+    let needed =
+        [Program::Tar, Program::Mkfs, Program::Fsck, Program::Wipefs, Program::Shell, Program::DpkgDeb];
+    let others = [Program::MkfsXfs, Program::MkfsBtrfs, Program::Btrfstune];
+    let missing = |programs: &[Program]| -> Vec<Program> {
+        programs.iter().copied().filter(|program| program.find().is_none()).collect()
+    };
     Facts {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         root: rustix::process::geteuid().is_root(),
@@ -143,7 +154,9 @@ pub fn read(config_file: &Path) -> Facts {
         loops: Path::new("/dev/loop-control").exists(),
         runtime,
         runtime_version: version(runtime),
-        missing_programs: needed.into_iter().filter(|program| program.find().is_none()).collect(),
+        missing_programs: missing(&needed),
+        missing_file_systems: missing(&others),
+        missing_copies: copies(),
         init: program::find().map_err(|error| chain(&error)),
         rules: rules(),
         old_tables: old_tables(),
@@ -210,6 +223,15 @@ fn mapper() -> Mapper {
         Ok(version) => Mapper::There(version, lacks),
         Err(error) => Mapper::Absent(chain(&error)),
     }
+}
+
+/// What is missing of it; all of it where nobody can be asked.
+fn copies() -> Vec<&'static str> {
+    let dm = Dm::open().ok();
+    let is_there = |target: &str| {
+        dm.as_ref().is_some_and(|dm| dm.target_version(target).is_ok_and(|version| version.is_some()))
+    };
+    COPIES.into_iter().filter(|target| !is_there(target)).collect()
 }
 
 fn version(runtime: Program) -> Result<(PathBuf, String), String> {

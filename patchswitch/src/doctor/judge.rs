@@ -1,8 +1,11 @@
 //! What follows from what is there. Nothing here asks the host.
 
+use std::fmt::Write as _;
+
 use super::facts::{Bpffs, Cgroups, Facts, Mapper, Place};
 use super::{Diagnosis, Item, Need, Rules, State};
 use crate::dataplane::HookKind;
+use crate::host::linux::programs::Program;
 
 /// The oldest kernel, `(major, minor)`.
 const OLDEST: (u32, u32) = (6, 1);
@@ -21,6 +24,8 @@ pub fn judge(facts: &Facts) -> Diagnosis {
         loops(facts),
         runtime(facts),
         programs(facts),
+        file_systems(facts),
+        copies(facts),
         init(facts),
         firewall(&facts.rules, &facts.old_tables),
         reverse_path(facts),
@@ -190,7 +195,7 @@ fn runtime(facts: &Facts) -> Item {
 fn programs(facts: &Facts) -> Item {
     let names: Vec<_> = facts.missing_programs.iter().map(ToString::to_string).collect();
     if names.is_empty() {
-        return ok("programs", Need::Job, "tar, mkfs.ext4, e2fsck, sh, dpkg-deb");
+        return ok("programs", Need::Job, "tar, mkfs.ext4, e2fsck, wipefs, sh, dpkg-deb");
     }
     let mut packages: Vec<_> = facts.missing_programs.iter().map(|program| program.package()).collect();
     packages.dedup();
@@ -200,6 +205,33 @@ fn programs(facts: &Facts) -> Item {
         "partitions cannot be defined, or patches not be read",
         &format!("apt-get install {}", packages.join(" ")),
     )
+}
+
+/// Of disks. That one is missing is no lack for whoever does not want it.
+fn file_systems(facts: &Facts) -> Item {
+    let lacks = |program: Program| facts.missing_file_systems.contains(&program);
+    let (xfs, btrfs) = (lacks(Program::MkfsXfs), lacks(Program::MkfsBtrfs) || lacks(Program::Btrfstune));
+    let mut found = "ext4".to_owned();
+    for (name, is_missing, program) in [("XFS", xfs, Program::MkfsXfs), ("btrfs", btrfs, Program::MkfsBtrfs)]
+    {
+        found.push_str(", ");
+        found.push_str(name);
+        if is_missing {
+            let _ = write!(found, " with the package {}", program.package());
+        }
+    }
+    ok("file systems", Need::Nobody, found)
+}
+
+/// As [`file_systems`].
+fn copies(facts: &Facts) -> Item {
+    let found = [(":log", "log-writes", "dm_log_writes"), (":mirror", "mirror", "dm_mirror")].map(
+        |(policy, target, module)| match facts.missing_copies.contains(&target) {
+            true => format!("{policy} with the kernel's module {module}"),
+            false => policy.to_owned(),
+        },
+    );
+    ok("copies of disks", Need::Nobody, found.join(", "))
 }
 
 fn init(facts: &Facts) -> Item {

@@ -24,6 +24,8 @@ fn good() -> Facts {
         runtime: Program::Crun,
         runtime_version: Ok((PathBuf::from("/usr/bin/crun"), "crun version 1.8.1".to_owned())),
         missing_programs: Vec::new(),
+        missing_file_systems: Vec::new(),
+        missing_copies: Vec::new(),
         init: Ok(PathBuf::from("/usr/lib/patchswitch/patchswitch-init")),
         rules: Ok(Rules::default()),
         old_tables: Vec::new(),
@@ -118,6 +120,16 @@ fn what_is_no_lack_is_told_as_it_is() {
     assert_eq!((item.state, item.found.starts_with("clsact")), (State::Ok, true));
     let (item, ..) = changed(|facts| facts.bpffs = Bpffs::Mountable);
     assert_eq!(item.state, State::Ok);
+    let (item, ..) = changed(|facts| facts.missing_file_systems = vec![Program::Btrfstune]);
+    assert_eq!(
+        (item.state, item.found.as_str()),
+        (State::Ok, "ext4, XFS, btrfs with the package btrfs-progs")
+    );
+    let (item, ..) = changed(|facts| facts.missing_copies = vec!["log-writes"]);
+    assert_eq!(
+        (item.state, item.found.as_str()),
+        (State::Ok, ":log with the kernel's module dm_log_writes, :mirror")
+    );
     let (item, ..) = changed(|facts| facts.strict = vec!["all".into()]);
     assert_eq!((item.name, item.state), ("rp_filter", State::Ok));
     let mut facts = good();

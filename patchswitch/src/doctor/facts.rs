@@ -108,8 +108,8 @@ pub struct Facts {
     pub missing_programs: Vec<Program>,
     /// Programs for disks with other file systems than ext4 that are not installed.
     pub missing_file_systems: Vec<Program>,
-    /// Targets of device-mapper that whole copies of disks need and that are not there.
-    pub missing_copies: Vec<&'static str>,
+    /// Targets of device-mapper that whole copies of disks need and that are not there; nothing where it cannot be asked.
+    pub missing_copies: Option<Vec<&'static str>>,
     /// Where `patchswitch-init` is, or what is wrong with it.
     pub init: Result<PathBuf, String>,
     /// The rules of nftables, or why they are not known.
@@ -225,13 +225,16 @@ fn mapper() -> Mapper {
     }
 }
 
-/// What is missing of it; all of it where nobody can be asked.
-fn copies() -> Vec<&'static str> {
-    let dm = Dm::open().ok();
-    let is_there = |target: &str| {
-        dm.as_ref().is_some_and(|dm| dm.target_version(target).is_ok_and(|version| version.is_some()))
-    };
-    COPIES.into_iter().filter(|target| !is_there(target)).collect()
+/// What is missing of it, if somebody can be asked.
+fn copies() -> Option<Vec<&'static str>> {
+    let dm = Dm::open().ok()?;
+    let mut lacks = Vec::new();
+    for target in COPIES {
+        if dm.target_version(target).ok()?.is_none() {
+            lacks.push(target);
+        }
+    }
+    Some(lacks)
 }
 
 fn version(runtime: Program) -> Result<(PathBuf, String), String> {

@@ -225,13 +225,23 @@ fn file_systems(facts: &Facts) -> Item {
 
 /// As [`file_systems`].
 fn copies(facts: &Facts) -> Item {
+    let item = |found: String| ok("copies of disks", Need::Nobody, found);
+    let Some(missing) = &facts.missing_copies else {
+        let cost = "whether disks can be copied whole (:log, :mirror) is seen only when a job is planned";
+        return bad(
+            item("device-mapper cannot be asked".to_owned()),
+            State::Unknown,
+            cost,
+            "see device-mapper",
+        );
+    };
     let found = [(":log", "log-writes", "dm_log_writes"), (":mirror", "mirror", "dm_mirror")].map(
-        |(policy, target, module)| match facts.missing_copies.contains(&target) {
+        |(policy, target, module)| match missing.contains(&target) {
             true => format!("{policy} with the kernel's module {module}"),
             false => policy.to_owned(),
         },
     );
-    ok("copies of disks", Need::Nobody, found.join(", "))
+    item(found.join(", "))
 }
 
 fn init(facts: &Facts) -> Item {

@@ -25,7 +25,7 @@ fn good() -> Facts {
         runtime_version: Ok((PathBuf::from("/usr/bin/crun"), "crun version 1.8.1".to_owned())),
         missing_programs: Vec::new(),
         missing_file_systems: Vec::new(),
-        missing_copies: Vec::new(),
+        missing_copies: Some(Vec::new()),
         init: Ok(PathBuf::from("/usr/lib/patchswitch/patchswitch-init")),
         rules: Ok(Rules::default()),
         old_tables: Vec::new(),
@@ -69,7 +69,7 @@ type Case = (fn(&mut Facts), &'static str, State, bool, bool);
 #[test]
 fn each_lack_is_told_with_what_it_costs_and_what_to_type() {
     use State::{Missing, Unknown, Warn};
-    let cases: [Case; 23] = [
+    let cases: [Case; 24] = [
         (|f| f.kernel = "5.15.0-91-generic".into(), "kernel", Missing, false, false),
         (|f| f.kernel = "odd".into(), "kernel", Unknown, false, false),
         (|f| f.jit = Some("0".into()), "BPF JIT", Warn, true, true),
@@ -85,6 +85,7 @@ fn each_lack_is_told_with_what_it_costs_and_what_to_type() {
         (|f| f.loops = false, "loop devices", Missing, true, false),
         (|f| f.runtime_version = Err("crun is not installed".into()), "OCI runtime", Missing, true, false),
         (|f| f.missing_programs = vec![Program::Mkfs, Program::Fsck], "programs", Missing, true, false),
+        (|f| f.missing_copies = None, "copies of disks", Unknown, true, true),
         (|f| f.init = Err("nowhere".into()), "patchswitch-init", Missing, true, false),
         (|f| f.rules = Err("nft is not installed".into()), "firewall", Unknown, true, true),
         (|f| f.old_tables = vec!["filter".into()], "firewall", Unknown, true, true),
@@ -125,7 +126,7 @@ fn what_is_no_lack_is_told_as_it_is() {
         (item.state, item.found.as_str()),
         (State::Ok, "ext4, XFS, btrfs with the package btrfs-progs")
     );
-    let (item, ..) = changed(|facts| facts.missing_copies = vec!["log-writes"]);
+    let (item, ..) = changed(|facts| facts.missing_copies = Some(vec!["log-writes"]));
     assert_eq!(
         (item.state, item.found.as_str()),
         (State::Ok, ":log with the kernel's module dm_log_writes, :mirror")

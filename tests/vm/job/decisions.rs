@@ -74,6 +74,10 @@ fn killed_while_planning(stage: &Stage) {
     assert!(stage.ok(&["up"]).contains("nothing to do"));
 }
 
+/// Said of a store that nobody watches any more and that is not to become larger.
+pub(super) const UNWATCHED: &str =
+    "the store of ps-web-b-root can fill up, and nobody watches it from now on";
+
 /// A connection waits for being accepted for longer than the drain may take. The command that makes the server end is
 /// not run: it would reset the connection. At the deadline that is what happens, and is counted.
 fn nobody_accepts(stage: &Stage, id: &str) {
@@ -82,6 +86,7 @@ fn nobody_accepts(stage: &Stage, id: &str) {
     let mut waits = stage.client.enter(|| Ok(TcpStream::connect((address, PORT))?)).unwrap();
     let said = stage.ends_with(24, &["apply", SERVICE, "--patch", id]);
     assert!(said.contains("the drain command was not run: connections wait for being accepted"), "{said}");
+    assert!(said.contains(UNWATCHED), "{said}");
     waits.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let end = waits.read(&mut [0]).unwrap_err();
     assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset, "{end}");

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::{HOST, OWN_A, SERVICE as ADDRESSES};
+use patchswitch_tests::programs::run;
 use rustix::process::Signal;
 
-use super::client::Client;
+use super::client::{Client, Kept};
 use super::stage::{SERVICE, Settings, Stage, job_root, path, script};
 
 /// One after the other on the same ground: nothing is made, nothing is stored, and what is right goes through afterwards.
@@ -138,6 +139,21 @@ fn before_the_clone(stage: &Stage) {
 
     fs::write(path(&stored), content).unwrap();
     stage.ok(&["plan", SERVICE]);
+
+    // What nobody watches must have its room before it is needed.
+    let store = path("state/disks/web-b-root.img");
+    let part = |options: &[&str]| {
+        let range = ["--offset", "8M", "--length", "1M", store.to_str().unwrap()];
+        run(&[&["fallocate"][..], options, &range].concat()).unwrap();
+    };
+    part(&["--punch-hole"]);
+    for verb in ["plan", "apply"] {
+        let said = stage.ends_with(78, &[verb, SERVICE]);
+        assert!(said.contains("web-b for ps-web-a-root has holes, for which the host had no room"), "{said}");
+    }
+    stage.nothing_of_a_job_left(&before);
+    part(&[]);
+    stage.ok(&["plan", SERVICE]);
 }
 
 #[test]
@@ -204,18 +220,23 @@ fn a_job_turns_back_before_its_clone_is_full() {
     stage.nothing_of_a_job_left(&before);
 
     // The same where stores become larger: nobody turns back. At first it is as large as the pace of the old side asks for.
-    stage.configure(&Settings { standby, observe: "1s", ..Settings::default() });
+    // And it is an error that ends the job, after the switch: a client stays with the old side.
+    stage.configure(&Settings { standby, observe: "1s", drain: "deadline = \"1s\"", ..Settings::default() });
     stage.ok(&["service", "add", SERVICE]);
     let id = stage.patch("writes-as-much", &format!("{writes}; echo v3 > /etc/says"));
     let slowly = "(while dd if=/dev/zero of=/srv/again bs=4k count=1 conv=fsync; do sleep 0.2; done) >/dev/null 2>&1 </dev/null &";
     stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", slowly]);
-    let ended = stage.run(&["apply", SERVICE, "--patch", &id]);
-    assert_eq!(ended.code, 0, "{}", ended.stderr);
-    let told = ended
-        .stderr
+    let mut stays = Kept::begin(&stage.client);
+    assert_eq!(stays.who().unwrap(), "v1");
+    let said = stage.ends_with(1, &["apply", SERVICE, "--patch", &id]);
+    assert!(said.contains("stay with the old partition") && said.contains("web-b serves"), "{said}");
+    assert!(!said.contains("can fill up"), "{said}");
+    assert_eq!((stays.who().unwrap().as_str(), stage.who().as_str()), ("v1", "v3"));
+    drop(stays);
+    let told = said
         .lines()
         .find(|line| line.contains("ps-web-a-root is written at"))
-        .unwrap_or_else(|| panic!("{}", ended.stderr));
+        .unwrap_or_else(|| panic!("{said}"));
     let mib: f64 = told.split("a store of ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!(mib > 7.0, "{told}");
     // Nobody watches it now, and nobody has to: it can take everything.

@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::client::{Client, Datagrams, Kept};
+use super::decisions::UNWATCHED;
 use super::mend::{dies, last_report, nothing_to_do};
 use super::stage::{SERVICE, Settings, Stage, path};
 
@@ -71,12 +72,21 @@ fn roll_back_under(stage: &Stage, mut flows: Flows) -> String {
 /// The two ways back to a side that was not stopped in order.
 #[test]
 fn a_rollback_keeps_flows_that_nobody_remembered_and_starts_a_side_that_died() {
-    let stage = Stage::new(&Settings { observe: "60s", udp_idle: "4s", ..Settings::default() });
+    let stage = Stage::new(&Settings {
+        observe: "60s",
+        udp_idle: "4s",
+        standby: &["--size", "40M", "--store", "16M"],
+        extend: false,
+        ..Settings::default()
+    });
     stage.says("v2");
     let before = Snapshot::take().unwrap();
     let client = Client::start(&stage.client);
 
     let mut old = switched(&stage);
+    // Who would have watched the store of the clone has been killed, and whoever comes says so.
+    let again = stage.run(&["up"]);
+    assert!(again.stderr.contains(UNWATCHED), "{}", again.stderr);
     forgets();
     let said = roll_back_under(&stage, Flows::begin(&stage));
     assert!(said.contains("arm …") && !said.contains("boot …"), "{said}");

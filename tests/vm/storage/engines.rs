@@ -310,6 +310,18 @@ fn whoever_writes_faster_than_the_log_is_replayed_is_told_so() {
     let (disk, active) = lab.disk("a", "root", SIZE);
     let writer = Random::start(&active.path, 9, Duration::ZERO);
     let mut log = write_log::begin(&lab.dm, &[log_of(&lab, &disk, "root", 512)], |_, _| Ok(())).unwrap();
+    // Who goes on after that has as many rounds again.
+    for _ in 0..2 {
+        let mut rounds = 0;
+        let limits = Limits { rest: Duration::ZERO, rounds: 2 };
+        let count = |_: &CopyOf, _: &write_log::Round| {
+            rounds += 1;
+            Ok(())
+        };
+        let error = log.converge(limits, count).unwrap_err();
+        assert!(matches!(error, StorageError::DoesNotConverge { .. }), "{error}");
+        assert_eq!(rounds, 2);
+    }
     // Somebody for whom a replay takes longer than what is replayed took to be written.
     let slow = |_: &CopyOf, round: &write_log::Round| {
         println!("round: {round:?}, {:.0} and {:.0} bytes/s", round.dirty_rate(), round.replay_rate());

@@ -27,20 +27,21 @@ pub(super) fn leads_to(path: &Path, device: DeviceNumber) -> bool {
         .is_ok_and(|data| data.file_type().is_block_device() && data.rdev() == device.to_stat())
 }
 
-/// Makes the node under another name and renames it, so that the path never leads to a wrong device.
+/// Makes the node at its path, in one step: whoever is killed leaves none under a name that nobody would look for. A wrong
+/// one goes first, so that the path leads nowhere for a moment, and never again to a wrong device.
 fn create(path: &Path, device: DeviceNumber) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}", std::process::id()));
     let kind = rustix::fs::FileType::BlockDevice;
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    match rustix::fs::mknodat(rustix::fs::CWD, &temporary, kind, mode, device.to_stat()) {
+    let make = || rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, device.to_stat());
+    match make() {
+        // udev, or another command, was faster.
+        Err(rustix::io::Errno::EXIST) if leads_to(path, device) => Ok(()),
         Err(rustix::io::Errno::EXIST) => {
-            std::fs::remove_file(&temporary)?;
-            rustix::fs::mknodat(rustix::fs::CWD, &temporary, kind, mode, device.to_stat())?;
+            std::fs::remove_file(path)?;
+            Ok(make()?)
         }
-        done => done?,
+        done => Ok(done?),
     }
-    std::fs::rename(&temporary, path)
 }
 
 /// Whether the node of a name leads to a device that somebody else has under this name. One that leads to nothing, or to

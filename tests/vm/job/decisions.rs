@@ -28,7 +28,7 @@ fn decisions_are_counted_refused_and_finished() {
     let stage = Stage::new(&Settings {
         disks: &["data:8M:/data"],
         standby: &["--size", "40M", "--store", "16M"],
-        extend: false,
+        stores: "extend_stores = false",
         drain: "deadline = \"4s\"\non_deadline = \"reset\"\ncommand_after = \"100ms\"\ncommand = \"touch /asked\"",
         ..Settings::default()
     });

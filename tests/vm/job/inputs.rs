@@ -199,7 +199,12 @@ fn one_job_at_a_time_and_it_can_be_called_off() {
 #[test]
 fn a_job_turns_back_before_its_clone_is_full() {
     let standby = &["--size", "40M", "--store", "6M"];
-    let stage = Stage::new(&Settings { standby, extend: false, observe: "20s", ..Settings::default() });
+    let stage = Stage::new(&Settings {
+        standby,
+        stores: "extend_stores = false",
+        observe: "20s",
+        ..Settings::default()
+    });
     let before = Snapshot::take().unwrap();
     let client = Client::start(&stage.client);
     let writes = "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/srv/$i bs=256k count=4 conv=fsync; sleep 0.3; done";
@@ -221,10 +226,16 @@ fn a_job_turns_back_before_its_clone_is_full() {
 
     // The same where stores become larger: nobody turns back. At first it is as large as the pace of the old side asks for.
     // And it is an error that ends the job, after the switch: a client stays with the old side.
-    stage.configure(&Settings { standby, observe: "1s", drain: "deadline = \"1s\"", ..Settings::default() });
+    stage.configure(&Settings {
+        standby,
+        observe: "1s",
+        stores: "store_lasts = \"15s\"",
+        drain: "deadline = \"1s\"",
+        ..Settings::default()
+    });
     stage.ok(&["service", "add", SERVICE]);
     let id = stage.patch("writes-as-much", &format!("{writes}; echo v3 > /etc/says"));
-    let slowly = "(while dd if=/dev/zero of=/srv/again bs=4k count=1 conv=fsync; do sleep 0.2; done) >/dev/null 2>&1 </dev/null &";
+    let slowly = "(while dd if=/dev/zero of=/srv/again bs=4k count=1 conv=fsync; do sleep 0.5; done) >/dev/null 2>&1 </dev/null &";
     stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", slowly]);
     let mut stays = Kept::begin(&stage.client);
     assert_eq!(stays.who().unwrap(), "v1");
@@ -238,7 +249,7 @@ fn a_job_turns_back_before_its_clone_is_full() {
         .find(|line| line.contains("ps-web-a-root is written at"))
         .unwrap_or_else(|| panic!("{said}"));
     let mib: f64 = told.split("a store of ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-    assert!(mib > 7.0, "{told}");
+    assert!((7.0..36.0).contains(&mib), "{told}: neither what it was, nor all that it can need");
     // Nobody watches it now, and nobody has to: it can take everything.
     let room = |stage: &Stage| stage.json(&["status"])["clones"].as_array().unwrap().len();
     assert_eq!(room(&stage), 0);

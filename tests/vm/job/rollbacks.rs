@@ -76,7 +76,7 @@ fn a_rollback_keeps_flows_that_nobody_remembered_and_starts_a_side_that_died() {
         observe: "60s",
         udp_idle: "4s",
         standby: &["--size", "40M", "--store", "16M"],
-        extend: false,
+        stores: "extend_stores = false",
         ..Settings::default()
     });
     stage.says("v2");

@@ -33,8 +33,8 @@ pub(super) struct Settings {
     pub(super) patch_limit: &'static str,
     pub(super) observe: &'static str,
     pub(super) scan: bool,
-    /// Whether stores that fill up are extended.
-    pub(super) extend: bool,
+    /// Lines of the section of jobs, about stores that can fill up.
+    pub(super) stores: &'static str,
     pub(super) uplink: &'static str,
     pub(super) addresses: [&'static str; 2],
     /// Lines of the section of the service.
@@ -61,7 +61,7 @@ impl Default for Settings {
             patch_limit: "20s",
             observe: "1s",
             scan: false,
-            extend: true,
+            stores: "",
             uplink: netlab::UPLINK,
             addresses: netlab::SERVICE,
             more: "",
@@ -145,7 +145,7 @@ impl Stage {
 
     /// Writes the configuration.
     pub(super) fn configure(&self, settings: &Settings) {
-        let Settings { patch_limit, observe, scan, extend, uplink, addresses: [v4, v6], more, .. } = settings;
+        let Settings { patch_limit, observe, scan, stores, uplink, addresses: [v4, v6], more, .. } = settings;
         let Settings { drain, stop, udp_idle, .. } = settings;
         let (boot, gate) = match settings.come_up {
             "" => ("30s", "10s"),
@@ -159,7 +159,7 @@ boot = "{boot}"
 patch = "{patch_limit}"
 restart = "{boot}"
 stop = "{stop}"
-extend_stores = {extend}
+{stores}
 [scan]
 packages = {scan}
 [[service]]

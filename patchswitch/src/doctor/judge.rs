@@ -228,12 +228,11 @@ fn copies(facts: &Facts) -> Item {
     let item = |found: String| ok("copies of disks", Need::Nobody, found);
     let Some(missing) = &facts.missing_copies else {
         let cost = "whether disks can be copied whole (:log, :mirror) is seen only when a job is planned";
-        return bad(
-            item("device-mapper cannot be asked".to_owned()),
-            State::Unknown,
-            cost,
-            "see device-mapper",
-        );
+        let advice = match facts.mapper {
+            Mapper::Forbidden => "sudo patchswitch doctor",
+            _ => "modprobe -a dm_mod dm_log_writes dm_mirror",
+        };
+        return bad(item("device-mapper cannot be asked".to_owned()), State::Unknown, cost, advice);
     };
     let found = [(":log", "log-writes", "dm_log_writes"), (":mirror", "mirror", "dm_mirror")].map(
         |(policy, target, module)| match missing.contains(&target) {

@@ -241,26 +241,30 @@ impl PartitionSpec {
 
     fn check_disks(&self) -> Result<(), SpecError> {
         let roots = self.disks.iter().filter(|disk| disk.mount == ROOT_MOUNT).count();
-        self.require(roots == 1, "disks", || format!("{roots} have the mount point /, one has to"))?;
+        self.require(roots == 1, "disks", || format!("with the mount point /: {roots}; one is needed"))?;
         for (index, disk) in self.disks.iter().enumerate() {
             let earlier = &self.disks[..index];
             let twice = earlier.iter().any(|other| other.name == disk.name || other.mount == disk.mount);
-            self.require(!twice, "disks", || format!("{} or its mount point occurs twice", disk.name))?;
+            self.require(!twice, "disk", || format!("{} or its mount point occurs twice", disk.name))?;
             let place = disk.mount == ROOT_MOUNT || is_plain_path(&disk.mount);
-            self.require(place, "disks", || format!("{:?} is not a mount point", disk.mount))?;
+            self.require(place, "disk", || {
+                format!("{} has the mount point {:?}, which is no plain absolute path", disk.name, disk.mount)
+            })?;
             let below = |reserved: &&str| std::path::Path::new(&disk.mount).starts_with(reserved);
             let reserved = RESERVED.iter().any(below);
-            self.require(!reserved, "disks", || format!("{:?} is needed for the system", disk.mount))?;
+            self.require(!reserved, "disk", || {
+                format!("{} has the mount point {:?}, which is needed for the system", disk.name, disk.mount)
+            })?;
             let root = disk.mount == ROOT_MOUNT && disk.read_only;
-            self.require(!root, "disks", || {
-                "the system disk cannot be read-only: patches change it".to_owned()
+            self.require(!root, "disk", || {
+                format!("{} is the system disk and cannot be read-only: patches change it", disk.name)
             })?;
             let fixed = disk.mount == ROOT_MOUNT || disk.read_only;
-            self.require(!fixed || disk.policy == Policy::Snapshot, "disks", || {
+            self.require(!fixed || disk.policy == Policy::Snapshot, "disk", || {
                 let what = if disk.policy == Policy::Move { "move" } else { "be copied" };
                 format!("{} cannot {what}: it is the system disk, or read-only", disk.name)
             })?;
-            self.require(disk.size >= 1 << 20, "disks", || format!("{} is smaller than 1 MiB", disk.name))?;
+            self.require(disk.size >= 1 << 20, "disk", || format!("{} is smaller than 1 MiB", disk.name))?;
         }
         Ok(())
     }
@@ -356,8 +360,8 @@ mod tests {
         assert!(refused(|s| s.memory = 1 << 20).contains("memory is 1048576 bytes"));
         assert!(refused(|s| s.pids = 3).contains("pids is 3"));
         assert!(refused(|s| s.stop_limit_s = 0).contains("stop_limit_s"));
-        assert!(refused(|s| s.disks.remove(0).size = 0).contains("0 have the mount point /"));
-        assert!(refused(|s| s.disks[1].mount = "/".into()).contains("2 have the mount point /"));
+        assert!(refused(|s| s.disks.remove(0).size = 0).contains("disks with the mount point /: 0"));
+        assert!(refused(|s| s.disks[1].mount = "/".into()).contains("disks with the mount point /: 2"));
         assert!(refused(|s| s.disks[1].name = s.disks[0].name.clone()).contains("twice"));
         assert!(refused(|s| s.disks[0].read_only = true).contains("read-only"));
         assert!(refused(|s| s.disks[1].size = 0).contains("smaller"));
@@ -377,7 +381,10 @@ mod tests {
             assert!(text.contains("not a unit or script"), "{singleton:?}");
         }
         for mount in ["srv", "/srv/../etc", "/srv/", "//srv", "/srv/./x"] {
-            assert!(refused(|s| s.disks[1].mount = mount.into()).contains("not a mount point"), "{mount:?}");
+            assert!(
+                refused(|s| s.disks[1].mount = mount.into()).contains("no plain absolute path"),
+                "{mount:?}"
+            );
         }
         for mount in ["/proc/x", "/dev", "/run/a", "/usr/lib/patchswitch"] {
             assert!(

@@ -195,20 +195,20 @@ fn one_job_at_a_time_and_it_can_be_called_off() {
     stage.finish();
 }
 
+/// Of a clone whose store is small.
+const SMALL: &[&str] = &["--size", "40M", "--store", "6M"];
+/// More than fits into it.
+const WRITES: &str =
+    "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/srv/$i bs=256k count=4 conv=fsync; sleep 0.3; done";
+
 /// The store of the clone is smaller than what the patch writes.
 #[test]
 fn a_job_turns_back_before_its_clone_is_full() {
-    let standby = &["--size", "40M", "--store", "6M"];
-    let stage = Stage::new(&Settings {
-        standby,
-        stores: "extend_stores = false",
-        observe: "20s",
-        ..Settings::default()
-    });
+    let stores = "extend_stores = false";
+    let stage = Stage::new(&Settings { standby: SMALL, stores, observe: "20s", ..Settings::default() });
     let before = Snapshot::take().unwrap();
     let client = Client::start(&stage.client);
-    let writes = "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/srv/$i bs=256k count=4 conv=fsync; sleep 0.3; done";
-    let id = stage.patch("writes-too-much", writes);
+    let id = stage.patch("writes-too-much", WRITES);
     let said = stage.ends_with(20, &["apply", SERVICE, "--patch", &id]);
     assert!(said.contains("% full; define a standby with a larger --store"), "{said}");
     assert!(said.contains("web-a serves, it was not touched"), "{said}");
@@ -218,55 +218,53 @@ fn a_job_turns_back_before_its_clone_is_full() {
     let id = stage.patch("v2-writes", "echo v2 > /etc/says");
     let job = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
     assert_eq!(stage.who(), "v2");
-    stage.run(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", writes]);
+    stage.run(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", WRITES]);
     assert_eq!(job.wait(Duration::from_secs(30)).unwrap().code(), Some(22));
     let said = fs::read_to_string(path("said")).unwrap();
     assert!(said.contains("% full") && said.contains("web-a serves again"), "{said}");
     stage.nothing_of_a_job_left(&before);
 
-    // The same where stores become larger: nobody turns back. At first it is as large as the pace of the old side asks for.
-    // And it is an error that ends the job, after the switch: a client stays with the old side.
+    // The same where stores become larger: nobody turns back.
     stage.configure(&Settings {
-        standby,
+        standby: SMALL,
         observe: "1s",
         stores: "store_lasts = \"15s\"",
         drain: "deadline = \"1s\"",
         ..Settings::default()
     });
     stage.ok(&["service", "add", SERVICE]);
-    let id = stage.patch("writes-as-much", &format!("{writes}; echo v3 > /etc/says"));
+    let id = stage.patch("writes-as-much", &format!("{WRITES}; echo v3 > /etc/says"));
+    is_left_with_an_ample_store(&stage, &id);
+    // Who asks a server whose disk is being filled waits for as long as that takes.
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v3"]);
+    let inside = |line: &str| stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", line]);
+    inside("cat /dev/zero > /srv/full; : > /srv/full");
+    assert_eq!(rooms(&stage), 0);
+    stage.ok(&["commit", SERVICE]);
+    inside("[ -s /srv/1 ] && [ -s /srv/8 ]");
+    assert_eq!(stage.who(), "v3");
+    stage.finish();
+}
+
+/// At first the store is as large as the pace of the old side asks for. It is an error that ends the job, after the switch: a client
+/// stays with the old side. Nobody watches the store then, and nobody has to: it can take everything.
+fn is_left_with_an_ample_store(stage: &Stage, patch: &str) {
     let slowly = "(while dd if=/dev/zero of=/srv/again bs=4k count=1 conv=fsync; do sleep 0.5; done) >/dev/null 2>&1 </dev/null &";
     stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", slowly]);
     let mut stays = Kept::begin(&stage.client);
     assert_eq!(stays.who().unwrap(), "v1");
-    let said = stage.ends_with(1, &["apply", SERVICE, "--patch", &id]);
+    let said = stage.ends_with(1, &["apply", SERVICE, "--patch", patch]);
     assert!(said.contains("stay with the old partition") && said.contains("web-b serves"), "{said}");
     assert!(!said.contains("can fill up"), "{said}");
     assert_eq!((stays.who().unwrap().as_str(), stage.who().as_str()), ("v1", "v3"));
-    drop(stays);
-    let told = said
-        .lines()
-        .find(|line| line.contains("ps-web-a-root is written at"))
-        .unwrap_or_else(|| panic!("{said}"));
+    let told = said.lines().find(|line| line.contains("ps-web-a-root is written at"));
+    let told = told.unwrap_or_else(|| panic!("{said}"));
     let mib: f64 = told.split("a store of ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!((7.0..36.0).contains(&mib), "{told}: neither what it was, nor all that it can need");
-    // Nobody watches it now, and nobody has to: it can take everything.
-    let room = |stage: &Stage| stage.json(&["status"])["clones"].as_array().unwrap().len();
-    assert_eq!(room(&stage), 0);
-    // Who asks a server whose disk is being filled waits for as long as that takes.
-    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v3"]);
-    stage.ok(&[
-        "partition",
-        "exec",
-        "web-b",
-        "--",
-        "/bin/sh",
-        "-c",
-        "cat /dev/zero > /srv/full; : > /srv/full",
-    ]);
-    assert_eq!(room(&stage), 0);
-    stage.ok(&["commit", SERVICE]);
-    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "[ -s /srv/1 ] && [ -s /srv/8 ]"]);
-    assert_eq!(stage.who(), "v3");
-    stage.finish();
+    assert_eq!(rooms(stage), 0);
+}
+
+/// How many clones there are whose stores can fill up.
+fn rooms(stage: &Stage) -> usize {
+    stage.json(&["status"])["clones"].as_array().unwrap().len()
 }

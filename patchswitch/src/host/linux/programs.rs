@@ -397,9 +397,9 @@ fn pid(child: &Child) -> std::io::Result<Pid> {
     i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or_else(|| std::io::ErrorKind::NotFound.into())
 }
 
-/// The last lines of an error output: the reason is at the end.
+/// The last lines of an error output: the reason is at the end, but for those who tell after it how they are called.
 fn tail(text: &str) -> String {
-    let text = text.trim_end();
+    let text = text.split_once("\nUsage:").map_or(text, |(reason, _)| reason).trim_end();
     let start = text.len().saturating_sub(2000);
     let start = (start..text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
     text[start..].to_owned()
@@ -415,6 +415,8 @@ mod tests {
         assert_eq!(run("echo out; echo err >&2").read().unwrap(), "out\n");
         let failed = run("echo reason >&2; exit 3").read().unwrap_err().to_string();
         assert!(failed.contains("exit status: 3") && failed.contains("reason"), "{failed}");
+        let told = run("(echo too small; echo Usage: mkfs; echo ' -a') >&2; exit 1").read().unwrap_err();
+        assert!(told.to_string().ends_with(": too small"), "{told}");
         let late = run("sleep 5").limit(Duration::from_millis(50)).read().unwrap_err();
         assert!(matches!(late, ProgramError::TimeOut { .. }), "{late}");
     }

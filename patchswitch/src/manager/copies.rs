@@ -118,7 +118,7 @@ impl Manager {
     pub(crate) fn free_copied(old: &Machine) -> Result<(), ManagerError> {
         let dm = Self::dm()?;
         for (_, disk) in old.copied().filter(|(_, disk)| disk.clone.is_none()) {
-            let _ = disk::deactivate(&dm, &plain(old.name(), disk), CLOSE)?;
+            copy::give_up(&dm, &plain(old.name(), disk), CLOSE)?;
             forget_content(&disk.backing)?;
             make_store(&disk.backing)?;
         }

@@ -242,7 +242,8 @@ impl<'dm> Copies<'dm> {
         copy::refuse_twice(names.into_iter(), devices.into_iter())
     }
 
-    /// The last rounds of the logs come last before the cut: what is written after them is replayed after it.
+    /// The last rounds of the logs come late: what is written after them is replayed after the cut. Later still mirrors get ready: from
+    /// then on nobody gives a disk back what its mirror holds.
     fn cut_all(
         &mut self,
         clones: &[snapshot::Checked<'_>],
@@ -250,12 +251,11 @@ impl<'dm> Copies<'dm> {
         writers: Writers,
     ) -> Result<Together, StorageError> {
         let loaded = Loaded::load(self.dm, clones)?;
+        let logged = self.logs.as_mut().map(WriteLogs::prepare).transpose()?;
         let split = self.mirrors.as_ref().map(Mirrors::prepare).transpose()?;
         let mut turns = loaded.turns();
         turns.extend(split.iter().flat_map(|waiting| waiting.turns.clone()));
-        if let Some(logs) = &mut self.logs {
-            turns.extend(logs.prepare()?);
-        }
+        turns.extend(logged.into_iter().flatten());
         let Moment { freeze, before, marks } = cut::cut(self.dm, &turns, mounts)?;
         let cut = Cut { freeze, before, clones: loaded.finish(self.dm)?, marks };
         let (mut copies, mut accounts) = (Vec::new(), Vec::new());

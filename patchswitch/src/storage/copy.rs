@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::StorageError;
 use super::cut::Turn;
-use super::disk::{Attached, Backing, other_table, remove_half_made};
+use super::disk::{Attached, Backing, Disk, other_table, remove_half_made};
 use super::meter::Mark;
 use super::snapshot::{self, WhenBusy};
 use super::table::Table;
@@ -235,6 +235,16 @@ pub fn cut_off(dm: &Dm, of: &CopyOf, limit: Duration) -> Result<(), StorageError
     gone?;
     let _ = plain?;
     of.target.detach().map(|_| ())
+}
+
+/// Takes away a disk that others have a copy of, and that is given up: who has it open is cut off.
+///
+/// # Errors
+/// [`StorageError::Dm`], [`StorageError::Loop`].
+pub fn give_up(dm: &Dm, disk: &Disk, limit: Duration) -> Result<(), StorageError> {
+    let mut removed = snapshot::Removed::default();
+    snapshot::remove(dm, &disk.name, disk.sectors, limit, WhenBusy::CutOff, &mut removed)?;
+    disk.backing.detach().map(|_| ())
 }
 
 fn without_copy(dm: &Dm, of: &CopyOf) -> Result<Done, StorageError> {

@@ -12,7 +12,7 @@ use super::serves::Serves;
 use super::take_over::{TakenOver, loss_of_new_side};
 use super::turn::{Turn, turn};
 use super::verify::inside;
-use super::{Context, Loss, drain, undo};
+use super::{Context, Loss, drain, stores, undo};
 use crate::attachment::SwitchOptions;
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
@@ -84,6 +84,10 @@ impl TakenOver {
                 let serving = undo::serving(job).unwrap_or(new);
                 // Once the old side serves again, all that is left is to take the clone away.
                 job.unfinished |= serving == old;
+                if !job.unfinished && serving == *standby.name() {
+                    // Whoever has watched its stores goes.
+                    stores::leave(job, &standby);
+                }
                 let next = if job.unfinished { "; `patchswitch up` goes on with it" } else { "" };
                 let lost = Serves::of(job, &standby).lost().filter(|_| serving == *standby.name());
                 let serves = match lost {

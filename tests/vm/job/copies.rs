@@ -88,6 +88,22 @@ fn roll_back_despite_a_holder(stage: &Stage) {
     super::stage::wait_until("it goes when he lets go", Duration::from_secs(10), gone);
 }
 
+/// As well as that at a commit, of the old side's disk: not before it is certain that there is no way back.
+fn commit_despite_a_holder(stage: &Stage) {
+    let dm = Dm::open().unwrap();
+    let held = fs::File::open(dm.node("ps-web-b-data").unwrap()).unwrap();
+    let said = stage.ends_with(1, &["apply", SERVICE, "--commit"]);
+    assert!(said.contains("ps-web-b-data") && said.contains("web-a serves"), "{said}");
+    held.read_exact_at(&mut [0; 512], 0).unwrap();
+    stage.ok(&["commit", SERVICE]);
+    // Not what has been read for him already.
+    assert!(held.read_exact_at(&mut [0; 512], 8 << 20).is_err(), "he reads what is a store again");
+    nothing_to_do(stage);
+    drop(held);
+    let gone = || dm.info("ps-web-b-data").unwrap().is_none();
+    super::stage::wait_until("it goes when he lets go", Duration::from_secs(10), gone);
+}
+
 /// Cut in one instant with the clone of the system disk, while all are written; given back, made permanent, and the other way
 /// round.
 #[test]
@@ -144,7 +160,7 @@ fn whole_copies_are_cut_with_the_clone_and_become_the_disks() {
     nothing_to_do(&stage);
     inside(&stage, "web-b", "echo here > /srv/data/new");
     stage.says("v3");
-    stage.ok(&["apply", SERVICE, "--commit"]);
+    commit_despite_a_holder(&stage);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v3", "web-a"));
     assert_eq!((lines(&stage, "web-a"), inside(&stage, "web-a", "cat /srv/data/new").trim()), (kept, "here"));
     assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2", "v3"]);

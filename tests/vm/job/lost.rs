@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::programs::Running;
+use serde_json::json;
 
 use super::client::Kept;
 use super::mend::{dies, nothing_to_do};
@@ -98,7 +99,8 @@ fn who_is_lost_while_the_other_drains_is_given_back() {
 /// It would lose in silence what was written: nobody serves until somebody decides, but for the flows of the old side.
 #[test]
 fn who_is_lost_with_writes_is_not_given_back_by_itself() {
-    let stage = Stage::new(&Settings { observe: "0s", drain: DRAIN, ..Settings::default() });
+    let standby = &["--size", "40M", "--store", "16M"];
+    let stage = Stage::new(&Settings { observe: "0s", drain: DRAIN, standby, ..Settings::default() });
     stage.says("v2");
     let before = Snapshot::take().unwrap();
     for way in Way::BOTH {
@@ -112,6 +114,8 @@ fn who_is_lost_with_writes_is_not_given_back_by_itself() {
         assert!(said.contains(&nobody) && said.contains("files outside may_lose"), "{said}");
         assert!(said.contains("`patchswitch rollback web --discard-writes` gives up these"), "{said}");
         assert_eq!(old.who().unwrap(), "v1");
+        // Nobody watches the clone's store, and nobody has to: it can take everything.
+        assert_eq!(stage.json(&["status"])["clones"], json!([]));
 
         let said = stage.ok(&["up"]);
         assert!(said.contains(way.mended()), "{said}");

@@ -32,15 +32,24 @@ pub(super) fn leads_to(path: &Path, device: DeviceNumber) -> bool {
 fn create(path: &Path, device: DeviceNumber) -> io::Result<()> {
     let kind = rustix::fs::FileType::BlockDevice;
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    let make = || rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, device.to_stat());
-    match make() {
+    let make = || match rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, device.to_stat()) {
         // udev, or another command, was faster.
         Err(rustix::io::Errno::EXIST) if leads_to(path, device) => Ok(()),
+        done => done,
+    };
+    match make() {
         Err(rustix::io::Errno::EXIST) => {
-            std::fs::remove_file(path)?;
+            unlink(path)?;
             Ok(make()?)
         }
         done => Ok(done?),
+    }
+}
+
+fn unlink(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -56,8 +65,5 @@ pub(super) fn is_of_others(name: &str) -> bool {
 
 pub(super) fn remove(name: &str) -> Result<(), DmError> {
     let path = path_of(name);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", &path)(error)),
-        _ => Ok(()),
-    }
+    unlink(&path).map_err(failed("remove", &path))
 }

@@ -100,7 +100,9 @@ fn who_is_lost_while_the_other_drains_is_given_back() {
 #[test]
 fn who_is_lost_with_writes_is_not_given_back_by_itself() {
     let standby = &["--size", "40M", "--store", "16M"];
-    let stage = Stage::new(&Settings { observe: "0s", drain: DRAIN, standby, ..Settings::default() });
+    // Not as large at the clone already as it ever needs to be.
+    let stores = "store_lasts = \"1s\"";
+    let stage = Stage::new(&Settings { observe: "0s", drain: DRAIN, standby, stores, ..Settings::default() });
     stage.says("v2");
     let before = Snapshot::take().unwrap();
     for way in Way::BOTH {

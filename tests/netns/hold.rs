@@ -4,6 +4,8 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
+use patchswitch::attachment::{Attachment, SwitchOptions};
 use patchswitch_load::client::Settings;
 use patchswitch_load::record::Class;
 use patchswitch_tests::netlab::{Ns, SERVICE};
@@ -60,6 +62,44 @@ fn a_command_that_fails_or_takes_too_long_gives_back() {
     let run = load.stop().unwrap();
     assert_eq!(run.failures, []);
     assert_eq!(answered(&run, Class::New, "back", "end").unwrap(), ["a"]);
+    rig.finish().unwrap();
+}
+
+/// Whoever puts something back has what waits wait for longer than was agreed at first; but not once that is over.
+#[test]
+fn what_waits_may_wait_for_longer() {
+    let (rig, servers, load) = loaded("holdlong").unwrap();
+    let [_serving, waiting] = servers;
+    drop(waiting);
+    let (short, long) = (Duration::from_millis(400), Duration::from_secs(20));
+    let pumped = rig.with(async |attachment: &mut Attachment| {
+        let to = attachment.plane().word().active().other();
+        let mut hold = attachment.hold(to, short, SwitchOptions::default()).await?;
+        attachment.hold_longer(&mut hold, long)?;
+        let left = hold.left();
+        ensure!(left > Duration::from_secs(15), "{left:?}");
+        tokio::time::sleep(2 * short).await;
+        ensure!(attachment.plane().held(to)?.is_some(), "it is over");
+        Ok(attachment.call_off(hold).await?)
+    });
+    let pumped = pumped.unwrap();
+    assert!(pumped.held_ms >= 800.0 && pumped.connections > 50 && pumped.lost == 0, "{pumped:?}");
+    load.order("mark back").unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    load.order("mark end").unwrap();
+    let run = load.stop().unwrap();
+    assert_eq!(run.failures, []);
+    assert_eq!(answered(&run, Class::New, "back", "end").unwrap(), ["a"]);
+
+    let late = rig.with(async |attachment: &mut Attachment| {
+        let to = attachment.plane().word().active().other();
+        let mut hold = attachment.hold(to, short, SwitchOptions::default()).await?;
+        tokio::time::sleep(short).await;
+        attachment.hold_longer(&mut hold, long)?;
+        ensure!(hold.left().is_zero() && attachment.plane().held(to)?.is_none_or(|left| left.is_zero()));
+        Ok(attachment.call_off(hold).await?)
+    });
+    late.unwrap();
     rig.finish().unwrap();
 }
 

@@ -202,11 +202,38 @@ impl Attachment {
         let tap = Tap::open(&name).map_err(failed)?;
         let queue = Queue::new(self.queue_link(&name).await?, tap);
         self.attach_queue(&name)?;
-        let until_ns = boot_ns().saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
+        let until_ns = end_of(limit);
         let guard = HoldGuard::start(&queue.tap, queue.link.mac, until_ns).map_err(failed)?;
         self.plane.hold(to, queue.link.index, until_ns)?;
         let (begun, switched) = (Instant::now(), Switched::default());
         Ok(Hold { to, until_ns, queue, guard, begun, switched })
+    }
+
+    /// Has what waits wait for so much longer from now on, if its time is not over before that is known everywhere. How much is
+    /// [left](Hold::left) says whether it was.
+    ///
+    /// # Errors
+    /// [`AttachError`]; its time is over when it would have been.
+    pub fn hold_longer(&self, hold: &mut Hold, limit: Duration) -> Result<(), AttachError> {
+        let (before, until_ns) = (hold.until_ns, end_of(limit));
+        if hold.left().is_zero() || until_ns <= before {
+            return Ok(());
+        }
+        let guard = HoldGuard::start(&hold.queue.tap, hold.queue.link.mac, until_ns).map_err(failed)?;
+        if let Err(error) = self.plane.hold_until(hold.to, until_ns) {
+            guard.dismiss();
+            return Err(error.into());
+        }
+        std::mem::replace(&mut hold.guard, guard).dismiss();
+        if boot_ns() < before {
+            hold.until_ns = until_ns;
+            return Ok(());
+        }
+        // It was over, and the other guard has begun to let go what waits.
+        self.plane.hold_until(hold.to, before)?;
+        let guard = HoldGuard::start(&hold.queue.tap, hold.queue.link.mac, before).map_err(failed)?;
+        std::mem::replace(&mut hold.guard, guard).dismiss();
+        Ok(())
     }
 
     async fn queue_link(&self, name: &str) -> Result<Link, AttachError> {
@@ -361,6 +388,11 @@ impl Attachment {
         self.record.hooks.retain(|hook| hook.link != name);
         Ok(self.record.save()?)
     }
+}
+
+/// By the boot clock, in nanoseconds.
+fn end_of(limit: Duration) -> u64 {
+    boot_ns().saturating_add(u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX))
 }
 
 fn failed(source: io::Error) -> AttachError {

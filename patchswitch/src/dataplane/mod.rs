@@ -254,6 +254,15 @@ impl Dataplane {
         )
     }
 
+    /// Has packets that wait for a slot wait until another moment of the boot clock, in nanoseconds.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn hold_until(&self, slot: Slot, until_ns: u64) -> Result<(), DataplaneError> {
+        let entry = maps::read_slot(&self.directory, slot)?;
+        maps::write_slot(&self.directory, slot, &SlotEntry { hold_until_ns: until_ns, ..entry })
+    }
+
     /// For how much longer packets for a slot wait; nothing if they do not.
     ///
     /// # Errors

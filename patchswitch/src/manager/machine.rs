@@ -18,7 +18,7 @@ use crate::storage::StorageError;
 use crate::storage::disk::{self, Backing};
 use crate::storage::merge;
 use crate::storage::snapshot::{self, CloneOf};
-use crate::store::{self, Role, State};
+use crate::store::{self, State};
 
 /// How long a stopped partition's devices may take to be closed.
 pub(crate) const CLOSE: Duration = Duration::from_secs(10);
@@ -142,9 +142,13 @@ impl Manager {
             // Written past its clone, the disk would silently change the clone as well.
             match snapshot::reopen(dm, &over) {
                 Ok(_) => return Ok(dm.node(&plain.name)?),
-                // There is nothing left that could be changed, and the disk of who serves is whole.
-                Err(error) if machine.row.role == Role::Active && snapshot::are_spent(&over)? => {
+                // There is nothing left that could be changed, and the disk is whole.
+                Err(error) if snapshot::are_spent(&over)? => {
                     tracing::warn!("{}", super::chain(&error));
+                    // That of a clone that was lost only now is in use as it was.
+                    if dm.info(&plain.name)?.is_some_and(|info| info.live) {
+                        return Ok(dm.node(&plain.name)?);
+                    }
                 }
                 Err(error) => return Err(error.into()),
             }

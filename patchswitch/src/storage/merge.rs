@@ -71,14 +71,18 @@ pub fn commit(
     patience: Patience,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Committed, Unfinished> {
-    let one = |error| Unfinished(vec![error]);
-    for of in clones {
-        check(dm, of).map_err(one)?;
-    }
+    are_whole(dm, clones).map_err(|error| Unfinished(vec![error]))?;
     resume_merge(dm, clones, patience, progress)
 }
 
-/// Every clone must be whole before the first one is merged.
+/// That each clone is there, whole, and not being merged yet: to be seen before the first one is.
+///
+/// # Errors
+/// [`StorageError::CloneLost`] of the first that is lost, [`StorageError`] otherwise.
+pub fn are_whole(dm: &Dm, clones: &[CloneOf]) -> Result<(), StorageError> {
+    clones.iter().try_for_each(|of| check(dm, of))
+}
+
 fn check(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
     let attached = Both::attach(of)?;
     let lines = live_table(dm, &of.clone)?;

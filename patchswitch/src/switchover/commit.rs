@@ -8,7 +8,7 @@ use super::context::{Failure, Phase, at};
 use super::serves::Serves;
 use super::{Context, Loss, recount};
 use crate::exit::ExitCode;
-use crate::manager::{Machine, Manager, ManagerError, slot_of};
+use crate::manager::{Machine, Manager, ManagerError, chain, slot_of};
 use crate::names::Name;
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::{self, WhenBusy};
@@ -83,6 +83,13 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     if let Some(lost) = Serves::of(job, &new).lost() {
         let reason = format!(
             "{lost}: nothing was merged; `patchswitch up` puts that right, `patchswitch rollback {service}` gives back"
+        );
+        return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
+    }
+    if let Err(error) = Manager::dm().and_then(|dm| Ok(merge::are_whole(&dm, &new.clones())?)) {
+        let reason = format!(
+            "{}: nothing was merged; `patchswitch rollback {service} --discard-writes` gives back",
+            chain(&error)
         );
         return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
     }

@@ -100,8 +100,8 @@ pub(super) async fn hand_over(
         super::copies::catch_up(job, phase, copies)?;
     }
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-    let hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
-    let mut deed = Deed { handing, how, hold: &hold, waited: Waited::default(), moved: None };
+    let mut hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
+    let mut deed = Deed { handing, hold: &hold, waited: Waited::default(), moved: None };
     match deed.run(job, commands, copies) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
@@ -115,7 +115,13 @@ pub(super) async fn hand_over(
             Ok((old, new, waited))
         }
         Err(failure) => {
-            let undone = deed.undo(job);
+            let moved = deed.moved.take();
+            // What is ended and begun again may take as long as what failed, and clients wait for that as well.
+            let longer = PUT_BACK + PUT_BACK.max(how.hold) + MARGIN;
+            if let Err(error) = job.attachment.hold_longer(&mut hold, longer) {
+                tracing::warn!("new flows may not wait for longer: {}", chain(&error));
+            }
+            let undone = put_back(job, how, handing, (moved, &hold));
             let called_off = job.attachment.call_off(hold).await.map_err(at(phase));
             match undone.and(called_off) {
                 Ok(_) => Err(failure),
@@ -182,7 +188,6 @@ impl Commands {
 /// What is done while flows wait.
 struct Deed<'a> {
     handing: Handing<'a>,
-    how: &'a Quiesce,
     hold: &'a Hold,
     waited: Waited,
     /// The two, once the disks have gone over.
@@ -253,32 +258,6 @@ impl Deed<'_> {
         self.command(job, from, "stop", stop)
     }
 
-    /// Whoever had the service gets it again: with its disk as it was when it ended, if it had given that away for the first time.
-    fn undo(&mut self, job: &mut Context<'_>) -> Result<(), Failure> {
-        let Handing { phase, from, .. } = self.handing;
-        let service = job.service.name.clone();
-        let from = match self.moved.take() {
-            None => from.clone(),
-            Some((old, new)) => {
-                // It may not have begun at all.
-                if let Err(why) = run(job, &new, &self.how.stop, PUT_BACK) {
-                    tracing::warn!(partition = %new.name(), "failed to stop the server again: {why}");
-                }
-                job.manager.take_disks(&new).map_err(at(phase))?;
-                // When the time is over clients may have written to the new side: what they wrote is not given up.
-                let keeps = phase != Phase::GiveBack && !self.hold.left().is_zero();
-                let again = match keeps {
-                    true => job.manager.give_up(&service, &old),
-                    false => job.manager.move_disks(&service, &new, &old, None).map(|moved| moved.to),
-                };
-                again.map_err(at(phase))?
-            }
-        };
-        job.manager.give_disks(&from).map_err(at(phase))?;
-        run(job, &from, &self.how.start, PUT_BACK.max(self.how.hold))
-            .map_err(|why| failed(phase, &from, "start", why))
-    }
-
     fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: Ready) -> Result<(), Failure> {
         let phase = self.handing.phase;
         go_on(job, phase)?;
@@ -290,6 +269,36 @@ impl Deed<'_> {
     fn left(&self) -> Duration {
         self.hold.left().saturating_sub(MARGIN)
     }
+}
+
+/// Whoever had the service gets it again: with its disk as it was when it ended, if it had given that away for the first time.
+fn put_back(
+    job: &mut Context<'_>,
+    how: &Quiesce,
+    Handing { phase, from, .. }: Handing<'_>,
+    (moved, hold): (Option<(Machine, Machine)>, &Hold),
+) -> Result<(), Failure> {
+    let service = job.service.name.clone();
+    let from = match moved {
+        None => from.clone(),
+        Some((old, new)) => {
+            // It may not have begun at all; and one that does not end must not go on with the disk.
+            if let Err(why) = run(job, &new, &how.stop, PUT_BACK) {
+                tracing::warn!("{}; the partition is stopped", failed(phase, &new, "stop", why).reason);
+                job.manager.stop(&new).map_err(at(phase))?;
+            }
+            job.manager.take_disks(&new).map_err(at(phase))?;
+            // When the time is over clients may have written to the new side: what they wrote is not given up.
+            let keeps = phase != Phase::GiveBack && !hold.left().is_zero();
+            let again = match keeps {
+                true => job.manager.give_up(&service, &old),
+                false => job.manager.move_disks(&service, &new, &old, None).map(|moved| moved.to),
+            };
+            again.map_err(at(phase))?
+        }
+    };
+    job.manager.give_disks(&from).map_err(at(phase))?;
+    run(job, &from, &how.start, PUT_BACK.max(how.hold)).map_err(|why| failed(phase, &from, "start", why))
 }
 
 /// What is given back is given back, also if nobody wants the job any more.

@@ -81,7 +81,10 @@ async fn reverse(
     // Whoever rolls back has a reason to: flows for which there was no room are cut, which is said.
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let is_lost = Serves::of(job, &new).lost().is_some();
-    let slot = match still_serving(job, &old, is_lost)? {
+    let serving = still_serving(job, &old, is_lost)?;
+    // One that still had flows goes on with them if nothing comes of this.
+    let was_started = serving.is_none();
+    let slot = match serving {
         // Who is lost, or is stopped for the switch, answers nothing that would have to be remembered, and somebody waits.
         Some(slot) if is_lost || !job.service.strategy.is_shared() => slot,
         Some(slot) => {
@@ -94,7 +97,7 @@ async fn reverse(
         if let Err(failure) = hand_back(job, &how, (&new, &old), slot, patched).await {
             job.unfinished =
                 job.attachment.plane().word().active() == slot || failure.code == ExitCode::GiveBackFailed;
-            if !job.unfinished {
+            if !job.unfinished && was_started {
                 put_down(job, &old, slot).await;
             }
             return Err(failure);
@@ -113,6 +116,9 @@ async fn reverse(
         // The same if what was to go over is neither here nor there.
         job.unfinished =
             job.attachment.plane().word().active() == slot || failure.code == ExitCode::GiveBackFailed;
+        if !job.unfinished && was_started {
+            put_down(job, &old, slot).await;
+        }
         let code = if job.unfinished { ExitCode::GiveBackFailed } else { failure.code };
         return Err(Failure { code, ..failure });
     }

@@ -14,6 +14,7 @@ use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab::{self, Ns};
 use patchswitch_tests::programs::run;
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::client::Client;
 use super::stage::{SERVICE, Settings, Stage, path, wait_until};
@@ -42,6 +43,7 @@ fn decisions_are_counted_refused_and_finished() {
     writes_to_an_application_disk_are_asked_for(&stage);
     the_old_partition_does_not_come_up(&stage);
     a_discard_that_fails_is_finished(&stage);
+    a_clone_that_is_lost_is_not_merged(&stage, &id);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     stage.nothing_of_a_job_left(&before);
 
@@ -50,7 +52,7 @@ fn decisions_are_counted_refused_and_finished() {
     a_commit_that_fails_is_finished(&stage);
     assert_eq!(inside(&stage, "web-b", "cat /data/kept /data/after"), "before\nafter\n");
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
-    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2"]);
+    assert_eq!(client.all_answered(), ["v1", "v2", "v1", "v2", "v1", "v2"]);
     stage.finish();
 }
 
@@ -134,7 +136,7 @@ fn the_old_partition_does_not_come_up(stage: &Stage) {
 }
 
 /// Does something with the root of a partition that does not run.
-fn on_the_disk_of<T>(partition: &str, work: impl FnOnce(&Path) -> T) -> T {
+pub(super) fn on_the_disk_of<T>(partition: &str, work: impl FnOnce(&Path) -> T) -> T {
     let (root, disk) = (path("mnt"), format!("/dev/mapper/ps-{partition}-root"));
     fs::create_dir_all(&root).unwrap();
     run(&["mount", &disk, root.to_str().unwrap()]).unwrap();
@@ -192,6 +194,22 @@ fn a_discard_that_fails_is_finished(stage: &Stage) {
     let said = stage.ok(&["up"]);
     assert!(said.contains("the clone web-b was discarded"), "{said}");
     assert!(stage.ok(&["up"]).contains("nothing to do"));
+}
+
+/// Its store is full, and nobody watches it. There is a way back as long as nothing is merged.
+fn a_clone_that_is_lost_is_not_merged(stage: &Stage, id: &str) {
+    stage.ok(&["apply", SERVICE, "--patch", id]);
+    let fill = "dd if=/dev/urandom of=/srv/much bs=1M count=20 conv=fsync";
+    let filled = stage.run(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", fill]);
+    assert_ne!(filled.code, 0, "it had the room");
+    assert_eq!(stage.json(&["status"])["clones"][0]["percent"], Value::Null);
+    let said = stage.ends_with(1, &["commit", SERVICE]);
+    assert!(said.contains("nothing was merged; `patchswitch rollback web --discard-writes`"), "{said}");
+    assert!(stage.ok(&["up"]).contains("nothing to do"));
+    let said = stage.run(&["rollback", SERVICE, "--discard-writes"]);
+    assert_eq!(said.code, 25, "{said:?}");
+    assert!(stage.ok(&["up"]).contains("nothing to do"));
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
 }
 
 /// There is no way back from a merge: the job stays open, and `up` ends it.

@@ -1,5 +1,6 @@
 //! Jobs in which the network device goes over, or the address at an uplink, while new flows wait.
 
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::client::{Client, Kept};
+use super::decisions::on_the_disk_of;
 use super::mend::nothing_to_do;
 use super::stage::{SERVICE, Settings, Stage, wait_until};
 
@@ -97,7 +99,24 @@ fn the_device_goes_to_the_patched_partition_and_back() {
     drop(kept);
     assert_eq!(stage.who(), "v1");
     stage.nothing_of_a_job_left(&before);
+    a_rollback_that_is_put_back_stops_what_it_started(&stage);
     stage.finish();
+}
+
+/// What that wrote while it was checked is nothing that a commit would lose.
+fn a_rollback_that_is_put_back_stops_what_it_started(stage: &Stage) {
+    stage.configure(&Settings { drain: TIED, ..settings(DEVICE) });
+    stage.ok(&["service", "add", SERVICE]);
+    let id = stage.says("v4");
+    stage.ok(&["apply", SERVICE, "--patch", &id]);
+    on_the_disk_of("web-a", |root| fs::write(root.join("etc/tied"), "").unwrap());
+    let said = stage.ends_with(22, &["rollback", SERVICE]);
+    assert!(said.contains("check failed in web-a") && said.contains("web-b serves"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v4", "web-b"));
+    assert_eq!(stage.json(&["partition", "show", "web-a"])["running"], false);
+    nothing_to_do(stage);
+    stage.ok(&["commit", SERVICE]);
+    assert_eq!(stage.who(), "v4");
 }
 
 /// How far an exchange is, as the kernel shows it.

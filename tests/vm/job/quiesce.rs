@@ -70,19 +70,26 @@ pub(super) fn there_and_back(settings: &Settings) {
 /// Before the first client's packet: the old side goes on with what it had.
 #[test]
 fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
-    let stage = Stage::new(&settings());
+    let stage = Stage::new(&Settings { more: BRIEF, ..settings() });
     let before = Snapshot::take().unwrap();
     let writers = Writers::start(&stage);
-    // It begins for the check, and not a second time.
+    // It begins for the check. A second time it begins as well, but does not say so; and it does not end. By then the time in which
+    // clients were to wait is over.
     let id = stage.patch(
         "begins-once",
         "echo v2 > /etc/says; cat /usr/bin/db > /usr/bin/db.well; chmod 755 /usr/bin/db.well; cat > /usr/bin/db <<'END'\n\
          #!/bin/sh\n\
-         if [ \"$1\" = start ] && [ -e /run/begun ]; then echo half > /data/half; echo no >&2; exit 1; fi\n\
+         if [ -e /run/again ]; then sleep 3; echo no >&2; exit 1; fi\n\
+         if [ \"$1\" = start ] && [ -e /run/begun ]; then\n\
+         echo half > /data/half; /usr/bin/db.well start; touch /run/again; sleep 1000; fi\n\
          touch /run/begun\nexec /usr/bin/db.well \"$1\"\nEND",
     );
     let said = stage.ends_with(22, &["apply", SERVICE, "--patch", &id]);
-    assert!(said.contains("start failed in web-b: exit status 1: no"), "{said}");
+    assert!(
+        said.contains("start failed in web-b: the command") && said.contains("did not end within"),
+        "{said}"
+    );
+    assert!(said.contains("stop failed in web-b: exit status 1: no; the partition is stopped"), "{said}");
     assert!(said.contains("web-a serves, again; the clone was discarded"), "{said}");
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     // Nor is anything there of what it had begun.
@@ -104,6 +111,11 @@ fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
     stage.configure(&settings());
     stage.finish();
 }
+
+/// Clients are not to wait for long.
+const BRIEF: &str = "strategy = \"quiesce\"\n\
+    [service.quiesce]\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"6s\"\n\
+    [[service.probe]]\nkind = \"tcp\"\nport = 6379\n";
 
 /// What clients do does not end in time.
 const HANGS: &str = "strategy = \"quiesce\"\n\

@@ -14,8 +14,6 @@ use patchswitch_tests::netlab::{Ns, SERVICE};
 const PAUSE: Duration = Duration::from_millis(50);
 /// After this time a request has failed.
 const LIMIT: Duration = Duration::from_secs(2);
-/// Whoever only wants to know who answers waits longer: the whole machine stands still now and then.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The port of the service.
 pub(super) const PORT: u16 = 80;
 
@@ -48,7 +46,7 @@ pub(super) fn who(client: &Ns) -> anyhow::Result<String> {
 /// As [`who`], at other addresses.
 pub(super) fn who_at(client: &Ns, addresses: [&str; 2]) -> anyhow::Result<String> {
     client.enter(|| {
-        let [v4, v6] = addresses.map(|address| get(address, PATIENCE));
+        let [v4, v6] = addresses.map(|address| get(address, LIMIT));
         let (v4, v6) = (v4?, v6?);
         ensure!(v4 == v6, "{v4} answers in IPv4, {v6} in IPv6");
         Ok(v4)
@@ -63,8 +61,8 @@ impl Kept {
     /// Connects to the service.
     pub(super) fn begin(client: &Ns) -> Self {
         let address = SocketAddr::new(SERVICE[0].parse().unwrap(), PORT);
-        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&address, PATIENCE)?)).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&address, LIMIT)?)).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
         Self(stream)
     }
 

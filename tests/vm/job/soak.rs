@@ -18,7 +18,7 @@ use super::exchange::{BOTH, SECOND, second_uplink};
 use super::keeper::{self, Noted, Writers};
 use super::mend::nothing_to_do;
 use super::moments::{Moment, start_until};
-use super::stage::{LEFT, SERVICE, Settings, Stage, path, wait_until};
+use super::stage::{SERVICE, Settings, Stage, path, wait_until};
 use super::{client, copies, database};
 
 /// How a command ends before its end.
@@ -62,6 +62,9 @@ const APPLY: [&str; 13] = [
 const ROLLBACK: [&str; 5] = ["boot", "verify", "arm", "give_back", "drain"];
 /// So many milliseconds after the beginning of a phase at most.
 const WITHIN: u64 = 150;
+/// A connection whose client cannot be reached any more is given up by the kernel after so long, and keeps its network
+/// namespace and its control group until then.
+const LEFT: Duration = Duration::from_secs(180);
 
 const SEED: u64 = 4396;
 

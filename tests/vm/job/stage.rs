@@ -26,9 +26,6 @@ const ROOT: &str = "/run/patchswitch-jobs";
 pub(super) const SERVICE: &str = "web";
 /// A job takes a few seconds; this is for one that hangs.
 const JOB: Duration = Duration::from_secs(300);
-/// A connection whose client cannot be reached any more is given up by the kernel after so long, and keeps its network
-/// namespace and its control group until then.
-pub(super) const LEFT: Duration = Duration::from_secs(180);
 
 /// Settings that tests change.
 #[derive(Clone, Debug)]
@@ -341,7 +338,7 @@ port = {port}
     /// As well as that, after what is found has been looked through.
     #[track_caller]
     pub(super) fn nothing_of_a_job_left_but(&self, before: &Snapshot, look: impl Fn(&mut Vec<Leftover>)) {
-        let end = Instant::now() + LEFT;
+        let end = Instant::now() + Duration::from_secs(5);
         loop {
             let mut left = Snapshot::left_since(before, Duration::ZERO).unwrap();
             left.retain(|one| !one.name.starts_with("/run/patchswitch/console/web-b."));
@@ -367,7 +364,7 @@ port = {port}
     /// What the kernel has is what it had.
     #[track_caller]
     pub(super) fn nothing_left(&self) {
-        let left = Snapshot::left_since(&self.before, LEFT).unwrap();
+        let left = Snapshot::left_since(&self.before, Duration::from_secs(5)).unwrap();
         assert!(left.is_empty(), "left: {}", list(&left));
     }
 }

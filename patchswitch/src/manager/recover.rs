@@ -12,12 +12,13 @@ use crate::attachment::{Attachment, DrainOptions, OnDeadline};
 use crate::config::Service;
 use crate::exit::ExitCode;
 use crate::host::linux::cutter;
+use crate::host::linux::dm::Done;
 use crate::host::linux::mountns::MountNamespace;
-use crate::names::{Name, RUN_ROOT};
+use crate::names::{self, Name, RUN_ROOT};
 use crate::partition::console::Console;
 use crate::partition::lifecycle;
 use crate::patch::table;
-use crate::storage::snapshot;
+use crate::storage::{disk, snapshot};
 use crate::store::{Change, Job, JobLock, LockError, StepState};
 
 /// How long a program of a killed command may take to end.
@@ -149,9 +150,11 @@ impl Manager {
 
     /// Ends a job that nobody works on any more; what was done is added to `done`.
     async fn recover(&mut self, job: &Job, done: &mut Vec<String>) -> Result<Recovery, ManagerError> {
+        let settings = self.service(&job.service)?;
+        // Whatever waits for a disk that stands still does not end.
+        self.wake_disks(&settings, done)?;
         // A program that the killed command had started goes on without it, and makes what nobody takes away.
         self.runtime().settle(ORPHAN)?;
-        let settings = self.service(&job.service)?;
         // Whoever was to let it go on is gone.
         let frozen = self.active(&settings).and_then(|active| self.to_be_frozen(&active));
         match frozen {
@@ -161,6 +164,14 @@ impl Manager {
         let attachment = service::usable(&job.service)?;
         if self.was_committing(job)? {
             drop(attachment);
+            if let Some(lost) = crate::switchover::lost_before_merge(self, &job.service)? {
+                let message = format!(
+                    "interrupted; nothing was merged, because {}; `patchswitch rollback {} --discard-writes` gives back",
+                    chain(&lost),
+                    job.service
+                );
+                return self.end_interrupted(job, &message, done);
+            }
             // The disks are usable while they are merged: the service does not wait for that.
             crate::switchover::begin_merge(self, &job.service)?;
             return Ok(Recovery::Merging);
@@ -169,8 +180,30 @@ impl Manager {
             Some(attachment) => self.follow_word(job, &settings, attachment, done).await?,
             None => self.follow_record(job, &settings)?,
         };
-        let message = format!("interrupted; {what}");
-        let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
+        self.end_interrupted(job, &format!("interrupted; {what}"), done)
+    }
+
+    /// Disks that a cut has left suspended go on, if the cutter and its guard were killed as well.
+    fn wake_disks(&self, settings: &Service, done: &mut Vec<String>) -> Result<(), ManagerError> {
+        let dm = Self::dm()?;
+        for machine in [Some(self.active(settings)?), self.other(&settings.name)?].into_iter().flatten() {
+            for disk in &machine.disks {
+                let device = names::dm_disk(machine.name(), &disk.name);
+                if disk::wake(&dm, &device)? == Done::Changed {
+                    done.push(format!("service {}: disk {device} goes on", settings.name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end_interrupted(
+        &mut self,
+        job: &Job,
+        message: &str,
+        done: &mut Vec<String>,
+    ) -> Result<Recovery, ManagerError> {
+        let _ = self.store.end_job(job.id, ExitCode::Failed, message)?;
         done.push(format!("job {} of service {}: {message}", job.id, job.service));
         Ok(Recovery::Ended)
     }
@@ -239,6 +272,8 @@ impl Manager {
         let was_switched =
             job.kind == "rollback" || self.has(job, "take_over", |state| state == StepState::Done)?;
         if attachment.plane().word().phase() == WordPhase::Draining {
+            // What its last flows write has room, as long as there is any.
+            let _ = self.leave_unwatched(&other)?;
             // Given back: what the clone still answers may end, for as long as the service's own drain may take.
             let deadline = Some(settings.last_flows());
             attachment.drain(&DrainOptions { deadline, on_deadline: OnDeadline::Reset }, |_| {}).await?;

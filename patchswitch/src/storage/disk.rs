@@ -13,7 +13,7 @@ use super::StorageError;
 use super::copy;
 use super::table::Table;
 use crate::host::linux::block::{self, DeviceNumber, SECTOR};
-use crate::host::linux::dm::{Dm, Done, Info, Target};
+use crate::host::linux::dm::{Dm, Done, Target};
 use crate::host::linux::loopdev::{self, LoopDevice};
 
 /// What is behind a disk, or what a clone is stored in. This is what the store of the agent keeps: paths outlive a
@@ -244,7 +244,7 @@ pub fn activate(dm: &Dm, disk: &Disk) -> Result<Active, StorageError> {
     let attached = disk.backing.attach()?;
     check_size(disk, attached.device)?;
     let done = match dm.info(&disk.name)? {
-        Some(info) if info.live => adopt(dm, disk, &attached, &info)?,
+        Some(info) if info.live => adopt(dm, disk, &attached)?,
         _ => {
             remove_half_made(dm, &disk.name)?;
             refuse_in_use(&disk.backing, attached.device)?;
@@ -314,7 +314,7 @@ pub(super) fn remove_half_made(dm: &Dm, name: &str) -> Result<(), StorageError> 
 }
 
 /// Recognises the disk in a device of its name.
-fn adopt(dm: &Dm, disk: &Disk, attached: &Attached, info: &Info) -> Result<Done, StorageError> {
+fn adopt(dm: &Dm, disk: &Disk, attached: &Attached) -> Result<Done, StorageError> {
     let lines = dm.table(&disk.name)?;
     match Table::recognise(&lines, disk.sectors) {
         Some(Table::Linear { device } | Table::Origin { device }) if device == attached.device => {}
@@ -326,12 +326,22 @@ fn adopt(dm: &Dm, disk: &Disk, attached: &Attached, info: &Info) -> Result<Done,
         }
         _ => return Err(other_table(&disk.name, &lines, "this disk")),
     }
-    if !info.suspended {
-        return Ok(Done::AlreadySo);
+    wake(dm, &disk.name)
+}
+
+/// Lets a device go on that whoever was killed has left suspended; the table that waits is not taken.
+///
+/// # Errors
+/// [`StorageError::Dm`].
+pub fn wake(dm: &Dm, name: &str) -> Result<Done, StorageError> {
+    match dm.info(name)? {
+        Some(info) if info.live && info.suspended => {
+            dm.clear(name)?;
+            dm.resume(name)?;
+            Ok(Done::Changed)
+        }
+        _ => Ok(Done::AlreadySo),
     }
-    dm.clear(&disk.name)?;
-    dm.resume(&disk.name)?;
-    Ok(Done::Changed)
 }
 
 fn make_linear(dm: &Dm, disk: &Disk, device: DeviceNumber) -> Result<Done, StorageError> {

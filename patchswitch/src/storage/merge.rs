@@ -62,20 +62,32 @@ pub struct Committed {
 /// Makes the clones the disks. They may be mounted and in use; the old side must have been stopped and unmounted.
 ///
 /// # Errors
-/// [`Unfinished`]. A clone that is lost, or an old side that does not let go, is found before anything is merged: then
-/// the clones are as before, and the old side's devices may be gone (its disks are not touched). Once a disk is
-/// merging there is no way back, only [`resume_merge`].
+/// [`Unfinished`]: of [`prepare`], when nothing is merged, or of [`resume_merge`].
 pub fn commit(
     dm: &Dm,
     clones: &[CloneOf],
     patience: Patience,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Committed, Unfinished> {
-    are_whole(dm, clones).map_err(|error| Unfinished(vec![error]))?;
+    prepare(dm, clones, patience)?;
     resume_merge(dm, clones, patience, progress)
 }
 
-/// That each clone is there, whole, and not being merged yet: to be seen before the first one is.
+/// All that can go wrong before a commit has no way back: nobody has the old side's devices any more, and each clone is
+/// whole.
+///
+/// # Errors
+/// [`Unfinished`], of a clone that is lost or an old side that does not let go: the clones are as before, and the old
+/// side's devices may be gone (its disks are not touched).
+pub fn prepare(dm: &Dm, clones: &[CloneOf], patience: Patience) -> Result<(), Unfinished> {
+    let whole = || are_whole(dm, clones).map_err(|error| Unfinished(vec![error]));
+    whole()?;
+    let _ = close_old(dm, clones, patience)?;
+    // That takes a while, and stores fill up.
+    whole()
+}
+
+/// That each clone is there, whole, and not being merged yet.
 ///
 /// # Errors
 /// [`StorageError::CloneLost`] of the first that is lost, [`StorageError`] otherwise.
@@ -92,6 +104,35 @@ fn check(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
     cow::cow_level(dm, &of.clone).map(|_| ())
 }
 
+/// Whether a commit may have changed a disk: one of the clones is not what it was, or is not there.
+///
+/// # Errors
+/// [`StorageError`].
+pub fn may_have_begun(dm: &Dm, clones: &[CloneOf]) -> Result<bool, StorageError> {
+    for of in clones {
+        let attached = Both::attach(of)?;
+        if Table::recognise(&live_table(dm, &of.clone)?, of.sectors) != Some(attached.snapshot()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn lost(of: &CloneOf, status: &str) -> StorageError {
+    StorageError::CloneLost { name: of.clone.clone(), status: status.to_owned() }
+}
+
+/// Takes the old side's devices out of the kernel.
+fn close_old(dm: &Dm, clones: &[CloneOf], patience: Patience) -> Result<Removed, Unfinished> {
+    let mut removed = Removed::default();
+    let mut errors = Vec::new();
+    for of in clones {
+        let gone = remove(dm, &of.active, of.sectors, patience.close, patience.busy, &mut removed);
+        errors.extend(gone.err());
+    }
+    Unfinished::check(errors).map(|()| removed)
+}
+
 /// Goes on with a commit, wherever it was interrupted; also after a reboot.
 ///
 /// Only for clones that are on record as being committed: a clone that is merely found is merged as well.
@@ -104,18 +145,14 @@ pub fn resume_merge(
     patience: Patience,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Committed, Unfinished> {
-    let mut removed = Removed::default();
+    let removed = close_old(dm, clones, patience)?;
     let mut errors = Vec::new();
-    for of in clones {
-        let gone = remove(dm, &of.active, of.sectors, patience.close, patience.busy, &mut removed);
-        errors.extend(gone.err());
-    }
-    Unfinished::check(errors)?;
+    // All of them before the first one is waited for: the store of one that merges does not fill up.
+    let begun: Vec<_> = clones.iter().map(|of| begin(dm, of)).collect();
     let end = Instant::now() + patience.merge;
-    let mut errors = Vec::new();
     let mut disks = Vec::new();
-    for of in clones {
-        match merge(dm, of, end, progress) {
+    for (of, begun) in clones.iter().zip(begun) {
+        match begun.and_then(|begun| finish(dm, of, begun, (end, &mut *progress))) {
             Ok(disk) => disks.push(disk),
             Err(error) => errors.push(error),
         }
@@ -163,13 +200,14 @@ impl Both {
     }
 }
 
-/// One disk, from whatever state it is in to the end.
-fn merge(
-    dm: &Dm,
-    of: &CloneOf,
-    end: Instant,
-    progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Disk, StorageError> {
+/// A disk that merges, or has.
+struct Begun {
+    both: Both,
+    whole: bool,
+}
+
+/// One disk merges, from whatever state it is in.
+fn begin(dm: &Dm, of: &CloneOf) -> Result<Begun, StorageError> {
     let both = Both::attach(of)?;
     let lines = live_table(dm, &of.clone)?;
     let found = Table::recognise(&lines, of.sectors);
@@ -189,6 +227,16 @@ fn merge(
         _ if lines.is_empty() => reopen(dm, of, &both)?,
         _ => return Err(other_table(&of.clone, &lines, "the clone, merging or merged")),
     };
+    Ok(Begun { both, whole })
+}
+
+/// Its store is free.
+fn finish(
+    dm: &Dm,
+    of: &CloneOf,
+    Begun { both, whole }: Begun,
+    (end, progress): (Instant, &mut dyn FnMut(Progress<'_>)),
+) -> Result<Disk, StorageError> {
     if !whole {
         wait(dm, of, end, progress)?;
         start(dm, of, both.linear())?;
@@ -218,9 +266,7 @@ fn reopen(dm: &Dm, of: &CloneOf, both: &Both) -> Result<bool, StorageError> {
     let (table, whole) = match cow::header(both.cow.device())? {
         Header::Valid => (both.merge(), false),
         Header::Free => (both.linear(), true),
-        Header::Invalid => {
-            return Err(StorageError::CloneLost { name: of.clone.clone(), status: "Invalid".to_owned() });
-        }
+        Header::Invalid => return Err(lost(of, "Invalid")),
         Header::Foreign => return Err(StorageError::CowEmpty { cow: of.cow.to_string() }),
     };
     dm.create(&of.clone)?;
@@ -241,10 +287,7 @@ fn wait(
         let level = match cow::status(dm, &of.clone)? {
             SnapshotStatus::Valid(level) => level,
             SnapshotStatus::MergeFailed => return Err(StorageError::MergeFailed { name: of.clone.clone() }),
-            lost => {
-                let status = format!("{lost:?}");
-                return Err(StorageError::CloneLost { name: of.clone.clone(), status });
-            }
+            other => return Err(lost(of, &format!("{other:?}"))),
         };
         let left = level.changed();
         progress(Progress { clone: &of.clone, left, total: *total.get_or_insert(left) });

@@ -86,7 +86,8 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
         );
         return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
     }
-    if let Err(error) = Manager::dm().and_then(|dm| Ok(merge::are_whole(&dm, &new.clones())?)) {
+    let start = std::time::Instant::now();
+    if let Err(error) = prepare(job.manager, &new) {
         let reason = format!(
             "{}: nothing was merged; `patchswitch rollback {service} --discard-writes` gives back",
             chain(&error)
@@ -98,7 +99,6 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent).map_err(at(Phase::Commit))?;
     // From here on there is only one way, and if it is not gone to the end now, `up` goes it.
     job.unfinished = true;
-    let start = std::time::Instant::now();
     let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
     let seconds = start.elapsed().as_secs_f64();
     job.report.phase(Phase::Commit, seconds);
@@ -114,6 +114,30 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Nobody watches the stores of the clones from now on, and each of the clones is whole.
+fn prepare(manager: &Manager, new: &Machine) -> Result<(), ManagerError> {
+    // Those for which there is no room are watched by nobody for a moment.
+    let _ = manager.leave_unwatched(new)?;
+    Ok(merge::prepare(&Manager::dm()?, &new.clones(), patience(Duration::ZERO))?)
+}
+
+/// The clone that was lost before a commit was interrupted that had merged nothing yet.
+pub(crate) fn lost_before_merge(
+    manager: &Manager,
+    service: &Name,
+) -> Result<Option<StorageError>, ManagerError> {
+    let clones = manager.active(&manager.service(service)?)?.clones();
+    let dm = Manager::dm()?;
+    if merge::may_have_begun(&dm, &clones)? {
+        return Ok(None);
+    }
+    match merge::are_whole(&dm, &clones) {
+        Ok(()) => Ok(None),
+        Err(lost @ StorageError::CloneLost { .. }) => Ok(Some(lost)),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// The merge itself, wherever it was interrupted; also what recovery does. Returns how much was merged, in bytes.
 pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, ManagerError> {
     let settings = manager.service(service)?;
@@ -125,16 +149,13 @@ pub(crate) fn merge_disks(manager: &mut Manager, service: &Name) -> Result<u64, 
     }
     let dm = Manager::dm()?;
     let mut total = std::collections::BTreeMap::new();
-    if let Some(old) = manager.other(service)? {
-        // What it has kept of disks that it gave away.
-        let _ = snapshot::discard(&dm, &old.clones(), CLOSE, WhenBusy::CutOff)?;
-    }
     let committed = merge::resume_merge(&dm, &clones, patience(MERGE), &mut |progress| {
         let most = total.entry(progress.clone.to_owned()).or_insert(0);
         *most = (*most).max(progress.total * 512);
     })?;
     if let Some(old) = manager.other(service)? {
-        // Only now there is certainly no way back.
+        // Only now there is certainly no way back: what it has kept of disks that it gave away, or was copied from.
+        let _ = snapshot::discard(&dm, &old.clones(), CLOSE, WhenBusy::CutOff)?;
         Manager::free_copied(&old)?;
     }
     manager.exchange(service, &new, &committed.disks)?;

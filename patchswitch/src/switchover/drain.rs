@@ -115,6 +115,17 @@ pub(super) fn until_reset(job: &Context<'_>, machine: &Machine) -> DrainOptions 
     DrainOptions { deadline: Some(deadline), on_deadline: crate::attachment::OnDeadline::Reset }
 }
 
+/// Nobody ends such a drain early. What those flows still write has room, as long as there is any.
+pub(super) fn to_the_end(job: &Context<'_>) -> impl Fn() -> bool + Sync + use<> {
+    let watched = job.watched.clone();
+    move || {
+        for clone in &watched {
+            let _ = Context::has_room(clone);
+        }
+        false
+    }
+}
+
 /// Waits for the flows of a partition that gets no new ones, and runs the service's drain command in it if some are
 /// left then. Ends early when `stop` says so.
 ///

@@ -172,6 +172,7 @@ async fn drain_new_side(job: &mut Context<'_>, new: &Machine) -> Result<(), Fail
     // It fails: the sooner its connections end, the better.
     let ask = Ask { after: Duration::ZERO, accept: Some(ACCEPT) };
     // Whoever called the job off has asked for this: it is gone through with.
-    job.report.drain = Some(drain::wait_for(job, new, ask, options, &|| false).await?);
+    let end = drain::to_the_end(job);
+    job.report.drain = Some(drain::wait_for(job, new, ask, options, &end).await?);
     Ok(())
 }

@@ -29,8 +29,9 @@ use crate::storage::copies::Copies;
 use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
-/// How much longer flows may wait than the deed may take: what comes after it is done by then.
-pub(super) const MARGIN: Duration = Duration::from_secs(2);
+/// How much longer flows may wait than the deed may take: whoever is killed or lets a disk go at the end of its time has
+/// five seconds for that, and what comes after it is done by then.
+pub(super) const MARGIN: Duration = Duration::from_secs(7);
 /// How long a connection may take to end whose server has ended.
 const MOMENT: Duration = Duration::from_secs(1);
 /// What is put back may take at least so long, whatever is left of the time.
@@ -101,7 +102,7 @@ pub(super) async fn hand_over(
     }
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
     let mut hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
-    let mut deed = Deed { handing, hold: &hold, waited: Waited::default(), moved: None };
+    let mut deed = Deed { handing, how, hold: &mut hold, waited: Waited::default(), moved: None };
     match deed.run(job, commands, copies) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
@@ -117,10 +118,7 @@ pub(super) async fn hand_over(
         Err(failure) => {
             let moved = deed.moved.take();
             // What is ended and begun again may take as long as what failed, and clients wait for that as well.
-            let longer = PUT_BACK + PUT_BACK.max(how.hold) + MARGIN;
-            if let Err(error) = job.attachment.hold_longer(&mut hold, longer) {
-                tracing::warn!("new flows may not wait for longer: {}", chain(&error));
-            }
+            wait_longer(job, &mut hold, PUT_BACK + PUT_BACK.max(how.hold));
             let undone = put_back(job, how, handing, (moved, &hold));
             let called_off = job.attachment.call_off(hold).await.map_err(at(phase));
             match undone.and(called_off) {
@@ -185,10 +183,18 @@ impl Commands {
     }
 }
 
+/// Flows may wait for so long from now on, and for as much longer as ever.
+fn wait_longer(job: &Context<'_>, hold: &mut Hold, limit: Duration) {
+    if let Err(error) = job.attachment.hold_longer(hold, limit + MARGIN) {
+        tracing::warn!("new flows may not wait for longer: {}", chain(&error));
+    }
+}
+
 /// What is done while flows wait.
 struct Deed<'a> {
     handing: Handing<'a>,
-    hold: &'a Hold,
+    how: &'a Quiesce,
+    hold: &'a mut Hold,
     waited: Waited,
     /// The two, once the disks have gone over.
     moved: Option<(Machine, Machine)>,
@@ -214,6 +220,9 @@ impl Deed<'_> {
             // What is given back is to be discarded, and gives its disk away whether it can still end or not.
             Err(failure) if phase == Phase::GiveBack => {
                 tracing::warn!("{}; the partition is stopped", failure.reason);
+                // It may have used up all of the time, and may take its own to be stopped.
+                let stop = Duration::from_secs(from.spec().stop_limit_s);
+                wait_longer(job, self.hold, stop + self.how.hold);
                 job.manager.stop(from).map_err(at(phase))?;
             }
             // It has died meanwhile: as one that had died before.
@@ -223,6 +232,7 @@ impl Deed<'_> {
             ended => ended?,
         }
         let stopped = Instant::now();
+        self.in_time("the disks are taken")?;
         job.manager.take_disks(from).map_err(at(phase))?;
         let service = job.service.name.clone();
         let Moved { from: old, to: new, accounts } =
@@ -261,9 +271,19 @@ impl Deed<'_> {
     fn command(&self, job: &Context<'_>, at: &Machine, what: &str, command: Ready) -> Result<(), Failure> {
         let phase = self.handing.phase;
         go_on(job, phase)?;
+        self.in_time(&format!("{what} in {}", at.name()))?;
         let done = command.run(self.left()).map(|done| CommandEnd::Exited(done.code, done.stderr));
         let why = not_done(done.map_err(|error| CannotTell::Inside(Box::new(error))));
         why.map_or(Ok(()), |why| Err(failed(phase, at, what, why)))
+    }
+
+    /// Nothing is begun that would have to be ended at once.
+    fn in_time(&self, before: &str) -> Result<(), Failure> {
+        if !self.left().is_zero() {
+            return Ok(());
+        }
+        let reason = format!("the time for which new flows wait was over before {before}");
+        Err(Failure { phase: self.handing.phase, reason, code: ExitCode::GivenBack })
     }
 
     fn left(&self) -> Duration {

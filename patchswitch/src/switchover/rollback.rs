@@ -72,6 +72,7 @@ async fn reverse(
     if old.is_clone() {
         // Given back already, and not to the end: the other one is the clone, which only has to go.
         (job.report.from, job.report.to) = (Some(old.name().clone()), Some(new.name().clone()));
+        job.watch(old.clones());
         finish(job, &old, &new).await?;
         return Ok(false);
     }
@@ -174,7 +175,8 @@ async fn finish(job: &mut Context<'_>, new: &Machine, old: &Machine) -> Result<(
     job.step_to_the_end(Phase::Drain, json!({}), async |job| {
         let options = drain::until_reset(job, new);
         let ask = Ask { after: job.service.drain.command_after, accept: None };
-        let report = drain::wait_for(job, new, ask, options, &|| false).await?;
+        let end = drain::to_the_end(job);
+        let report = drain::wait_for(job, new, ask, options, &end).await?;
         job.report.drain = Some(report);
         undo::discard(job).await.map_err(at(Phase::Drain))?;
         undo::unmask(job, old);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
+use patchswitch::host::linux::dm::{Dm, Suspend};
 use patchswitch::names::{Name, host_link};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::netlab;
@@ -117,6 +118,21 @@ fn killed_while_suspended(stage: &Stage) {
     running.wait(Duration::from_secs(10)).unwrap();
     wait_until("resumed", Duration::from_secs(3), || is("0"));
     recover(stage);
+    assert_eq!(stage.who(), "v1");
+
+    // As if the cutter and its guard had been killed as well.
+    let running = stage.start(&["apply", SERVICE]);
+    wait_until("suspended", Duration::from_secs(30), || is("1"));
+    running.signal(Signal::KILL).unwrap();
+    running.wait(Duration::from_secs(10)).unwrap();
+    wait_until("resumed", Duration::from_secs(3), || is("0"));
+    Dm::open().unwrap().suspend("ps-web-a-root", Suspend::LockFs).unwrap();
+    assert!(is("1"));
+    let said = stage.ok(&["up"]);
+    let woken = said.find("disk ps-web-a-root goes on");
+    assert!(woken.is_some() && woken < said.find("interrupted"), "{said}");
+    assert!(is("0"));
+    assert!(stage.ok(&["up"]).contains("nothing to do"));
     assert_eq!(stage.who(), "v1");
 }
 

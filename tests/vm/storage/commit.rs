@@ -149,6 +149,32 @@ fn a_merge_is_resumed_when_its_tables_are_gone() {
     lab.finish(&[&committed.disks[0]]);
 }
 
+/// The store of a disk that waited for its turn could fill up meanwhile.
+#[test]
+fn all_disks_merge_before_the_first_is_waited_for() {
+    let lab = Lab::new();
+    let (large, [first], digest) = to_merge(&lab);
+    let (small, active) = lab.disk("a", "data", 16);
+    sh(&format!("dd if=/dev/zero of={} bs=1M count=16 oflag=direct status=none", active.path.display()));
+    let second = lab.clone_of(&small, "b", "data");
+    let cut = clone_disks(&lab.dm, std::slice::from_ref(&second)).unwrap();
+    let path = cut.clones[0].path.display();
+    sh(&format!("dd if=/dev/urandom of={path} bs=1M count=8 oflag=direct status=none"));
+    let clones = [first, second];
+    let mut kinds = std::collections::BTreeSet::new();
+    let committed = commit(&lab.dm, &clones, PATIENCE, &mut |progress| {
+        if progress.clone == clones[0].clone {
+            assert!(progress.total > 0, "{progress:?}");
+            let _ = kinds.insert(lab.kind(&clones[1].clone));
+        }
+    })
+    .unwrap();
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["snapshot-merge"]);
+    assert_eq!(device_digest(&cut_path(&clones[0].clone)), digest);
+    assert_eq!(committed.disks[0].backing, large.backing);
+    lab.finish(&committed.disks.iter().collect::<Vec<_>>());
+}
+
 /// Killed after the last table, before the store was cleared.
 #[test]
 fn a_store_that_was_not_cleared_is_cleared() {

@@ -18,6 +18,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use patchswitch_guest::{End, Request};
 use serde::{Deserialize, Serialize};
+use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::Signals;
 
 use super::nextest::{self, Count};
 use crate::build;
@@ -45,6 +47,8 @@ enum Word {
     Passed,
     /// The machine ended before the test did, or does not answer.
     Dead,
+    /// The test is being ended because it took too long.
+    Hung,
 }
 
 /// What the owner answers.
@@ -54,7 +58,7 @@ struct Answer {
     socket: PathBuf,
     /// After [`Word::Dead`]: what the test wrote before it had the machine reset; empty if it did not.
     note: String,
-    /// After [`Word::Dead`]: the end of the kernel's log.
+    /// After [`Word::Dead`]: the end of the kernel's log; after [`Word::Hung`]: what goes on in the machine.
     console: String,
     /// Why the machine did not start.
     error: Option<String>,
@@ -241,6 +245,10 @@ impl Pool {
                     Answer::default()
                 }
                 Word::Dead => machine.died()?,
+                Word::Hung => {
+                    let console = machine.vm.as_ref().map(Vm::what_goes_on).unwrap_or_default();
+                    Answer { console, ..Answer::default() }
+                }
             };
             write_line(client, &answer)?;
         }
@@ -324,21 +332,24 @@ pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
     argv.extend_from_slice(rest);
     let limit_ms = u64::try_from(TEST_LIMIT.as_millis())?;
     let mut request = Request { argv, env: environment(), dir: "/tmp".to_owned(), limit_ms, stdin: false };
-    let (mut lease, Answer { socket, error, .. }) = Lease::begin(&control)?;
+    let (lease, Answer { socket, error, .. }) = Lease::begin(&control)?;
     if let Some(error) = error {
         bail!("the machine for this test does not start: {error}");
     }
+    let lease = Arc::new(Mutex::new(lease));
+    tell_before_the_end(Arc::clone(&lease))?;
+    let ask = |word| lease.lock().unwrap_or_else(PoisonError::into_inner).ask(word);
     for _ in 0..RESETS_MAX {
         let error = match agent::run(&socket, &request, agent::to_terminal) {
             Ok(end) => {
                 if end == End::Code(0) {
-                    lease.ask(Word::Passed)?;
+                    ask(Word::Passed)?;
                 }
                 return Ok(ExitCode::from(u8::try_from(end.exit_code()).unwrap_or(u8::MAX)));
             }
             Err(error) => error,
         };
-        let answer = lease.ask(Word::Dead)?;
+        let answer = ask(Word::Dead)?;
         if answer.error.is_some() || answer.note.is_empty() {
             let again = answer.error.unwrap_or_default();
             bail!("{error:#}; the end of the kernel's log:\n{}\n{again}", answer.console);
@@ -346,6 +357,20 @@ pub(crate) fn in_vm(arguments: &[String]) -> Result<ExitCode> {
         request.env.insert(PHASE.to_owned(), answer.note);
     }
     bail!("the test had the machine reset {RESETS_MAX} times")
+}
+
+/// When nextest ends this process because its test takes too long, the machine says what it does before it is lost.
+fn tell_before_the_end(lease: Arc<Mutex<Lease>>) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM]).context("failed to wait for signals")?;
+    thread::spawn(move || {
+        let _ = signals.forever().next();
+        match lease.lock().unwrap_or_else(PoisonError::into_inner).ask(Word::Hung) {
+            Ok(answer) => say(&format!("the test is ended; the machine:\n{}", answer.console)),
+            Err(error) => say(&format!("the test is ended, and its machine is gone: {error:#}")),
+        }
+        std::process::exit(128 + SIGTERM)
+    });
+    Ok(())
 }
 
 /// What a test of the host's environment may see in the machine.

@@ -18,6 +18,8 @@ use crate::command::{Tool, last_lines};
 
 /// From starting QEMU to the agent's word. Three seconds on an idle machine; builds beside it make it many times that.
 const START_LIMIT: Duration = Duration::from_secs(180);
+/// How long a machine in which something hangs may take to say what.
+const TELL_LIMIT: Duration = Duration::from_secs(30);
 /// From the power-off command to the end of QEMU.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -197,6 +199,26 @@ impl Vm {
         console(&self.dir.path)
     }
 
+    /// What a machine does in which a command hangs: its tasks and what each waits for, if it still answers, and the
+    /// end of the kernel's log.
+    pub(crate) fn what_goes_on(&self) -> String {
+        let script = "echo 8 >/proc/sys/kernel/printk; echo w >/proc/sysrq-trigger; cat /proc/loadavg; \
+                      for t in /proc/[0-9]*/task/[0-9]*; do \
+                      echo \"${t##*/} $(cut -d' ' -f2-4 $t/stat) $(cat $t/wchan) $(cat $t/syscall)\"; done 2>/dev/null \
+                      | grep -v ' I 2 '";
+        let mut said = String::new();
+        let answered = agent::run(&self.socket(), &shell(script, &[], TELL_LIMIT), |_, bytes| {
+            said.push_str(&String::from_utf8_lossy(bytes));
+            Ok(())
+        });
+        match answered {
+            Ok(end) if end != End::Code(0) => said.push_str(&format!("… {end:?}\n")),
+            Ok(_) => {}
+            Err(error) => said.push_str(&format!("{error:#}\n")),
+        }
+        format!("{said}the end of the kernel's log:\n{}", last_lines(&self.console(), 200))
+    }
+
     /// Writes the machine's disks and ends it.
     pub(crate) fn power_off(mut self) -> Result<()> {
         self.running.switchboard.power_off()?;
@@ -222,6 +244,10 @@ pub(crate) fn shell(script: &str, arguments: &[&str], limit: Duration) -> Reques
     Request { argv, limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX), ..Request::default() }
 }
 
+/// Measures against attacks on the kernel that the test machine does without.
+const UNGUARDED: &str =
+    "mitigations=off init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off audit=0";
+
 /// Emulation unless asked otherwise: where KVM is present but nested it may hang instead of failing.
 fn accelerator() -> &'static str {
     if std::env::var("PATCHSWITCH_KVM").is_ok_and(|value| value == "1") { "kvm" } else { "tcg" }
@@ -244,8 +270,8 @@ fn arguments(config: &Config, kernel: &Kernel, root: &Path, dir: &Path) -> Vec<S
     add("m", config.memory_mib.to_string());
     add("kernel", kernel.image.display().to_string());
     add("initrd", path("initrd"));
-    // What protects a real processor from its own speculation costs an emulated one a fifth of its speed, for nothing.
-    add("append", format!("console=ttyS0 panic=-1 quiet mitigations=off{payload}"));
+    // What protects a real machine from attackers costs an emulated one much of its speed, for nothing.
+    add("append", format!("console=ttyS0 panic=-1 quiet {UNGUARDED}{payload}"));
     add("serial", format!("file:{}", path("console")));
     add("chardev", format!("socket,id=agent,path={}", path("port")));
     add("device", format!("virtserialport,chardev=agent,name={PORT}"));

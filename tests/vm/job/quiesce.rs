@@ -79,7 +79,7 @@ fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
         "begins-once",
         "echo v2 > /etc/says; cat /usr/bin/db > /usr/bin/db.well; chmod 755 /usr/bin/db.well; cat > /usr/bin/db <<'END'\n\
          #!/bin/sh\n\
-         if [ -e /run/again ]; then sleep 3; echo no >&2; exit 1; fi\n\
+         if [ -e /run/again ]; then sleep 8; echo no >&2; exit 1; fi\n\
          if [ \"$1\" = start ] && [ -e /run/begun ]; then\n\
          echo half > /data/half; /usr/bin/db.well start; touch /run/again; sleep 1000; fi\n\
          touch /run/begun\nexec /usr/bin/db.well \"$1\"\nEND",

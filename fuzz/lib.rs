@@ -9,3 +9,6 @@ pub mod any_frame;
 /// The same as the tests have.
 #[path = "../tests/framework/sums.rs"]
 pub mod sums;
+/// The format of a log of writes. Alone: the rest of the crate is none of the fuzzer's.
+#[path = "../patchswitch/src/storage/write_log/format.rs"]
+pub mod write_log;

@@ -12,6 +12,7 @@ mod database;
 mod decisions;
 mod exchange;
 mod failing;
+mod faults;
 mod good;
 mod inputs;
 mod keeper;

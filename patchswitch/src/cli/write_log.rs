@@ -1,5 +1,6 @@
 //! `write-log`: what a log of writes has recorded, for whoever wants to see what a disk was written.
 
+use std::io::Write as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 
@@ -19,13 +20,16 @@ use super::print;
 Each line is a record: its number, what was done, where and how much of it in bytes, and when it was on disk, in seconds since
 the boot. What is written is flushed ten times a second, and a mark with the time is recorded then: what lies between two
 marks was written between them, or in the tenth of a second before. Of a log that is being written the last records may not
-be there yet. `--json` has the same for programs, with times in nanoseconds.")]
+be there yet. `--json` has the same for programs, with times in nanoseconds; `--data 12 | xxd` shows what record 12 wrote.")]
 pub(crate) struct WriteLog {
     /// The device, or the image, to which dm-log-writes has written.
     log: PathBuf,
     /// Show only writes and discards, and only those that touch this byte of the disk.
     #[arg(long, value_name = "BYTE")]
     at: Option<u64>,
+    /// Write what this record has written to the standard output, as it is, and nothing else.
+    #[arg(long, value_name = "NUMBER", conflicts_with = "at")]
+    data: Option<u64>,
 }
 
 impl WriteLog {
@@ -38,9 +42,17 @@ impl WriteLog {
             false => anyhow::bail!("{} is neither an image nor a block device", self.log.display()),
         };
         let records = Reader::all(&log);
+        let data = match (&records, self.data) {
+            (Ok(records), Some(number)) => Some(data(&log, records, number)),
+            _ => None,
+        };
         // Only what was attached for this goes: whoever uses it has it open.
         log.detach()?;
         let mut records = records?;
+        if let Some(data) = data {
+            data?;
+            return Ok(ExitCode::Done);
+        }
         records.retain(|record| self.at.is_none_or(|byte| touches(&record.what, byte)));
         if json {
             print::json(&json!({"schema": "patchswitch.write-log/1", "records": records}))?;
@@ -49,6 +61,15 @@ impl WriteLog {
         }
         Ok(ExitCode::Done)
     }
+}
+
+fn data(log: &Backing, records: &[Record], number: u64) -> anyhow::Result<()> {
+    let record = records.iter().find(|record| record.number == number);
+    let record = record.with_context(|| format!("{log} has no record {number}; it has {}", records.len()))?;
+    anyhow::ensure!(matches!(record.what, What::Write { .. }), "record {number} is no write: it has no data");
+    let mut out = std::io::stdout().lock();
+    Reader::data(log, record, &mut out)?;
+    Ok(out.flush()?)
 }
 
 fn touches(what: &What, byte: u64) -> bool {
@@ -87,7 +108,8 @@ mod tests {
                 && !touches(&write, 4608)
                 && !touches(&What::Flush, 0)
         );
-        let record = Record { number: 3, what: write, after_ns: Some(1_500_000_000), before_ns: None };
+        let record =
+            Record { number: 3, what: write, data: 0, after_ns: Some(1_500_000_000), before_ns: None };
         let words: Vec<_> = line(&record).split_whitespace().map(str::to_owned).collect();
         assert_eq!(words, ["3", "1.500", "to", "?", "write", "4096", "512"]);
     }

@@ -143,7 +143,7 @@ impl Manager {
             match snapshot::reopen(dm, &over) {
                 Ok(_) => return Ok(dm.node(&plain.name)?),
                 // There is nothing left that could be changed, and the disk is whole.
-                Err(error) if snapshot::are_spent(&over)? => {
+                Err(error) if snapshot::are_spent(dm, &over)? => {
                     tracing::warn!("{}", super::chain(&error));
                     // That of a clone that was lost only now is in use as it was.
                     if dm.info(&plain.name)?.is_some_and(|info| info.live) {

@@ -41,7 +41,7 @@ pub use layout::Layout;
 pub use machine::{Machine, MachineDisk, Running};
 pub(crate) use moves::Moved;
 pub use recover::Recovered;
-pub(crate) use service::{attachable, slot_of};
+pub(crate) use service::{attachable, is_down, slot_of};
 
 use crate::config::{self, Config};
 use crate::host::linux::dm::Dm;

@@ -164,7 +164,7 @@ impl Manager {
         let attachment = service::usable(&job.service)?;
         if self.was_committing(job)? {
             drop(attachment);
-            if let Some(lost) = crate::switchover::lost_before_merge(self, &job.service)? {
+            if let Some(lost) = crate::switchover::lost_before_merge(self, job)? {
                 let message = format!(
                     "interrupted; nothing was merged, because {}; `patchswitch rollback {} --discard-writes` gives back",
                     chain(&lost),

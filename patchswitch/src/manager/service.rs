@@ -103,7 +103,7 @@ impl Manager {
     }
 
     /// Makes the partition of a service that serves run and serve, and returns what had to be mended of what was there.
-    pub(super) async fn serve(&mut self, service: &Service) -> Result<Vec<String>, ManagerError> {
+    pub(crate) async fn serve(&mut self, service: &Service) -> Result<Vec<String>, ManagerError> {
         let attachment = usable(&service.name)?;
         if attachment.as_ref().is_some_and(|attachment| !attachment.record().of_service) {
             return Err(ManagerError::refused(format!(
@@ -315,6 +315,11 @@ pub(super) fn usable(name: &Name) -> Result<Option<Attachment>, ManagerError> {
         ) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether nothing of a service is in the kernel that packets could pass.
+pub(crate) fn is_down(name: &Name) -> Result<bool, ManagerError> {
+    Ok(usable(name)?.is_none())
 }
 
 /// Detaches a service. Not attached: nothing to do.

@@ -268,6 +268,12 @@ fn recorded(files: &Files) -> Result<Option<(Record, Process)>, LifecycleError> 
     }
 }
 
+/// How long [`stop`] may take at most, by the same limit.
+pub fn longest_stop(spec: &PartitionSpec, limit: Duration) -> Duration {
+    let own = Duration::from_secs(spec.stop_limit_s) + MARGIN;
+    limit.max(own) + KILL
+}
+
 /// Stops a partition: asks it, waits, kills what is left, and clears everything away. Nothing there: nothing to do.
 ///
 /// `limit` is how long it may take to stop by itself; zero kills at once. It is not given less than its own limit,

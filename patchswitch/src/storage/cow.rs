@@ -161,13 +161,19 @@ pub enum Watch {
         /// How full it is, in percent, rounded down.
         percent: u8,
     },
-    /// It is too late: the clone is lost. The old side is untouched.
+    /// It is too late: what the clone has can be read, but it takes no more writes. The old side is untouched.
+    Full,
+    /// It is too late: the clone can neither be read nor written. The old side is untouched.
     Lost,
 }
 
 /// Judges the store of a clone of a disk of so many sectors, with a mark in percent (normally [`HIGH_WATER`]).
 pub fn watch(status: SnapshotStatus, disk_sectors: u64, high_water: u8) -> Watch {
-    let SnapshotStatus::Valid(level) = status else { return Watch::Lost };
+    let level = match status {
+        SnapshotStatus::Valid(level) => level,
+        SnapshotStatus::Overflow => return Watch::Full,
+        SnapshotStatus::Invalid | SnapshotStatus::MergeFailed => return Watch::Lost,
+    };
     if level.total >= cow_sectors(disk_sectors) {
         return Watch::Ample;
     }
@@ -252,7 +258,8 @@ mod tests {
         let ample = cow_sectors(1 << 20);
         assert_eq!(at(ample, ample), Watch::Ample);
         assert_eq!(at(ample - 16, ample - 1), Watch::TurnBack { percent: 99 });
-        for lost in [SnapshotStatus::Invalid, SnapshotStatus::Overflow, SnapshotStatus::MergeFailed] {
+        assert_eq!(watch(SnapshotStatus::Overflow, 1 << 20, HIGH_WATER), Watch::Full);
+        for lost in [SnapshotStatus::Invalid, SnapshotStatus::MergeFailed] {
             assert_eq!(watch(lost, 1 << 20, HIGH_WATER), Watch::Lost);
         }
     }

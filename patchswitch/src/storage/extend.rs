@@ -32,7 +32,7 @@ pub fn keep_room(dm: &Dm, of: &CloneOf, extend: bool) -> Result<Watch, StorageEr
     let watch = level(cow::status(dm, &of.clone)?);
     let percent = match watch {
         Watch::Below { percent } | Watch::TurnBack { percent } => percent,
-        Watch::Ample | Watch::Lost => return Ok(watch),
+        Watch::Ample | Watch::Full | Watch::Lost => return Ok(watch),
     };
     if !extend || percent < EXTEND_AT {
         return Ok(watch);

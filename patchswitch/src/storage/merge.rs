@@ -104,7 +104,8 @@ fn check(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
     cow::cow_level(dm, &of.clone).map(|_| ())
 }
 
-/// Whether a commit may have changed a disk: one of the clones is not what it was, or is not there.
+/// Whether a commit may have changed a disk: one of the clones is not what it was, or is not there. After a boot the tables
+/// tell nothing: a store that is half merged can be opened as a clone, and reads right.
 ///
 /// # Errors
 /// [`StorageError`].

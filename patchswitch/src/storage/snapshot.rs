@@ -332,6 +332,10 @@ pub(super) fn remove(
     busy: WhenBusy,
     removed: &mut Removed,
 ) -> Result<(), StorageError> {
+    if is_cut_off(dm, name)? {
+        removed.deferred.push(name.to_owned());
+        return Ok(());
+    }
     match dm.remove_when_closed(name, limit) {
         Ok(_) => Ok(()),
         Err(DmError::Busy { .. }) if busy == WhenBusy::CutOff => {
@@ -344,6 +348,11 @@ pub(super) fn remove(
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a device goes with its last user. He has nothing of the disk any more, and is not waited for a second time.
+fn is_cut_off(dm: &Dm, name: &str) -> Result<bool, StorageError> {
+    Ok(dm.info(name)?.is_some_and(|info| info.deferred))
 }
 
 /// Takes disks and clones out of the kernel and keeps both: [`reopen`] brings them back with everything in them. For
@@ -359,7 +368,9 @@ pub(super) fn remove(
 /// [`Unfinished`] with everything that is still open; the rest is closed.
 pub fn close(dm: &Dm, clones: &[CloneOf], limit: Duration) -> Result<(), Unfinished> {
     let one = |of: &CloneOf| {
-        dm.remove_when_closed(&of.active, limit)?;
+        if !is_cut_off(dm, &of.active)? {
+            dm.remove_when_closed(&of.active, limit)?;
+        }
         dm.remove_when_closed(&of.clone, limit)?;
         of.cow.detach()?;
         of.origin.detach()?;
@@ -418,14 +429,17 @@ fn reopen_one(dm: &Dm, of: &CloneOf) -> Result<Cloned, StorageError> {
     cloned(dm, &of.clone)
 }
 
-/// Whether there is no clone in these stores any more: they are free, or were too small.
+/// Whether there is no clone in these stores any more that is whole: they are free, or were too small.
 ///
 /// # Errors
 /// [`StorageError`] if that cannot be told.
-pub fn are_spent(clones: &[CloneOf]) -> Result<bool, StorageError> {
+pub fn are_spent(dm: &Dm, clones: &[CloneOf]) -> Result<bool, StorageError> {
     for of in clones {
         let cow = of.cow.attach()?;
-        if cow::header(cow.device())? == Header::Valid {
+        // Of one that took no more writes only the kernel knows.
+        let is_open = !live_table(dm, &of.clone)?.is_empty();
+        let is_lost = is_open && !matches!(cow::status(dm, &of.clone)?, SnapshotStatus::Valid(_));
+        if !is_lost && cow::header(cow.device())? == Header::Valid {
             return Ok(false);
         }
     }

@@ -65,8 +65,8 @@ impl Table {
         let (kind, params) = match self {
             Self::Linear { device } => ("linear", format!("{device} 0")),
             Self::Origin { device } => ("snapshot-origin", device.to_string()),
-            Self::Snapshot { origin, cow } => ("snapshot", format!("{origin} {cow} P {CHUNK}")),
-            Self::Merge { origin, cow } => ("snapshot-merge", format!("{origin} {cow} P {CHUNK}")),
+            Self::Snapshot { origin, cow } => ("snapshot", format!("{origin} {cow} PO {CHUNK}")),
+            Self::Merge { origin, cow } => ("snapshot-merge", format!("{origin} {cow} PO {CHUNK}")),
             Self::LogWrites { device, log } => ("log-writes", format!("{device} {log}")),
             Self::Mirror { first, second } => {
                 ("mirror", format!("core 1 {REGION} 2 {first} 0 {second} 0 1 handle_errors"))
@@ -91,10 +91,10 @@ impl Table {
         match (line.kind.as_str(), words.as_slice()) {
             ("linear", [device, "0"]) => Some(Self::Linear { device: number(device)? }),
             ("snapshot-origin", [device]) => Some(Self::Origin { device: number(device)? }),
-            ("snapshot", [origin, cow, "P", chunk]) => {
+            ("snapshot", [origin, cow, "PO", chunk]) => {
                 both(origin, cow, chunk).map(|(origin, cow)| Self::Snapshot { origin, cow })
             }
-            ("snapshot-merge", [origin, cow, "P", chunk]) => {
+            ("snapshot-merge", [origin, cow, "PO", chunk]) => {
                 both(origin, cow, chunk).map(|(origin, cow)| Self::Merge { origin, cow })
             }
             ("log-writes", [device, log]) => {
@@ -137,7 +137,7 @@ pub enum SnapshotStatus {
     /// It is lost: the store was full when the origin had to keep a chunk, or could not be written. Every read and
     /// write fails, now and after a reboot. The origin is untouched.
     Invalid,
-    /// The store was full when the clone itself wrote. Reads still work. (Only stores of the kind `PO` say this.)
+    /// The store was full when the clone itself wrote. Reads still work. (Stores of the kind `PO` say this, as ours are.)
     Overflow,
     /// The merge could not read the store or write the origin.
     MergeFailed,
@@ -250,8 +250,8 @@ mod tests {
         let all = [
             (Table::Linear { device: A }, "linear", "254:16 0"),
             (Table::Origin { device: A }, "snapshot-origin", "254:16"),
-            (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 P 64"),
-            (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 P 64"),
+            (Table::Snapshot { origin: A, cow: B }, "snapshot", "254:16 7:300 PO 64"),
+            (Table::Merge { origin: A, cow: B }, "snapshot-merge", "254:16 7:300 PO 64"),
             (Table::LogWrites { device: A, log: B }, "log-writes", "254:16 7:300"),
             (
                 Table::Mirror { first: A, second: B },
@@ -277,8 +277,9 @@ mod tests {
             ("linear", "254:16"),
             ("snapshot-origin", "254:16 0"),
             ("snapshot", "254:16 7:300 PO 16"),
-            ("snapshot", "254:16 7:300 P 32"),
-            ("snapshot", "254:16 7:300 P 64 1 discard_zeroes_cow"),
+            ("snapshot", "254:16 7:300 P 64"),
+            ("snapshot", "254:16 7:300 PO 32"),
+            ("snapshot", "254:16 7:300 PO 64 1 discard_zeroes_cow"),
             ("snapshot-merge", "254:16 7:300 N 16"),
             ("thin", "254:16 1"),
             ("log-writes", "254:16"),

@@ -130,7 +130,7 @@ pub struct Context<'a> {
     pub options: Options,
     /// What was done, with its figures.
     pub report: Report,
-    /// Clones whose stores can fill up.
+    /// Clones that the service would lose.
     pub watched: Vec<Watched>,
     /// Whether it ends with something left to do that nobody but `up` can do: it stays open then.
     pub unfinished: bool,
@@ -149,7 +149,7 @@ impl fmt::Debug for Context<'_> {
     }
 }
 
-/// A clone whose store can fill up.
+/// A clone whose store can fill up, or that can be lost with a disk.
 #[derive(Clone, Debug)]
 pub struct Watched {
     of: CloneOf,
@@ -157,14 +157,13 @@ pub struct Watched {
 }
 
 impl Context<'_> {
-    /// From now on these clones are watched, as far as their stores can fill up.
+    /// From now on these clones are watched.
     pub(super) fn watch(&mut self, clones: Vec<CloneOf>) {
         let extend = self.manager.config.job.extend_stores;
-        let clones = clones.into_iter().filter(|clone| clone.watched);
-        self.watched = clones.map(|of| Watched { of, extend }).collect();
+        self.watched = clones.into_iter().map(|of| Watched { of, extend }).collect();
     }
 
-    /// Whether the job goes on: nobody wants it to end, and no clone is about to run out of room. Phases that take long
+    /// Whether the job goes on: nobody wants it to end, no clone is about to run out of room, and none is lost. Phases that take long
     /// ask this again and again. A rollback does not turn back to the clone that it is to take away.
     ///
     /// # Errors
@@ -186,20 +185,30 @@ impl Context<'_> {
             return Ok(());
         }
         for clone in &self.watched {
+            let name = &clone.of.clone;
+            let larger = "define a standby with a larger --store, or without the option";
             let reason = match Self::room(clone).map_err(at(phase))? {
                 Watch::Ample | Watch::Below { .. } => continue,
-                Watch::TurnBack { percent } => format!("the store of {} is {percent} % full", clone.of.clone),
-                Watch::Lost => format!("the store of {} is full, and the clone is lost", clone.of.clone),
+                Watch::TurnBack { percent } => format!("the store of {name} is {percent} % full; {larger}"),
+                Watch::Full => format!("the store of {name} is full, and takes no more writes; {larger}"),
+                Watch::Lost => format!(
+                    "the clone {name} is lost: its store was full, or a disk below it failed, of which the kernel's log \
+                     tells (dmesg)"
+                ),
             };
-            let hint = "define a standby with a larger --store, or without the option";
-            return Err(Failure { phase, reason: format!("{reason}; {hint}"), code });
+            return Err(Failure { phase, reason, code });
         }
         Ok(())
     }
 
-    /// Whether a clone has run out of room: it can neither be read nor written any more.
+    /// Whether a clone can neither be read nor written any more.
     pub(super) fn is_lost(&self) -> bool {
         self.watched.iter().any(|clone| matches!(Self::room(clone), Ok(Watch::Lost)))
+    }
+
+    /// Whether a clone takes no more writes. What it has can be read, but its file system may have given up.
+    pub(super) fn is_full(&self) -> bool {
+        self.watched.iter().any(|clone| matches!(Self::room(clone), Ok(Watch::Full)))
     }
 
     /// Whether all clones have room.
@@ -209,7 +218,7 @@ impl Context<'_> {
 
     /// Whether a clone has room; what cannot be told is no reason to turn back.
     pub(super) fn has_room(clone: &Watched) -> bool {
-        !matches!(Self::room(clone), Ok(Watch::TurnBack { .. } | Watch::Lost))
+        !matches!(Self::room(clone), Ok(Watch::TurnBack { .. } | Watch::Full | Watch::Lost))
     }
 
     fn room(clone: &Watched) -> Result<Watch, ManagerError> {

@@ -111,7 +111,7 @@ pub fn rooms(store: &Store, service: Option<&Name>) -> Result<Vec<Room>, Manager
                 None | Some(Watch::Ample) => continue,
                 Some(Watch::Below { percent }) => (Some(percent), false),
                 Some(Watch::TurnBack { percent }) => (Some(percent), true),
-                Some(Watch::Lost) => (None, true),
+                Some(Watch::Full | Watch::Lost) => (None, true),
             };
             let (service, partition) = (of.clone(), row.name.clone());
             rooms.push(Room { service, partition, clone: clone.clone, percent, scarce });

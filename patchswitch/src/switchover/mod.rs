@@ -18,6 +18,7 @@
 //! is there; give-back, rollback and recovery end with the same one.
 
 mod clone;
+mod cold;
 mod commit;
 mod context;
 mod copies;

@@ -16,7 +16,7 @@ use super::{Context, Loss, drain, stores, undo};
 use crate::attachment::SwitchOptions;
 use crate::config::LossyGiveBack;
 use crate::exit::ExitCode;
-use crate::manager::Machine;
+use crate::manager::{Machine, chain};
 use crate::verify::{Reach, Target, Watched, plain_socket, round, watch};
 
 /// The new partition serves well.
@@ -156,7 +156,13 @@ impl TakenOver {
     fn count_loss(&self, job: &mut Context<'_>) -> Result<u64, Failure> {
         // What cannot be read any more is lost whoever serves.
         let loss = if job.is_lost() { Ok(Loss::default()) } else { loss_of_new_side(job, self) };
-        let loss = loss.map_err(at(Phase::GiveBack))?;
+        let loss = match loss {
+            Err(error) if job.is_full() => {
+                tracing::warn!("what the new partition has written is not known: {}", chain(&error));
+                Loss::default()
+            }
+            loss => loss.map_err(at(Phase::GiveBack))?,
+        };
         let files = loss.files;
         job.report.lost_by_give_back = Some(loss);
         Ok(files)

@@ -25,13 +25,15 @@ use crate::config::{Quiesce, Service, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::runtime::Ready;
 use crate::manager::{Machine, Manager, ManagerError, Moved, chain, slot_of};
+use crate::partition::lifecycle::longest_stop;
 use crate::storage::copies::Copies;
 use crate::store::JobId;
 use crate::verify::{CannotTell, CommandEnd, Reach, Target, round};
 
-/// How much longer flows may wait than the deed may take: whoever is killed or lets a disk go at the end of its time has
-/// five seconds for that, and what comes after it is done by then.
-pub(super) const MARGIN: Duration = Duration::from_secs(7);
+/// How much longer flows may wait than the deed may take: what comes after it is done by then.
+pub(super) const MARGIN: Duration = Duration::from_secs(2);
+/// Here even longer: whoever is killed or lets a disk go at the end of its time has five seconds for that.
+const LONGER: Duration = Duration::from_secs(MARGIN.as_secs() + 5);
 /// How long a connection may take to end whose server has ended.
 const MOMENT: Duration = Duration::from_secs(1);
 /// What is put back may take at least so long, whatever is left of the time.
@@ -101,8 +103,8 @@ pub(super) async fn hand_over(
         super::copies::catch_up(job, phase, copies)?;
     }
     let options = SwitchOptions { despite_losses: true, ..SwitchOptions::default() };
-    let mut hold = job.attachment.hold(slot, how.hold + MARGIN, options).await.map_err(at(phase))?;
-    let mut deed = Deed { handing, how, hold: &mut hold, waited: Waited::default(), moved: None };
+    let mut hold = job.attachment.hold(slot, how.hold + LONGER, options).await.map_err(at(phase))?;
+    let mut deed = Deed { handing, how, hold: &mut hold, late: None, waited: Waited::default(), moved: None };
     match deed.run(job, commands, copies) {
         Ok((old, new)) => {
             let mut waited = deed.waited;
@@ -185,7 +187,7 @@ impl Commands {
 
 /// Flows may wait for so long from now on, and for as much longer as ever.
 fn wait_longer(job: &Context<'_>, hold: &mut Hold, limit: Duration) {
-    if let Err(error) = job.attachment.hold_longer(hold, limit + MARGIN) {
+    if let Err(error) = job.attachment.hold_longer(hold, limit + LONGER) {
         tracing::warn!("new flows may not wait for longer: {}", chain(&error));
     }
 }
@@ -195,6 +197,8 @@ struct Deed<'a> {
     handing: Handing<'a>,
     how: &'a Quiesce,
     hold: &'a mut Hold,
+    /// Until when what is given back may take, whether flows still wait or not.
+    late: Option<Instant>,
     waited: Waited,
     /// The two, once the disks have gone over.
     moved: Option<(Machine, Machine)>,
@@ -221,9 +225,13 @@ impl Deed<'_> {
             Err(failure) if phase == Phase::GiveBack => {
                 tracing::warn!("{}; the partition is stopped", failure.reason);
                 // It may have used up all of the time, and may take its own to be stopped.
-                let stop = Duration::from_secs(from.spec().stop_limit_s);
-                wait_longer(job, self.hold, stop + self.how.hold);
+                wait_longer(
+                    job,
+                    self.hold,
+                    longest_stop(from.spec(), job.manager.config.job.stop) + self.how.hold,
+                );
                 job.manager.stop(from).map_err(at(phase))?;
+                self.late = Some(Instant::now() + self.how.hold);
             }
             // It has died meanwhile: as one that had died before.
             Err(failure) if !job.manager.is_running(from).map_err(at(phase))? => {
@@ -287,7 +295,8 @@ impl Deed<'_> {
     }
 
     fn left(&self) -> Duration {
-        self.hold.left().saturating_sub(MARGIN)
+        let late = self.late.map(|late| late.saturating_duration_since(Instant::now()));
+        self.hold.left().saturating_sub(LONGER).max(late.unwrap_or_default())
     }
 }
 

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use super::report::ROLLBACK;
 use super::rollback::{Kept, kept};
 use super::stop::stop_job;
-use super::{Context, Options, Plan, Report, SwitchError, commit, plan, rollback, run};
+use super::{Context, Options, Plan, Report, SwitchError, cold, commit, plan, rollback, run};
 use crate::attachment::{ANNOUNCE_EVERY, Attachment};
 use crate::exit::ExitCode;
-use crate::manager::{Manager, ManagerError, chain};
+use crate::manager::{Manager, ManagerError, chain, is_down};
 use crate::names::{Name, RUN_ROOT};
 use crate::store::{Job, JobLock, NewJob, boot_id};
 
@@ -88,6 +88,11 @@ pub async fn roll_back(
         let mut job = begin(manager, service, ROLLBACK, &json!({"stopped": undone.id}), options, watcher)?;
         job.report.outcome = format!("job {} was stopped and undone", undone.id);
         return end(job, Ok(ExitCode::Done), lock);
+    }
+    if is_down(service)?
+        && let Some(ended) = cold::roll_back(manager, service, options.discard_writes, &lock).await?
+    {
+        return Ok(ended);
     }
     let last = last_switch(manager, service)?;
     let patched = manager.store.last_apply(service)?;

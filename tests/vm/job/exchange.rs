@@ -120,8 +120,8 @@ fn a_rollback_that_is_put_back_stops_what_it_started(stage: &Stage) {
 }
 
 /// How far an exchange is, as the kernel shows it.
-#[derive(Clone, Copy, Debug)]
-enum Moment {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moment {
     Waiting,
     Moved,
     Released,
@@ -158,15 +158,27 @@ fn an_exchange_that_is_killed_is_put_right() {
 /// Kills a command when its exchange is so far.
 #[track_caller]
 fn killed(stage: &Stage, arguments: &[&str], to: &str, moment: Moment) {
+    let job = start_until(stage, arguments, to, moment);
+    job.signal(Signal::KILL).unwrap();
+    // It may have come to its end.
+    let _ = job.wait(Duration::from_secs(10)).unwrap();
+}
+
+/// Starts a command, and waits until its exchange is so far; fails if it ends before.
+#[track_caller]
+pub(super) fn start_until(stage: &Stage, arguments: &[&str], to: &str, moment: Moment) -> programs::Running {
     let queue = Path::new("/sys/class/net").join(names::hold_link(&SERVICE.parse().unwrap()));
     let mut job = stage.start(arguments);
     let mut at_first = None;
     let mut come = |what: Moment| match what {
         Moment::Waiting => {
-            at_first = link_of(to).ok();
+            at_first = Some((link_of(to).ok(), answering()));
             queue.exists()
         }
-        Moment::Moved => link_of(to).is_ok_and(|now| Some(now) != at_first),
+        Moment::Moved => {
+            let now = (link_of(to).ok(), answering());
+            now.0.is_some() && now.1.len() == 2 && Some(now) != at_first
+        }
         Moment::Released => !queue.exists(),
     };
     for one in [Moment::Waiting, Moment::Moved, Moment::Released] {
@@ -176,13 +188,11 @@ fn killed(stage: &Stage, arguments: &[&str], to: &str, moment: Moment) {
             assert!(come || !ended, "{one:?} never came: {}", job.output());
             come
         });
-        if format!("{one:?}") == format!("{moment:?}") {
+        if one == moment {
             break;
         }
     }
-    job.signal(Signal::KILL).unwrap();
-    // It may have come to its end.
-    let _ = job.wait(Duration::from_secs(10)).unwrap();
+    job
 }
 
 pub(super) const SECOND: &str = "uplink1";

@@ -47,16 +47,21 @@ fn a_job_that_fails_is_undone() {
     stage.finish();
 }
 
-/// Passes its probes, and breaks a moment after the switch: given back by itself. Flows that the patched partition has
-/// stay with it until they end, those without a connection as well.
-fn breaks_after_the_switch(stage: &Stage) {
-    let id = stage.patch(
+/// A patch with which the service ends when it is told to.
+pub(super) fn breaks_later(stage: &Stage) -> String {
+    stage.patch(
         "breaks-later",
         "echo v2 > /etc/says\n\
          cat > /usr/bin/serve <<'END'\n#!/bin/sh\n\
          /usr/bin/patchswitch-load serve --port 80 --tag v2 &\n\
          while [ ! -e /srv/break ]; do sleep 0.1; done\nkill -9 $!\nsleep 1000\nEND",
-    );
+    )
+}
+
+/// Passes its probes, and breaks a moment after the switch: given back by itself. Flows that the patched partition has
+/// stay with it until they end, those without a connection as well.
+fn breaks_after_the_switch(stage: &Stage) {
+    let id = breaks_later(stage);
     let mut apply = stage.start_until(&["apply", SERVICE, "--patch", &id, "--commit"], "observe");
     assert_eq!(stage.who(), "v2");
     let flow = Datagrams::begin(&stage.client, "web-b");

@@ -7,11 +7,28 @@ use std::time::Duration;
 use patchswitch_tests::leftovers::Snapshot;
 
 use super::client::Kept;
+use super::failing::breaks_later;
 use super::mend::nothing_to_do;
 use super::stage::{SERVICE, Settings, Stage, path};
 
 /// Longer than it takes to ask a client of the old side.
 const DRAIN: &str = "deadline = \"8s\"\non_deadline = \"reset\"";
+
+/// 2205: what fails when it serves is given back, to the letter as well.
+fn given_back(stage: &Stage, settings: &Settings) {
+    stage.configure(&Settings { observe: "20s", ..settings.clone() });
+    stage.ok(&["service", "add", SERVICE]);
+    let id = breaks_later(stage);
+    let apply = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
+    assert_eq!(stage.who(), "v2");
+    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "touch /srv/break"]);
+    let status = apply.wait(Duration::from_secs(60)).unwrap();
+    let said = fs::read_to_string(path("said")).unwrap();
+    assert_eq!(status.code(), Some(22), "{said}");
+    assert!(said.contains("web-a serves again"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    nothing_to_do(stage);
+}
 
 #[test]
 fn to_the_letter_new_clients_are_served_and_old_ones_are_cut() {
@@ -37,6 +54,7 @@ fn to_the_letter_new_clients_are_served_and_old_ones_are_cut() {
         nothing_to_do(&stage);
     }
     assert_eq!(stage.active(), "web-a");
+    given_back(&stage, &settings);
     stage.nothing_of_a_job_left(&before);
 
     stage.configure(&Settings { drain: "on_deadline = \"abort\"", ..settings });

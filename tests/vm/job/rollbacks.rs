@@ -12,8 +12,9 @@ use serde_json::Value;
 
 use super::client::{Client, Datagrams, Kept};
 use super::decisions::UNWATCHED;
+use super::keeper;
 use super::mend::{dies, last_report, nothing_to_do};
-use super::stage::{SERVICE, Settings, Stage, path};
+use super::stage::{SERVICE, Settings, Stage, path, wait_until};
 
 /// A job that was killed after its switch, and put right while the old side still has a flow, which is returned.
 pub(super) fn switched(stage: &Stage) -> Kept {
@@ -155,6 +156,41 @@ fn a_switch_that_is_made_in_part_has_a_way_back() {
     stage.nothing_of_a_job_left(&before);
     what_is_not_known_is_not_claimed(&stage);
     stage.finish();
+}
+
+/// After a boot, or `down`, there is a way back also from a side that does not start.
+#[test]
+fn a_side_that_does_not_start_is_rolled_back_from() {
+    for settings in [Settings::default(), keeper::settings()] {
+        let moves = !settings.disks.is_empty();
+        let stage = Stage::new(&settings);
+        stage.says("v2");
+        stage.ok(&["apply", SERVICE]);
+        let inside = |partition: &str, script: &str| {
+            stage.ok(&["partition", "exec", partition, "--", "/bin/sh", "-c", script])
+        };
+        if moves {
+            inside("web-b", "echo kept > /data/kept");
+        }
+        inside("web-b", "chmod 644 /usr/lib/patchswitch/init");
+        stage.ok(&["down"]);
+        stage.ends_with(1, &["up"]);
+        let said = stage.ends_with(25, &["rollback", SERVICE]);
+        assert!(said.contains("web-b does not start") && said.contains("--discard-writes"), "{said}");
+        let said = stage.ends_with(25, &["rollback", SERVICE, "--discard-writes"]);
+        wait_until("v1 serves", Duration::from_secs(60), || super::client::who(&stage.client).is_ok());
+        assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"), "{said}");
+        if moves {
+            // What goes over goes back as it is.
+            assert_eq!(inside("web-a", "cat /data/kept").trim(), "kept");
+        }
+        nothing_to_do(&stage);
+        assert_eq!(stage.patch_row("1")["applied"], Value::Null);
+        stage.ok(&["down"]);
+        stage.ok(&["up"]);
+        assert_eq!(stage.who(), "v1");
+        stage.finish();
+    }
 }
 
 /// The devices are made anew, so their counts are not those of before; then the report is gone.

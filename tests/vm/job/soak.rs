@@ -14,7 +14,7 @@ use patchswitch_tests::{programs, vm};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::exchange::{BOTH, SECOND, second_uplink};
+use super::exchange::{self, BOTH, SECOND, second_uplink};
 use super::keeper::{self, Noted, Writers};
 use super::mend::nothing_to_do;
 use super::moments::{Moment, start_until};
@@ -140,8 +140,10 @@ impl Point {
         let moment =
             Moment::ALL.into_iter().find(|moment| format!("{moment:?}").to_lowercase() == self.phase);
         let arguments = [self.command, SERVICE];
-        let running = if let Some(moment) = moment {
-            let to = if self.command == "apply" { "web-b" } else { "web-a" };
+        let to = if self.command == "apply" { "web-b" } else { "web-a" };
+        let running = if self.phase == "exchanged" {
+            exchange::start_until(stage, &arguments, to, exchange::Moment::Moved)
+        } else if let Some(moment) = moment {
             let server = if self.is_database() { database::SERVER } else { keeper::SERVER };
             start_until(stage, &arguments, (to, server), moment)
         } else {
@@ -320,7 +322,7 @@ points! {
         commit: [commit]
     }
     quiesce: {
-        apply: [clone inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
+        apply: [clone scan inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
         rollback: [boot verify give_back waiting moved begun released drain]
         commit: [commit]
     }
@@ -345,17 +347,17 @@ points! {
         commit: [commit]
     }
     device: {
-        apply: [clone boot verify take_over observe drain retire]
-        rollback: [boot verify give_back drain]
+        apply: [clone scan inject boot patch restart verify take_over waiting exchanged observe drain retire]
+        rollback: [boot verify give_back waiting exchanged drain]
         commit: [commit]
     }
     address: {
-        apply: [clone boot verify take_over observe drain retire]
-        rollback: [boot verify give_back drain]
+        apply: [clone scan inject boot patch restart verify take_over waiting exchanged observe drain retire]
+        rollback: [boot verify give_back waiting exchanged drain]
         commit: [commit]
     }
     letter: {
-        apply: [clone boot verify take_over observe drain retire]
+        apply: [clone scan inject boot patch restart verify take_over observe drain retire]
         rollback: [boot verify give_back drain]
         commit: [commit]
     }

@@ -472,6 +472,15 @@ fn the_log_says_what_was_written_where_and_when() {
     let shown = sh(&format!("{} write-log {shown_log} --at {}", program.display(), 3 * MIB));
     let words: Vec<_> = shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
     assert!(matches!(words.as_slice(), [line] if line[4..] == ["write", "3145728", "4096"]), "{shown}");
+    let number = words[0][0];
+    let digest = sh(&format!("{} write-log {shown_log} --data {number} | sha256sum", program.display()));
+    let there = format!(
+        "dd if={} bs=1M skip=3 count=1 iflag=direct status=none | head -c {BLOCK}",
+        active.path.display()
+    );
+    assert_eq!(digest, sh(&format!("{there} | sha256sum")));
+    let none = sh(&format!("! {} write-log {shown_log} --data 999999 2>&1", program.display()));
+    assert!(none.contains("has no record 999999"), "{none}");
     let none = sh(&format!("! {} write-log {} 2>&1", program.display(), of.copy.origin.path().display()));
     assert!(none.contains("no log of dm-log-writes"), "{none}");
     drop(log.cut().unwrap());

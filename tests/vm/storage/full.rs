@@ -60,6 +60,33 @@ fn a_full_store_loses_the_clone_and_nothing_else() {
     lab.finish(&[&disk]);
 }
 
+/// Who fills it himself is told so, and what he has written before is there.
+#[test]
+fn a_store_that_its_clone_fills_takes_no_more_and_can_be_read() {
+    let lab = Lab::new();
+    let (disk, active) = lab.disk("a", "root", 64);
+    sh(&format!("dd if=/dev/urandom of={} bs=1M count=64 oflag=direct status=none", active.path.display()));
+    let origin = device_digest(&active.path);
+    let clones = [lab.clone_into(&disk, "b", "root", 16 << 11)];
+    let cut = clone_disks(&lab.dm, &clones).unwrap();
+    let path = cut.clones[0].path.display();
+    let filled = sh(&format!("dd if=/dev/zero of={path} bs=1M count=20 oflag=direct 2>&1 || echo failed"));
+    assert!(filled.contains("failed"), "{filled}");
+    assert_eq!(watch(status(&lab.dm, &clones[0].clone).unwrap(), disk.sectors, HIGH_WATER), Watch::Full);
+    assert!(sh(&format!("dmsetup status {}", clones[0].clone)).contains("Overflow"));
+    let mut first = [1; 512];
+    File::open(&cut.clones[0].path).unwrap().read_exact_at(&mut first, 0).unwrap();
+    assert_eq!(first, [0; 512]);
+    assert_eq!(device_digest(&active.path), origin);
+    // It is not whole, and nobody makes it the disk.
+    let patience = Patience { close: LIMIT, busy: WhenBusy::Refuse, merge: LIMIT };
+    let refused = commit(&lab.dm, &clones, patience, &mut |_| ()).unwrap_err();
+    assert!(refused.to_string().contains("Overflow"), "{refused}");
+    assert_eq!(device_digest(&active.path), origin);
+    discard(&lab.dm, &clones, LIMIT, WhenBusy::Refuse).unwrap();
+    lab.finish(&[&disk]);
+}
+
 /// While it is written to, as long as there is room: then it holds everything, or turns back as one that cannot be extended.
 #[test]
 fn a_store_is_extended_while_it_is_in_use() {

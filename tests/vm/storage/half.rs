@@ -57,7 +57,7 @@ fn a_move_that_was_begun_is_taken_back_and_made_again() {
     let held = [clone.origin.attach().unwrap(), clone.cow.attach().unwrap()];
     let (origin, store) = (number(&clone.origin), number(&clone.cow));
     let tables = [
-        format!("0 {} snapshot {origin} {store} P {CHUNK}", disk.sectors),
+        format!("0 {} snapshot {origin} {store} PO {CHUNK}", disk.sectors),
         format!("0 {} snapshot-origin {origin}", disk.sectors),
     ];
     // So many of the two were made: none, one, both; and the last of them not to its end.

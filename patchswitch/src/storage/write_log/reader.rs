@@ -1,6 +1,7 @@
 //! Reads a log while it is being written, record by record.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
@@ -83,6 +84,8 @@ pub struct Record {
     /// What was recorded.
     #[serde(flatten)]
     pub what: What,
+    /// Where what was written is in the log, in bytes.
+    pub data: u64,
     /// The last mark before it.
     pub after_ns: Option<u64>,
     /// The first mark behind it.
@@ -165,13 +168,33 @@ impl Reader {
         let mut records = Vec::new();
         while let Some(entry) = reader.next_entry().map_err(|error| error.of(log))? {
             let number = reader.read - 1;
-            records.push(Record { number, what: entry.what, after_ns: None, before_ns: None });
+            let Entry { what, data, .. } = entry;
+            records.push(Record { number, what, data, after_ns: None, before_ns: None });
         }
         if reader.next.is_none() {
             return Err(StorageError::Log { log: log.to_string(), source: BadLog::NotALog });
         }
         date(&mut records);
         Ok(records)
+    }
+
+    /// Writes to `to` what a record says was written to the disk; nothing for one that is no write.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] of the log, or of `to`.
+    pub fn data(log: &Backing, record: &Record, to: &mut dyn Write) -> Result<(), StorageError> {
+        let What::Write { bytes, .. } = record.what else { return Ok(()) };
+        let attached = log.attach()?;
+        let reader = Self::open(attached.device())?;
+        let mut buffer = Buffer::new();
+        let mut done = 0;
+        while done < bytes {
+            let piece = buffer.piece(bytes - done);
+            reader.read_data(piece, record.data + done).map_err(StorageError::io("read", log.path()))?;
+            to.write_all(piece).map_err(StorageError::io("write what was read of", log.path()))?;
+            done += piece.len() as u64;
+        }
+        Ok(())
     }
 }
 
@@ -207,7 +230,7 @@ mod tests {
         ];
         let mut records: Vec<_> = (0..)
             .zip(all)
-            .map(|(number, what)| Record { number, what, after_ns: None, before_ns: None })
+            .map(|(number, what)| Record { number, what, data: 0, after_ns: None, before_ns: None })
             .collect();
         date(&mut records);
         let times: Vec<_> = records.iter().map(|record| (record.after_ns, record.before_ns)).collect();

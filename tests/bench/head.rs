@@ -5,6 +5,8 @@ use std::fs;
 use patchswitch_tests::programs;
 use serde::Serialize;
 
+use crate::What;
+
 /// What has to be known to read a figure.
 #[derive(Debug, Serialize)]
 pub(crate) struct Head {
@@ -16,14 +18,14 @@ pub(crate) struct Head {
     mitigations: Vec<String>,
     governor: String,
     peers: Vec<String>,
-    /// Of what the links are.
-    links: &'static str,
+    /// Of what that is which is written or sent to.
+    ground: &'static str,
     pub(crate) quick: bool,
     pub(crate) blocks: usize,
 }
 
 impl Head {
-    pub(crate) fn read(quick: bool, blocks: usize) -> Self {
+    pub(crate) fn read(what: What, quick: bool, blocks: usize) -> Self {
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let field = |name: &str| {
             let line = info.lines().find(|line| line.starts_with(name));
@@ -38,8 +40,11 @@ impl Head {
             hypervisor: field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
             mitigations: mitigations(),
             governor: if governor.is_empty() { "none to be seen".to_owned() } else { governor },
-            peers: versions(),
-            links: "veth, not a network card",
+            peers: versions(what),
+            ground: match what {
+                What::Net => "veth, not a network card",
+                What::Disk => "images on loop devices, all on one disk",
+            },
             quick,
             blocks,
         }
@@ -49,14 +54,14 @@ impl Head {
         let guest = if self.hypervisor { ", a virtual machine" } else { "" };
         format!(
             "machine:     {}, {} cores{guest}, governor: {}\nkernel:      Linux {}\nmitigations: {}\npeers:       {}\n\
-             links:       {}\nblocks:      {} of the order ABBA{}\n",
+             ground:      {}\nblocks:      {} of the order ABBA{}\n",
             self.machine,
             self.cores,
             self.governor,
             self.kernel,
             self.mitigations.join("; "),
             self.peers.join("; "),
-            self.links,
+            self.ground,
             self.blocks,
             if self.quick { " (quick: fewer and shorter than a full run has)" } else { "" }
         )
@@ -80,14 +85,18 @@ fn mitigations() -> Vec<String> {
 }
 
 /// What the peers' programs say of themselves, each its first line.
-fn versions() -> Vec<String> {
+fn versions(what: What) -> Vec<String> {
     let ask = |argv: &[&str]| {
         let output = programs::output(argv, None).ok()?;
         let text = output.stdout + &output.stderr;
         text.lines().find(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned())
     };
-    let argvs: [&[&str]; 4] =
-        [&["ip", "-V"], &["nft", "--version"], &["haproxy", "-v"], &["keepalived", "-v"]];
+    let argvs: &[&[&str]] = match what {
+        What::Net => &[&["ip", "-V"], &["nft", "--version"], &["haproxy", "-v"], &["keepalived", "-v"]],
+        What::Disk => {
+            &[&["lvm", "version"], &["btrfs", "--version"], &["dd", "--version"], &["crun", "--version"]]
+        }
+    };
     argvs
         .iter()
         .map(|argv| {

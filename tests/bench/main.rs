@@ -102,7 +102,7 @@ fn main() -> Result<ExitCode> {
     let before = Snapshot::take()?;
     let disks = disk::Scale { quick: cli.quick };
     let blocks = if cli.what == What::Net { scale.blocks() } else { disks.rounds() };
-    let head = Head::read(cli.quick, blocks);
+    let head = Head::read(cli.what, cli.quick, blocks);
     say(&head.text());
     let mut found = Found::default();
     let measured = match cli.what {

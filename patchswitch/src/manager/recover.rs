@@ -164,14 +164,6 @@ impl Manager {
         let attachment = service::usable(&job.service)?;
         if self.was_committing(job)? {
             drop(attachment);
-            if let Some(lost) = crate::switchover::lost_before_merge(self, job)? {
-                let message = format!(
-                    "interrupted; nothing was merged, because {}; `patchswitch rollback {} --discard-writes` gives back",
-                    chain(&lost),
-                    job.service
-                );
-                return self.end_interrupted(job, &message, done);
-            }
             // The disks are usable while they are merged: the service does not wait for that.
             crate::switchover::begin_merge(self, &job.service)?;
             return Ok(Recovery::Merging);
@@ -180,7 +172,10 @@ impl Manager {
             Some(attachment) => self.follow_word(job, &settings, attachment, done).await?,
             None => self.follow_record(job, &settings)?,
         };
-        self.end_interrupted(job, &format!("interrupted; {what}"), done)
+        let message = format!("interrupted; {what}");
+        let _ = self.store.end_job(job.id, ExitCode::Failed, &message)?;
+        done.push(format!("job {} of service {}: {message}", job.id, job.service));
+        Ok(Recovery::Ended)
     }
 
     /// Disks that a cut has left suspended go on, if the cutter and its guard were killed as well.
@@ -195,17 +190,6 @@ impl Manager {
             }
         }
         Ok(())
-    }
-
-    fn end_interrupted(
-        &mut self,
-        job: &Job,
-        message: &str,
-        done: &mut Vec<String>,
-    ) -> Result<Recovery, ManagerError> {
-        let _ = self.store.end_job(job.id, ExitCode::Failed, message)?;
-        done.push(format!("job {} of service {}: {message}", job.id, job.service));
-        Ok(Recovery::Ended)
     }
 
     /// Whether the last thing that was begun is the merge: from there on there is only one way.

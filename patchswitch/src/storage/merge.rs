@@ -104,21 +104,6 @@ fn check(dm: &Dm, of: &CloneOf) -> Result<(), StorageError> {
     cow::cow_level(dm, &of.clone).map(|_| ())
 }
 
-/// Whether a commit may have changed a disk: one of the clones is not what it was, or is not there. After a boot the tables
-/// tell nothing: a store that is half merged can be opened as a clone, and reads right.
-///
-/// # Errors
-/// [`StorageError`].
-pub fn may_have_begun(dm: &Dm, clones: &[CloneOf]) -> Result<bool, StorageError> {
-    for of in clones {
-        let attached = Both::attach(of)?;
-        if Table::recognise(&live_table(dm, &of.clone)?, of.sectors) != Some(attached.snapshot()) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 fn lost(of: &CloneOf, status: &str) -> StorageError {
     StorageError::CloneLost { name: of.clone.clone(), status: status.to_owned() }
 }

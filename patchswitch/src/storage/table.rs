@@ -91,10 +91,10 @@ impl Table {
         match (line.kind.as_str(), words.as_slice()) {
             ("linear", [device, "0"]) => Some(Self::Linear { device: number(device)? }),
             ("snapshot-origin", [device]) => Some(Self::Origin { device: number(device)? }),
-            ("snapshot", [origin, cow, "PO", chunk]) => {
+            ("snapshot", [origin, cow, "P" | "PO", chunk]) => {
                 both(origin, cow, chunk).map(|(origin, cow)| Self::Snapshot { origin, cow })
             }
-            ("snapshot-merge", [origin, cow, "PO", chunk]) => {
+            ("snapshot-merge", [origin, cow, "P" | "PO", chunk]) => {
                 both(origin, cow, chunk).map(|(origin, cow)| Self::Merge { origin, cow })
             }
             ("log-writes", [device, log]) => {
@@ -277,7 +277,7 @@ mod tests {
             ("linear", "254:16"),
             ("snapshot-origin", "254:16 0"),
             ("snapshot", "254:16 7:300 PO 16"),
-            ("snapshot", "254:16 7:300 P 64"),
+            ("snapshot", "254:16 7:300 N 64"),
             ("snapshot", "254:16 7:300 PO 32"),
             ("snapshot", "254:16 7:300 PO 64 1 discard_zeroes_cow"),
             ("snapshot-merge", "254:16 7:300 N 16"),

@@ -2,8 +2,9 @@
 //! are as they were at the cut, is started instead.
 //!
 //! ```text
-//!  up: the patched side does not start ─► stopped ─► who serves is written down ─► the patched side is discarded ─► up
-//!                                                    (with the disks that go over)
+//!  the patched side ─► the old one starts, ─► who serves is written down ─► the patched side ─► up
+//!  does not start      for a look             (with the disks that go over)     is discarded
+//!                        └ it does not start either: nothing has changed
 //! ```
 //!
 //! No flow is there that could be cut, and nothing that could be counted: what the patched side has written since the switch is
@@ -22,7 +23,7 @@ use crate::manager::{Machine, Manager, ManagerError, chain};
 use crate::names::Name;
 use crate::store::{JobId, JobLock, NewJob, StepState, boot_id};
 
-/// Rolls back; nothing if the service is there by now, to be rolled back as ever.
+/// Rolls back; nothing if the service is there by now, or has no old side, and is rolled back as ever.
 ///
 /// # Errors
 /// Why the patched side does not start, if there is no way back, or none without a word.
@@ -33,9 +34,19 @@ pub(super) async fn roll_back(
     _lock: &JobLock,
 ) -> Result<Option<Ended>, ManagerError> {
     let settings = manager.service(service)?;
-    let Err(why) = manager.serve(&settings).await else { return Ok(None) };
-    let Some(old) = manager.other(service)?.filter(|old| !old.is_clone()) else { return Err(why) };
+    let Some(old) = manager.other(service)?.filter(|old| !old.is_clone()) else { return Ok(None) };
+    if let Some(job) = manager.store.open_job(service)? {
+        return Err(ManagerError::refused(format!(
+            "job {} of service {service} is not over; `patchswitch up` goes on with it",
+            job.id
+        )));
+    }
     let new = manager.active(&settings)?;
+    let Err(why) = manager.ensure_running(&new) else {
+        // Whatever else is in the way would be in the other one's as well.
+        let _ = manager.serve(&settings).await?;
+        return Ok(None);
+    };
     if !discard_writes {
         let message = format!(
             "{} does not start ({}), so what it has written since the switch is not known; `patchswitch rollback {service} \
@@ -46,6 +57,7 @@ pub(super) async fn roll_back(
         );
         return Err(ManagerError::Refused { message, code: ExitCode::WritesLost });
     }
+    look_at(manager, (&new, &old), &why)?;
     let boot = boot_id().map_err(ManagerError::io("read", "/proc/sys/kernel/random/boot_id"))?;
     let plan = json!({"cold": chain(&why)});
     let job = manager.store.begin_job(&NewJob { service, kind: ROLLBACK, plan: &plan, boot_id: &boot })?;
@@ -53,6 +65,26 @@ pub(super) async fn roll_back(
     (report.from, report.to) = (Some(new.name().clone()), Some(old.name().clone()));
     let done = back(manager, &settings, job, (&new, &old)).await;
     end(manager, &settings, report, done).map(Some)
+}
+
+/// That the old side does start, before anything is given up for it.
+fn look_at(
+    manager: &mut Manager,
+    (new, old): (&Machine, &Machine),
+    why: &ManagerError,
+) -> Result<(), ManagerError> {
+    manager.stop(new)?;
+    let started = manager.ensure_running(old);
+    manager.stop(old)?;
+    started.map_err(|error| {
+        ManagerError::refused(format!(
+            "neither {} starts ({}) nor {} ({}); nothing was changed",
+            new.name(),
+            chain(why),
+            old.name(),
+            chain(&error)
+        ))
+    })
 }
 
 /// From the record on the old side is the one that serves, whoever starts it.
@@ -63,7 +95,6 @@ async fn back(
     (new, old): (&Machine, &Machine),
 ) -> Result<(), ManagerError> {
     let step = manager.store.intend(job, Phase::GiveBack.name(), &json!({"to": old.name()}))?;
-    manager.stop(new)?;
     if quiesce::commands(settings).is_some() {
         let _ = manager.move_disks(&settings.name, new, old, None)?;
     } else {
@@ -97,7 +128,7 @@ fn end(
             let failure =
                 Failure { phase: Phase::GiveBack, reason: chain(&error), code: ExitCode::GiveBackFailed };
             let serving = manager.active(settings)?.name().clone();
-            let now = format!("{serving} is to serve; `patchswitch up` goes on with it");
+            let now = format!("nobody serves, and {serving} is to; `patchswitch up` goes on with it");
             (ExitCode::GiveBackFailed, Some(undo::error(failure, now, serving, ExitCode::GiveBackFailed)))
         }
     };

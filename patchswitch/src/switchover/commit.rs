@@ -13,7 +13,6 @@ use crate::names::Name;
 use crate::storage::merge::{self, Patience};
 use crate::storage::snapshot::{self, WhenBusy};
 use crate::storage::{StorageError, Unfinished};
-use crate::store::{Job, boot_id};
 
 /// A merge writes at the speed of the disk; this is for one that hangs.
 const MERGE: Duration = Duration::from_secs(3600);
@@ -120,21 +119,6 @@ fn prepare(manager: &Manager, new: &Machine) -> Result<(), ManagerError> {
     // Those for which there is no room are watched by nobody for a moment.
     let _ = manager.leave_unwatched(new)?;
     Ok(merge::prepare(&Manager::dm()?, &new.clones(), patience(Duration::ZERO))?)
-}
-
-/// The clone that was lost after a commit had begun that was interrupted before it merged anything.
-pub(crate) fn lost_before_merge(manager: &Manager, job: &Job) -> Result<Option<StorageError>, ManagerError> {
-    let clones = manager.active(&manager.service(&job.service)?)?.clones();
-    let dm = Manager::dm()?;
-    let boot = boot_id().map_err(ManagerError::io("read", "/proc/sys/kernel/random/boot_id"))?;
-    if job.boot_id != boot || merge::may_have_begun(&dm, &clones)? {
-        return Ok(None);
-    }
-    match merge::are_whole(&dm, &clones) {
-        Ok(()) => Ok(None),
-        Err(lost @ StorageError::CloneLost { .. }) => Ok(Some(lost)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// The merge itself, wherever it was interrupted; also what recovery does. Returns how much was merged, in bytes.

@@ -96,7 +96,7 @@ async fn prepare(job: &mut Context<'_>, plan: Plan) -> Result<verify::Verified, 
 }
 
 pub use commit::commit;
-pub(crate) use commit::{begin_merge, lost_before_merge, merge_disks};
+pub(crate) use commit::{begin_merge, merge_disks};
 pub use look::{JobView, Progress, Room, job, log_file, open_jobs, rooms};
 pub use quiesce::Waited;
 pub(crate) use quiesce::reunite;

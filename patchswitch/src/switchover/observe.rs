@@ -108,10 +108,14 @@ impl TakenOver {
         let agreed = job.service.lossy_give_back == LossyGiveBack::Allow || job.options.discard_writes;
         if !agreed {
             let lost = self.count_loss(job).map_err(person)?;
-            if lost > 0 {
+            if lost != Some(0) {
+                let what = match lost {
+                    Some(files) => format!("the new partition has written {files} files outside may_lose"),
+                    // Not known is not nothing.
+                    None => "what the new partition has written is not known".to_owned(),
+                };
                 let reason = format!(
-                    "the new partition has written {lost} files outside may_lose; `patchswitch rollback {} \
-                     --discard-writes` gives up these",
+                    "{what}; `patchswitch rollback {} --discard-writes` gives that up",
                     job.service.name
                 );
                 return Err(Failure { phase: Phase::GiveBack, reason, code: ExitCode::GiveBackFailed });
@@ -121,10 +125,10 @@ impl TakenOver {
         job.step(Phase::GiveBack, json!({"to": self.clone.active.name()}), async |job| {
             let flip_us = self.back(job, slot.other()).await.map_err(person)?;
             (job.say)(&format!("give_back: {} serves again", self.clone.active.name()));
-            let lost = if agreed { self.count_loss(job).map_err(person)? } else { 0 };
+            let lost = if agreed { self.count_loss(job).map_err(person)? } else { Some(0) };
             drain_new_side(job, &self.clone.standby).await.map_err(person)?;
             undo::discard(job).await.map_err(at(Phase::GiveBack)).map_err(person)?;
-            Ok((lost > 0, json!({"flip_us": flip_us, "lost_files": lost})))
+            Ok((lost != Some(0), json!({"flip_us": flip_us, "lost_files": lost})))
         })
         .await
     }
@@ -152,20 +156,21 @@ impl TakenOver {
         Ok(Some((switched.flip_us * 10.0).round() / 10.0))
     }
 
-    /// How many files outside `may_lose` the new side has written, of which the report keeps the first.
-    fn count_loss(&self, job: &mut Context<'_>) -> Result<u64, Failure> {
+    /// How many files outside `may_lose` the new side has written, of which the report keeps the first; nothing if its file system
+    /// has given up and does not tell.
+    fn count_loss(&self, job: &mut Context<'_>) -> Result<Option<u64>, Failure> {
         // What cannot be read any more is lost whoever serves.
         let loss = if job.is_lost() { Ok(Loss::default()) } else { loss_of_new_side(job, self) };
         let loss = match loss {
             Err(error) if job.is_full() => {
                 tracing::warn!("what the new partition has written is not known: {}", chain(&error));
-                Loss::default()
+                return Ok(None);
             }
             loss => loss.map_err(at(Phase::GiveBack))?,
         };
         let files = loss.files;
         job.report.lost_by_give_back = Some(loss);
-        Ok(files)
+        Ok(Some(files))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -10,7 +10,7 @@ use patchswitch::storage::disk::Room;
 use patchswitch::storage::snapshot::clone_disks;
 
 use super::Scale;
-use super::ground::{Ground, MIB};
+use super::ground::{Ground, MIB, sh};
 use super::peers::{self, Peer};
 use crate::plan::Selection;
 use crate::report::{Figure, Found, Target};
@@ -113,7 +113,7 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
     report(&active.path, scale, "patchswitch", true, &mut clone, found)?;
     ground.remove(&disk)?;
     std::fs::remove_file(of.cow.path())?;
-    for peer in [Peer::Thick, Peer::Thin].into_iter().filter(|peer| selection.peer(peer.key())) {
+    for peer in [Peer::Thick, Peer::Thin, Peer::Btrfs].into_iter().filter(|peer| selection.peer(peer.key())) {
         let volume = match peers::Volume::new(ground, peer) {
             Ok(volume) => volume,
             Err(error) => {
@@ -121,16 +121,30 @@ pub(super) fn measure(ground: &Ground, scale: Scale, selection: &Selection, foun
                 continue;
             }
         };
-        let device = volume.device.clone().unwrap_or_default();
-        let done = peers::there(&device).and_then(|()| {
-            super::ground::sh(&format!("umount -n {}", volume.at.display()))?;
+        let done = area(&volume).and_then(|area| {
             let mut clone = |made: bool| if made { volume.clone() } else { volume.discard() };
-            report(&device, scale, peer.key(), false, &mut clone, found)
+            report(&area, scale, peer.key(), false, &mut clone, found)
         });
         volume.remove()?;
         done?;
     }
     Ok(())
+}
+
+/// What is written of a peer: its device, or a file where it has none for one subvolume.
+fn area(volume: &peers::Volume) -> Result<PathBuf> {
+    if let Some(device) = &volume.device {
+        peers::there(device)?;
+        sh(&format!("umount -n {}", volume.at.display()))?;
+        return Ok(device.clone());
+    }
+    let file = volume.folder().join("area");
+    sh(&format!(
+        "dd if=/dev/zero of={} bs=1M count={} conv=fsync status=none",
+        file.display(),
+        2 * AREA / MIB
+    ))?;
+    Ok(file)
 }
 
 fn report(

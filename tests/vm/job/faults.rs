@@ -70,7 +70,10 @@ fn a_clone_whose_store_fails_ends_the_job() {
     let client = Client::start(&stage.client);
 
     // Before the switch: it is not touched.
-    let id = stage.patch("waits", "echo v2 > /etc/says; sleep 5; echo more > /srv/more; sync");
+    let id = stage.patch(
+        "waits",
+        "echo v2 > /etc/says; sleep 5; dd if=/dev/urandom of=/srv/more bs=4k count=16 conv=fsync",
+    );
     let apply = stage.start_until(&["apply", SERVICE, "--patch", &id], "patch");
     weak.breaks();
     let status = apply.wait(Duration::from_secs(120)).unwrap();
@@ -87,7 +90,9 @@ fn a_clone_whose_store_fails_ends_the_job() {
     let apply = stage.start_until(&["apply", SERVICE, "--patch", &id], "observe");
     assert_eq!(stage.who(), "v3");
     weak.breaks();
-    let _ = stage.run(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", "echo more > /srv/more"]);
+    // What the old side overwrites cannot be kept for the clone any more.
+    let more = "dd if=/dev/urandom of=/srv/more bs=64k count=4 conv=fsync";
+    stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", more]);
     let status = apply.wait(Duration::from_secs(120)).unwrap();
     let said = fs::read_to_string(path("said")).unwrap();
     assert_eq!(status.code(), Some(23), "{said}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use patchswitch::dataplane::Dataplane;
 use patchswitch_tests::leftovers::Snapshot;
-use patchswitch_tests::programs::Running;
+use patchswitch_tests::programs::{Running, run};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -177,6 +177,21 @@ fn a_side_that_does_not_start_is_rolled_back_from() {
         stage.ends_with(1, &["up"]);
         let said = stage.ends_with(25, &["rollback", SERVICE]);
         assert!(said.contains("web-b does not start") && said.contains("--discard-writes"), "{said}");
+        // Nothing is given up for one that does not start either.
+        let init = |mode: &str| {
+            stage.ok(&["down"]);
+            let at = path("mnt-old").display().to_string();
+            let image = path("state/disks/web-a-root.img").display().to_string();
+            run(&["mkdir", "-p", &at]).unwrap();
+            run(&["mount", "-n", "-o", "loop", &image, &at]).unwrap();
+            run(&["chmod", mode, &format!("{at}/usr/lib/patchswitch/init")]).unwrap();
+            run(&["umount", "-n", &at]).unwrap();
+        };
+        init("644");
+        let said = stage.ends_with(1, &["rollback", SERVICE, "--discard-writes"]);
+        assert!(said.contains("neither web-b starts") && said.contains("nothing was changed"), "{said}");
+        assert_eq!(stage.active(), "web-b");
+        init("755");
         let said = stage.ends_with(25, &["rollback", SERVICE, "--discard-writes"]);
         wait_until("v1 serves", Duration::from_secs(60), || super::client::who(&stage.client).is_ok());
         assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"), "{said}");

@@ -99,11 +99,12 @@ fn main() -> Result<ExitCode> {
     let name = cli.what.name();
     let out = cli.out.unwrap_or_else(|| Path::new("target/bench").join(name));
     std::fs::create_dir_all(&out).with_context(|| format!("failed to make {}", out.display()))?;
-    let before = Snapshot::take()?;
     let disks = disk::Scale { quick: cli.quick };
     let blocks = if cli.what == What::Net { scale.blocks() } else { disks.rounds() };
     let head = Head::read(cli.what, cli.quick, blocks);
     say(&head.text());
+    // A program that is asked for its version may make directories.
+    let before = Snapshot::take()?;
     let mut found = Found::default();
     let measured = match cli.what {
         What::Net => measure(scale, &selection, &mut found),

@@ -114,7 +114,7 @@ fn who_is_lost_with_writes_is_not_given_back_by_itself() {
         let said = ends_soon(apply, 23);
         let nobody = format!("nobody serves ({}); `patchswitch up` puts that right", way.said());
         assert!(said.contains(&nobody) && said.contains("files outside may_lose"), "{said}");
-        assert!(said.contains("`patchswitch rollback web --discard-writes` gives up these"), "{said}");
+        assert!(said.contains("`patchswitch rollback web --discard-writes` gives that up"), "{said}");
         assert_eq!(old.who().unwrap(), "v1");
         // Nobody watches the clone's store, and nobody has to: it can take everything.
         assert_eq!(stage.json(&["status"])["clones"], json!([]));

@@ -270,6 +270,16 @@ mod tests {
         }
     }
 
+    /// Clones that were made before stores were of the kind `PO`.
+    #[test]
+    fn stores_of_the_older_kind_are_recognised() {
+        for table in [Table::Snapshot { origin: A, cow: B }, Table::Merge { origin: A, cow: B }] {
+            let mut lines = table.lines(2048);
+            lines[0].params = lines[0].params.replace("PO", "P");
+            assert_eq!(Table::recognise(&lines, 2048), Some(table));
+        }
+    }
+
     #[test]
     fn tables_of_others_are_not_recognised() {
         let others = [

@@ -62,6 +62,8 @@ fn a_drain_ends_when_the_last_flow_does() {
     assert_eq!(with_role(&after, "standby"), Some(rig.lab.a.name()));
     // Nobody retires: nothing to wait for.
     assert_eq!(rig.ok(&["drain", NAME]).unwrap()["drain"]["settled"], true);
+    let said = rig.run(&["drain", NAME]).unwrap().stdout;
+    assert!(said.contains("nothing to do"), "{said}");
     rig.finish().unwrap();
 }
 

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use patchswitch_tests::leftovers::Leftover;
-use patchswitch_tests::netlab::Ns;
+use patchswitch_tests::netlab::{Ns, UPLINK};
 use patchswitch_tests::programs;
 use serde_json::{Value, json};
 
@@ -108,6 +108,27 @@ fn a_drain_does_not_wait_for_one_whose_namespace_is_gone() {
     }
     drop(asking);
     rig.ok(&["detach", NAME, "--force"]).unwrap();
+    let left = rig.left().unwrap();
+    assert!(only_gone(&left), "{left:?}");
+}
+
+#[test]
+fn an_uplink_that_is_gone_or_was_made_anew_is_told_of() {
+    let (rig, _servers) = attached("gone-uplink");
+    let lost = |rig: &Rig| {
+        let told = rig.ok(&["status", NAME]).unwrap()["attachments"][0]["uplinks_lost"].clone();
+        let text = rig.run(&["status", NAME]).unwrap().stdout;
+        assert_eq!(text.contains("nothing that comes there is taken"), told != json!([]), "{text}");
+        assert_eq!(text.contains(&format!("patchswitch detach {NAME}")), told != json!([]), "{text}");
+        told
+    };
+    assert_eq!(lost(&rig), json!([]));
+    rig.lab.host.ip(&format!("link del {UPLINK}")).unwrap();
+    assert_eq!(lost(&rig), json!([UPLINK]));
+    rig.lab.host.ip(&format!("link add {UPLINK} type veth peer name other0")).unwrap();
+    assert_eq!(lost(&rig), json!([UPLINK]));
+    rig.ok(&["detach", NAME, "--force"]).unwrap();
+    rig.lab.host.ip(&format!("link del {UPLINK}")).unwrap();
     let left = rig.left().unwrap();
     assert!(only_gone(&left), "{left:?}");
 }

@@ -40,6 +40,19 @@ impl Record {
         (is_here && link_index(&entry.link).is_none()).then_some(Gone::Link)
     }
 
+    /// The uplinks that are gone, or were made anew since: nothing of ours is there any more, and nothing that comes to
+    /// them is taken. `known` are the indices of those that have the programs, of [`Dataplane::uplinks`]. None from a
+    /// namespace that is not the attachment's, in which they cannot be seen.
+    ///
+    /// [`Dataplane::uplinks`]: crate::dataplane::Dataplane::uplinks
+    pub fn lost_uplinks(&self, known: &[u32]) -> Vec<&str> {
+        if here(self).is_err() {
+            return Vec::new();
+        }
+        let has_ours = |name: &str| link_index(name).is_some_and(|index| known.contains(&index));
+        self.uplinks.iter().map(String::as_str).filter(|name| !has_ours(name)).collect()
+    }
+
     /// What to type when the partition that serves is gone and the other one is there. Of a service its job decides.
     pub fn way_back(&self, active: Slot) -> Option<String> {
         let other = self.slots[active.other() as usize].as_ref()?;

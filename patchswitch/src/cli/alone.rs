@@ -294,6 +294,7 @@ impl Drain {
             attachment.record().by_hand(&["rollback"])?;
         }
         let options = DrainOptions { deadline, on_deadline };
+        let is_over = attachment.plane().word().phase() == Phase::Steady;
         let report = attachment
             .drain(&options, |left| {
                 if !json {
@@ -307,6 +308,7 @@ impl Drain {
             )?;
         } else {
             print::text(&match (report.settled, report.reset, on_deadline) {
+                (true, 0, _) if is_over => format!("no switch of {} is under way; nothing to do", self.name),
                 (true, 0, _) => format!("drained in {:.1} s; the switch is over", report.seconds),
                 (true, cut, _) => format!("deadline: {cut} flows were cut; the switch is over"),
                 (false, _, OnDeadline::Abort) => {

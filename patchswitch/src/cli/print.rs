@@ -1,7 +1,7 @@
 //! The only place that writes to standard output and standard error.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the one place")]
 
-use std::io::Write;
+use std::io::{ErrorKind, Result, StdoutLock, Write};
 
 use patchswitch::exit::ExitCode;
 use serde::Serialize;
@@ -15,6 +15,31 @@ pub(crate) fn text(text: &str) {
 pub(crate) fn raw(stdout: &str, stderr: &str) {
     let _ = std::io::stdout().write_all(stdout.as_bytes());
     let _ = std::io::stderr().write_all(stderr.as_bytes());
+}
+
+/// Standard output for what is not text.
+pub(crate) fn bytes() -> Bytes {
+    Bytes(std::io::stdout().lock())
+}
+
+/// Bytes go through as they are. A closed pipe takes all of them: it is no error of ours, as with [`text`].
+pub(crate) struct Bytes(StdoutLock<'static>);
+
+impl Write for Bytes {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
+        unless_closed(self.0.write(bytes), bytes.len())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        unless_closed(self.0.flush(), ())
+    }
+}
+
+fn unless_closed<T>(result: Result<T>, all: T) -> Result<T> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(all),
+        other => other,
+    }
 }
 
 /// Writes one JSON document.

@@ -106,6 +106,8 @@ async fn state(record: &Record) -> anyhow::Result<Value> {
         "name": record.name,
         "addresses": record.addresses,
         "uplinks": record.uplinks,
+        "uplinks_lost": record.lost_uplinks(&plane.uplinks()?),
+        "of_service": record.of_service,
         "phase": phase_name(word),
         "share": word.share(),
         "generation": word.generation(),
@@ -145,6 +147,20 @@ fn reach(state: &Value) -> &'static str {
     }
 }
 
+/// What it means that uplinks have no programs, and what to type.
+fn lost_uplinks(state: &Value, lost: &str) -> anyhow::Result<String> {
+    let mut text = String::new();
+    if !lost.is_empty() {
+        writeln!(text, "             {lost}: gone or made anew, and nothing that comes there is taken")?;
+        let next = match (state["of_service"] == true, state["name"].as_str()) {
+            (true, _) => "patchswitch up".to_owned(),
+            (false, name) => format!("patchswitch detach {}, and attach it again", name.unwrap_or("?")),
+        };
+        writeln!(text, "  next       once it is there: {next}")?;
+    }
+    Ok(text)
+}
+
 fn lines(state: &Value) -> anyhow::Result<String> {
     let list = |key: &str| {
         let items = state[key].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -172,6 +188,7 @@ fn lines(state: &Value) -> anyhow::Result<String> {
         writeln!(text, "  with       {}", list("switches_with"))?;
     }
     writeln!(text, "  uplinks    {}", list("uplinks"))?;
+    text.push_str(&lost_uplinks(state, &list("uplinks_lost"))?);
     for partition in state["partitions"].as_array().into_iter().flatten() {
         let of = |key: &str| partition[key].as_str().unwrap_or("?");
         let gone = partition["gone"].as_str().map(|what| format!(": its {what} is gone")).unwrap_or_default();

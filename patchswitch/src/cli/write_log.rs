@@ -67,7 +67,7 @@ fn data(log: &Backing, records: &[Record], number: u64) -> anyhow::Result<()> {
     let record = records.iter().find(|record| record.number == number);
     let record = record.with_context(|| format!("{log} has no record {number}; it has {}", records.len()))?;
     anyhow::ensure!(matches!(record.what, What::Write { .. }), "record {number} is no write: it has no data");
-    let mut out = std::io::stdout().lock();
+    let mut out = print::bytes();
     Reader::data(log, record, &mut out)?;
     Ok(out.flush()?)
 }

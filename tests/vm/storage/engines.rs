@@ -479,6 +479,11 @@ fn the_log_says_what_was_written_where_and_when() {
         active.path.display()
     );
     assert_eq!(digest, sh(&format!("{there} | sha256sum")));
+    // A pipe that is closed is no error: `true` has ended long before.
+    let late =
+        format!("sleep 1; {} write-log {shown_log} --data {number}; echo ended $? >&2", program.display());
+    let closed = sh(&format!("{{ {{ {late}; }} | true; }} 2>&1"));
+    assert_eq!(closed, "ended 0\n");
     let none = sh(&format!("! {} write-log {shown_log} --data 999999 2>&1", program.display()));
     assert!(none.contains("has no record 999999"), "{none}");
     let none = sh(&format!("! {} write-log {} 2>&1", program.display(), of.copy.origin.path().display()));

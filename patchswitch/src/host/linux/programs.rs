@@ -137,7 +137,7 @@ pub enum ProgramError {
         stderr: String,
     },
     /// It was still running at the end of its time and was killed.
-    #[error("{program} {arguments} did not end within {limit:?} and was killed")]
+    #[error("{program} {arguments} did not end within {:.1} s and was killed", limit.as_secs_f64())]
     TimeOut {
         /// The program.
         program: Program,

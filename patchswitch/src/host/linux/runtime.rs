@@ -55,7 +55,7 @@ pub enum RuntimeError {
         source: serde_json::Error,
     },
     /// A command in the partition did not end in time and was killed.
-    #[error("the command {command:?} in {name} did not end within {limit:?} and was killed")]
+    #[error("the command {command:?} in {name} did not end within {:.1} s and was killed", limit.as_secs_f64())]
     TimeOut {
         /// The partition.
         name: String,

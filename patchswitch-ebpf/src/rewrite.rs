@@ -27,8 +27,8 @@ static HAS_CSUM_IPV6: u32 = 0;
 #[inline(never)]
 pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, source: &mut Address) -> bool {
     if maps::is_service(&network.source) {
-        // Answered with the right address by itself: the flow lives on.
-        if packet.kind != Kind::LaterFragment && known(slot, packet) {
+        // Answered with the right address by itself: the flow lives on. An error is no answer.
+        if packet.kind == Kind::Direct && lives(slot, packet) {
             remember(slot, packet, &network.source);
         }
         return false;
@@ -37,7 +37,10 @@ pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, so
     if !is_own(slot, network) || !service_of(slot, network, packet, &mut local) {
         return false;
     }
-    if packet.kind == Kind::Direct && !is_stateless(maps::settings(), &packet.flow) {
+    if packet.kind == Kind::Direct
+        && !is_stateless(maps::settings(), &packet.flow)
+        && lives(slot, packet)
+    {
         remember(slot, packet, &local);
     }
     if network.fragment == Fragment::First {
@@ -122,9 +125,13 @@ pub fn note_identification(slot: Slot, network: &Network, source: &Address) {
     maps::remember_fragment(&key, &record);
 }
 
+/// Whether a partition has answered the flow within the idle time: after that the client's next packet goes to the serving one,
+/// and nothing that the retiring one still sends brings the flow back.
 #[inline(never)]
-fn known(slot: Slot, packet: &Packet) -> bool {
-    maps::learned(&flow_key(&packet.flow)).is_some_and(|r| Slot::from_bit(r.slot as u8) == slot)
+fn lives(slot: Slot, packet: &Packet) -> bool {
+    let Some(record) = maps::learned(&flow_key(&packet.flow)) else { return false };
+    let age = maps::now().wrapping_sub(record.seen_ns);
+    Slot::from_bit(record.slot as u8) == slot && age <= maps::settings().learned_idle_ns
 }
 
 /// The key of a fragment to a client, under the source address that it has or had.

@@ -1,7 +1,7 @@
 //! The end of a switch: what it waits for, and what happens to what does not end.
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -134,6 +134,22 @@ fn at_the_deadline_the_switch_is_reversed() {
         assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
     }
     rig.finish().unwrap();
+}
+
+/// Nobody has remembered them; of a service without datagrams there is nothing to say.
+#[test]
+fn flows_of_datagrams_that_a_give_back_cuts_are_told_of() {
+    for serves in [true, false] {
+        let rig = Rig::new("unlearned").unwrap();
+        let bind = || Ok(UdpSocket::bind("0.0.0.0:7600")?);
+        let _server = serves.then(|| rig.lab.a.enter(bind).unwrap());
+        rig.attach().unwrap();
+        rig.switch_to(&rig.lab.b).unwrap();
+        let back = rig.run(&["switch", NAME, "--to", rig.lab.a.name()]).unwrap();
+        assert_eq!(back.code, Some(0), "{back:?}");
+        assert_eq!(back.stderr.contains("has begun since the switch are not known"), serves, "{back:?}");
+        rig.finish().unwrap();
+    }
 }
 
 #[test]

@@ -133,6 +133,33 @@ fn a_server_that_has_gone_is_told_to_the_clients_of_its_flows_alone() {
     rig.finish_owned().unwrap();
 }
 
+/// A client that asks again and again comes to the other side once nobody has answered it for the idle time.
+#[test]
+fn errors_of_a_server_that_has_gone_keep_no_flow_alive() {
+    /// More often than a flow is forgotten: each error would be in time to keep it.
+    const PACE: Duration = Duration::from_millis(200);
+    let rig = Rig::new("refusing").unwrap();
+    rig.attach_owned(Duration::from_secs(2)).unwrap();
+    let (a, b) = (server(&rig.lab.a).unwrap(), server(&rig.lab.b).unwrap());
+    let [old, _new] = under_way(&rig, &rig.lab.client, [&a, &b]).unwrap();
+    drop(a);
+    for server in &b {
+        server.set_read_timeout(Some(PACE)).unwrap();
+    }
+    let (mut asked, mut came) = (0, [false; 2]);
+    while came != [true; 2] {
+        assert!(asked < 50, "{came:?}");
+        asked += 1;
+        for ((client, server), came) in old.iter().zip(&b).zip(&mut came) {
+            // It is told of the error before: then nothing was sent.
+            client.send(b"?").or_else(|_| client.send(b"?")).unwrap();
+            *came |= server.recv_from(&mut [0; 8]).is_ok();
+        }
+        assert!(asked > 2 || came == [false; 2], "they have flows");
+    }
+    rig.finish_owned().unwrap();
+}
+
 #[test]
 fn a_router_with_a_narrow_link_is_heard_by_the_owner_of_a_flow_of_datagrams() {
     /// Too long for the client's link of 1280 bytes, not for the service's.

@@ -101,6 +101,8 @@ fn a_drain_does_not_wait_for_one_whose_namespace_is_gone() {
     assert_eq!(asking.who().unwrap(), "a");
     rig.switch_to(&rig.lab.b).unwrap();
     remove_namespace(&rig, "a");
+    let again = rig.ok(&["switch", NAME, "--to", rig.lab.b.name()]).unwrap();
+    assert_eq!(again["changed"], false, "{again}");
     let report = rig.ok(&["drain", NAME, "--deadline", "10"]).unwrap();
     assert_eq!(report["drain"]["settled"], true, "{report}");
     for end in ends() {

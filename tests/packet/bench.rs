@@ -38,7 +38,7 @@ pub(crate) const REDIRECT: i32 = 7;
 pub(crate) const PORT: u16 = 80;
 /// How many flows can be learned here.
 pub(crate) const LEARNED: u32 = 4;
-const IDLE_NS: u64 = 10_000_000_000;
+pub(crate) const IDLE_NS: u64 = 10_000_000_000;
 
 /// Where the fields of `struct __sk_buff` are (`linux/bpf.h`).
 const MARK: usize = 8;

@@ -9,7 +9,9 @@ use patchswitch_common::verdict::{AGAIN_MARK, Hook};
 use patchswitch_common::word::Word;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
-use crate::bench::{Bench, DROP, Family, LEARNED, NEXT, PORT, REDIRECT, Seen, families, key, service};
+use crate::bench::{
+    Bench, DROP, Family, IDLE_NS, LEARNED, NEXT, PORT, REDIRECT, Seen, families, key, service,
+};
 use crate::frame::{self, Ip, Place, ethernet, finish, icmp, payload_sum, sctp, seal, sum, tcp, udp};
 use crate::steer::{ACK, DRAINING, SYN};
 
@@ -220,6 +222,11 @@ fn expected(packet: &Ip, source: IpAddr, at: Option<usize>) -> Ip {
     wanted
 }
 
+/// A datagram of a client, as an error about it quotes it.
+fn quoted_by(client: (IpAddr, u16), family: Family) -> Vec<u8> {
+    udp(client, (family.service, PORT), b"x").bytes()
+}
+
 #[test]
 fn replies_of_learned_flows_get_the_services_address() {
     let mut bench = Bench::new("rewrite").unwrap();
@@ -259,7 +266,7 @@ fn replies_of_learned_flows_get_the_services_address() {
         }
         bench.word(noticed).unwrap();
         // The error that the retiring one sends about a client's datagram; what it quotes is not touched.
-        let quoted = udp(client, (family.service, PORT), b"x").bytes();
+        let quoted = quoted_by(client, family);
         let behind = Ip {
             extensions: if v4 { Vec::new() } else { vec![0, 60] },
             ..udp(client, (family.service, PORT), b"x")
@@ -280,6 +287,19 @@ fn replies_of_learned_flows_get_the_services_address() {
         let seen = bench.partition(Slot::A, &right).unwrap();
         check(&seen, REDIRECT, &["out", "learned"], "its own right answer");
         assert_eq!(seen.frame, right.frame(mac));
+        // An error is no answer; and what is pushed after the idle time has the right address, but the flow is over.
+        let refused =
+            icmp(family.service, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted_by(client, family));
+        let flow = key((family.client, 1000), PORT, frame::UDP);
+        let before = bench.remembered(flow).unwrap().unwrap();
+        check(&bench.partition(Slot::A, &refused).unwrap(), REDIRECT, &["out"], "its error");
+        assert_eq!(bench.remembered(flow).unwrap(), Some(before));
+        bench.remember(flow, family.service, Slot::A, IDLE_NS + 1_000_000_000).unwrap();
+        let before = bench.remembered(flow).unwrap().unwrap();
+        check(&bench.partition(Slot::A, &right).unwrap(), REDIRECT, &["out"], "too late");
+        let seen = bench.partition(Slot::A, &udp(own, client, b"late")).unwrap();
+        check(&seen, REDIRECT, &["out", rewritten], "too late, from its own address");
+        assert_eq!(bench.remembered(flow).unwrap(), Some(before));
         // The active one is not rewritten, whatever was learned.
         let other = udp((family.own_b, PORT), client, b"x");
         check(&bench.partition(Slot::B, &other).unwrap(), NEXT, &["out_by_stack"], "the active one's own");

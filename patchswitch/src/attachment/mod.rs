@@ -454,6 +454,7 @@ impl Attachment {
         let (from, target) = (to.other(), self.slot(to)?.clone());
         self.report_events();
         self.all_learned(options)?;
+        self.tell_of_unlearned(from);
         self.reachable(to)?;
         let leaving = self.leaving(from)?;
         self.look_at_retiring(from, leaving.as_ref(), options)?;
@@ -515,6 +516,20 @@ impl Attachment {
     pub(crate) fn report_events(&mut self) {
         if let Err(error) = self.plane.report_events() {
             tracing::debug!("{}", remove::text(&AttachError::Dataplane(error)));
+        }
+    }
+
+    /// Warns of what a give-back cuts while the other side drains, if nobody has remembered it.
+    fn tell_of_unlearned(&self, from: Slot) {
+        let word = self.plane.word();
+        if word.phase() != Phase::Draining || word.learns() || self.record.service_ports.udp.is_empty() {
+            return;
+        }
+        if let Some(entry) = self.record.slots[from as usize].as_ref() {
+            tracing::warn!(
+                "flows of datagrams that {} has begun since the switch are not known (switch --learn) and go back with the others",
+                entry.netns
+            );
         }
     }
 

@@ -160,6 +160,10 @@ impl Attachment {
         else {
             return Ok(None);
         };
+        if !serving && self.record.gone(slot).is_some() {
+            // It begins nothing any more.
+            return Ok(None);
+        }
         let netns = self.netns(slot)?;
         if wiring::prefers_source(&self.record, entry, &netns, serving).await? {
             return Ok(None);

@@ -214,6 +214,7 @@ impl Define {
             is_store: self.standby,
             store: self.store,
             reserve: None,
+            spare: Vec::new(),
         })
     }
 }

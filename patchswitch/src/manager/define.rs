@@ -38,6 +38,9 @@ pub struct Definition {
     /// What it was before it became a clone, and is again when the clone is discarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reserve: Option<PartitionSpec>,
+    /// Stores that it has beyond what the partition needs of which it is a clone: they are its own again with the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spare: Vec<Backing>,
 }
 
 /// Where a partition's root comes from.
@@ -286,8 +289,9 @@ impl Manager {
         self.stop(&machine)?;
         let _ = Console::of(name).remove().map_err(LifecycleError::from)?;
         // The row goes last: by it the images are known to who comes after a kill.
-        for disk in &machine.disks {
-            if let Backing::Image(path) = &disk.backing {
+        let stores = machine.disks.iter().map(|disk| &disk.backing).chain(&machine.definition.spare);
+        for store in stores {
+            if let Backing::Image(path) = store {
                 // Under another's name it is another's: commits exchange what is behind disks.
                 disk::remove_image(path)?;
             }

@@ -90,7 +90,11 @@ impl Manager {
                 let cow = disk.clone.as_ref().map(|clone| &clone.cow);
                 images.extend([Some(&disk.backing), cow].into_iter().flatten().filter_map(image));
             }
-            let disk = machine.disks.iter().map(|disk| signed(disk.sectors * 512)).sum();
+            let spare = &machine.definition.spare;
+            images.extend(spare.iter().filter_map(image));
+            let sectors = machine.disks.iter().map(|disk| Ok(disk.sectors));
+            let sectors = sectors.chain(spare.iter().map(Backing::sectors)).sum::<Result<u64, _>>()?;
+            let disk = signed(sectors * 512);
             let amounts = Amounts { cpu_percent: row.cpu_percent.into(), memory: signed(row.memory), disk };
             let (role, service, network) = (row.role, row.service, row.network);
             shares.push(Share { partition: row.name, role, service, amounts, network });

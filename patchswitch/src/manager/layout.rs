@@ -126,7 +126,8 @@ impl Manager {
         for row in self.store.partitions()? {
             let machine = self.machine(&row.name)?;
             let stores = machine.clones().into_iter().map(|clone| clone.cow);
-            let mut all = machine.disks.iter().map(|disk| disk.backing.clone()).chain(stores);
+            let own = machine.disks.iter().map(|disk| &disk.backing).chain(&machine.definition.spare);
+            let mut all = own.cloned().chain(stores);
             let is_it = |backing: Backing| match backing {
                 Backing::Device(path) => disk::number(&path).is_ok_and(|number| number == device),
                 Backing::Image(_) => false,

@@ -48,7 +48,12 @@ impl Manager {
             pids: reserve.pids.max(active.spec().pids),
             ..active.spec().renamed(standby.name().clone())
         };
-        let definition = Definition { spec, reserve: Some(reserve), ..standby.definition.clone() };
+        let uses = |store: &Backing| {
+            clones.iter().any(|clone| clone.cow == *store) || copies.iter().any(|copy| copy.target == *store)
+        };
+        let spare =
+            standby.disks.iter().map(|disk| disk.backing.clone()).filter(|store| !uses(store)).collect();
+        let definition = Definition { spec, reserve: Some(reserve), spare, ..standby.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),
             generation: active.row.generation + 1,
@@ -164,6 +169,7 @@ impl Manager {
         stores: &[Backing],
     ) -> Result<(store::Partition, Vec<store::Disk>), ManagerError> {
         let spec = machine.definition.reserve.clone().unwrap_or_else(|| machine.spec().clone());
+        let stores: Vec<&Backing> = stores.iter().chain(&machine.definition.spare).collect();
         let disk = |(disk, backing): (&crate::partition::spec::Disk, &Backing)| -> Result<_, ManagerError> {
             Ok(store::Disk {
                 partition: machine.name().clone(),
@@ -173,8 +179,11 @@ impl Manager {
                 cow: None,
             })
         };
-        let disks = spec.disks.iter().zip(stores).map(disk).collect::<Result<_, _>>()?;
-        let definition = Definition { spec, reserve: None, is_store: true, ..machine.definition.clone() };
+        let disks = spec.disks.iter().zip(stores.iter().copied()).map(disk).collect::<Result<_, _>>()?;
+        // Of what has served it may have some still, which it had when it was a larger standby.
+        let spare = stores.into_iter().skip(spec.disks.len()).cloned().collect();
+        let definition =
+            Definition { spec, reserve: None, is_store: true, spare, ..machine.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),
             role: Role::Standby,

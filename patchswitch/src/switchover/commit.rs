@@ -95,10 +95,10 @@ pub(super) fn merge(job: &mut Context<'_>) -> Result<(), Failure> {
         return Err(Failure { phase: Phase::Commit, reason, code: ExitCode::Failed });
     }
     let intent = json!({"clones": new.clones()});
-    (job.say)("commit …");
     let step = job.manager.store.intend(job.job, Phase::Commit.name(), &intent).map_err(at(Phase::Commit))?;
     // From here on there is only one way, and if it is not gone to the end now, `up` goes it.
     job.unfinished = true;
+    (job.say)("commit …");
     let bytes = merge_disks(job.manager, &service).map_err(at(Phase::Commit))?;
     let seconds = start.elapsed().as_secs_f64();
     job.report.phase(Phase::Commit, seconds);

@@ -119,9 +119,7 @@ pub(super) async fn hand_over(
         }
         Err(failure) => {
             let moved = deed.moved.take();
-            // What is ended and begun again may take as long as what failed, and clients wait for that as well.
-            wait_longer(job, &mut hold, PUT_BACK + PUT_BACK.max(how.hold));
-            let undone = put_back(job, how, handing, (moved, &hold));
+            let undone = put_back(job, how, handing, (moved, &mut hold));
             let called_off = job.attachment.call_off(hold).await.map_err(at(phase));
             match undone.and(called_off) {
                 Ok(_) => Err(failure),
@@ -305,15 +303,16 @@ fn put_back(
     job: &mut Context<'_>,
     how: &Quiesce,
     Handing { phase, from, .. }: Handing<'_>,
-    (moved, hold): (Option<(Machine, Machine)>, &Hold),
+    (moved, hold): (Option<(Machine, Machine)>, &mut Hold),
 ) -> Result<(), Failure> {
     let service = job.service.name.clone();
     let from = match moved {
         None => from.clone(),
         Some((old, new)) => {
             // It may not have begun at all; and one that does not end must not go on with the disk.
-            if let Err(why) = run(job, &new, &how.stop, PUT_BACK) {
+            if let Err(why) = end(job, (how, &new), hold) {
                 tracing::warn!("{}; the partition is stopped", failed(phase, &new, "stop", why).reason);
+                wait_longer(job, hold, longest_stop(new.spec(), job.manager.config.job.stop));
                 job.manager.stop(&new).map_err(at(phase))?;
             }
             job.manager.take_disks(&new).map_err(at(phase))?;
@@ -327,7 +326,39 @@ fn put_back(
         }
     };
     job.manager.give_disks(&from).map_err(at(phase))?;
-    run(job, &from, &how.start, PUT_BACK.max(how.hold)).map_err(|why| failed(phase, &from, "start", why))
+    begin_again(job, how, (phase, &from), hold)
+}
+
+/// The server of whoever has the service again. One that was told to end, and has not in its time, may be at it still: it begins when
+/// it has ended, or with its partition. Each step has a time of its own, for which clients wait as well.
+fn begin_again(
+    job: &mut Context<'_>,
+    how: &Quiesce,
+    (phase, from): (Phase, &Machine),
+    hold: &mut Hold,
+) -> Result<(), Failure> {
+    let begin = |job: &Context<'_>, hold: &mut Hold| {
+        let limit = PUT_BACK.max(how.hold);
+        wait_longer(job, hold, limit);
+        run(job, from, &how.start, limit).map_err(|why| failed(phase, from, "start", why))
+    };
+    let Err(failure) = begin(job, hold) else { return Ok(()) };
+    tracing::warn!("{}; it is ended first", failure.reason);
+    if let Err(why) = end(job, (how, from), hold) {
+        tracing::warn!("{}; the partition is started anew", failed(phase, from, "stop", why).reason);
+        let limit = job.manager.config.job.restart;
+        wait_longer(job, hold, longest_stop(from.spec(), job.manager.config.job.stop) + limit);
+        let mut running = job.manager.restart(from, false).map_err(at(phase))?;
+        Manager::wait_started(&mut running, from, limit).map_err(at(phase))?;
+        job.manager.give_disks(from).map_err(at(phase))?;
+    }
+    begin(job, hold)
+}
+
+/// Ends the server of who was to have the service, or has it again; clients wait for as long as that may take.
+fn end(job: &Context<'_>, (how, machine): (&Quiesce, &Machine), hold: &mut Hold) -> Result<(), String> {
+    wait_longer(job, hold, PUT_BACK);
+    run(job, machine, &how.stop, PUT_BACK)
 }
 
 /// What is given back is given back, also if nobody wants the job any more.

@@ -245,7 +245,7 @@ impl Partitions {
         let flow = self.learned.get(&key(&packet.flow)).copied();
         let answered = flow.filter(|(slot, _)| *slot == way.slot).map(|(_, local)| local);
         if self.is_service(&network.source) {
-            if packet.kind != Kind::LaterFragment && answered.is_some() {
+            if packet.kind == Kind::Direct && answered.is_some() {
                 self.remember(way, packet, network.source);
             }
             return None;

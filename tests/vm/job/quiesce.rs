@@ -112,6 +112,59 @@ fn a_server_that_does_not_begin_or_does_not_end_is_put_back() {
     stage.finish();
 }
 
+/// It has begun to end when its time is over, and cannot begin before it has ended: neither by itself, nor with its partition if it
+/// never does.
+#[test]
+fn a_server_that_is_still_ending_is_put_back_when_it_has_ended() {
+    let stage = Stage::new(&Settings { more: LINGERS, ..settings() });
+    let before = Snapshot::take().unwrap();
+    let writers = Writers::start(&stage);
+    let id = stage.says("v2");
+    let put_back = |warned: &str| {
+        let said = stage.ends_with(22, &["apply", SERVICE, "--patch", &id]);
+        assert!(said.contains("stop failed in web-a: the command"), "{said}");
+        assert!(
+            said.contains("start failed in web-a: exit status 1: it is ending; it is ended first"),
+            "{said}"
+        );
+        assert_eq!(said.contains("the partition is started anew"), !warned.is_empty(), "{said}");
+        assert!(said.contains(warned), "{said}");
+        assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+        nothing_to_do(&stage);
+    };
+    put_back("");
+    writers.stop_unnoticed(&stage);
+    nothing_left(&stage, &before);
+    stage.ok(&["partition", "exec", "web-a", "--", "/bin/sh", "-c", "echo never > /run/lingers"]);
+    put_back("did not end within 30.0 s and was killed; the partition is started anew");
+    stage.configure(&settings());
+    stage.finish();
+}
+
+/// It stands still when it is told to end, until it is told once more; or for ever.
+const LINGERS: &str = r#"strategy = "quiesce"
+[service.quiesce]
+stop = """
+pid=$(cat /run/redis.pid)
+if [ $(cat /etc/says) = v1 ]; then
+    case $(cat /run/lingers 2>/run/said) in
+    again) kill -CONT $pid; rm /run/lingers;;
+    never) kill -STOP $pid;;
+    *) kill -STOP $pid; echo again > /run/lingers;;
+    esac
+fi
+/usr/bin/db stop
+"""
+start = """
+if [ -e /run/lingers ] && [ -e /proc/$(cat /run/redis.pid)/exe ]; then echo it is ending >&2; exit 1; fi
+/usr/bin/db start
+"""
+hold = "2s"
+[[service.probe]]
+kind = "tcp"
+port = 6379
+"#;
+
 /// Clients are not to wait for long.
 const BRIEF: &str = "strategy = \"quiesce\"\n\
     [service.quiesce]\nstop = \"/usr/bin/db stop\"\nstart = \"/usr/bin/db start\"\nhold = \"6s\"\n\

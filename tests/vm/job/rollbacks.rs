@@ -232,3 +232,36 @@ fn what_is_not_known_is_not_claimed(stage: &Stage) {
     assert!(said.stdout.contains("lost by the rollback: sectors that are not known"), "{said:?}");
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
 }
+
+/// A standby may have more disks than whom it patches: what is not needed waits meanwhile, and is removed with the partition at last.
+#[test]
+fn a_standby_with_more_disks_gets_them_all_back() {
+    let stage = Stage::new(&Settings {
+        standby: &["--size", "40M", "--disk", "more:80M:/more"],
+        ..Settings::default()
+    });
+    stage.says("v2");
+    let disks = || {
+        let of = |name: &str| stage.json(&["partition", "show", name])["disks"].as_array().unwrap().len();
+        let images = fs::read_dir(path("state/disks")).unwrap().count();
+        (of("web-a"), of("web-b"), images)
+    };
+    assert_eq!(disks(), (1, 2, 3));
+    // Who is removed while it is lent, or was, has them all.
+    for command in ["rollback", "commit"] {
+        stage.ok(&["apply", SERVICE]);
+        assert_eq!(disks(), (1, 1, 3));
+        stage.ok(&[command, SERVICE]);
+        assert_eq!(disks(), if command == "commit" { (1, 1, 3) } else { (1, 2, 3) });
+    }
+    // And from one that has some beyond its own.
+    stage.says("v3");
+    stage.ok(&["apply", SERVICE, "--commit"]);
+    assert_eq!(disks(), (1, 1, 3));
+    stage.ok(&["service", "remove", SERVICE]);
+    for partition in ["web-a", "web-b"] {
+        stage.ok(&["partition", "remove", partition]);
+    }
+    assert_eq!(fs::read_dir(path("state/disks")).map_or(0, Iterator::count), 0);
+    stage.nothing_left();
+}

@@ -184,7 +184,7 @@ fn a_store_that_was_not_cleared_is_cleared() {
     let cow = clones[0].cow.path().display().to_string();
     // A header as the kernel leaves it: magic, valid, version, chunk.
     sh(&format!(
-        "printf 'SnAp\\001\\000\\000\\000\\001\\000\\000\\000\\020\\000\\000\\000' | dd of={cow} conv=notrunc,fsync status=none"
+        "printf 'SnAp\\001\\000\\000\\000\\001\\000\\000\\000\\100\\000\\000\\000' | dd of={cow} conv=notrunc,fsync status=none"
     ));
     let committed =
         resume_merge(&lab.dm, &clones, PATIENCE, &mut |_| panic!("there is nothing to merge")).unwrap();

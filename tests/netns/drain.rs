@@ -207,6 +207,42 @@ fn connections_that_the_partition_made_itself_are_listed_and_not_waited_for() {
     rig.finish().unwrap();
 }
 
+#[test]
+fn datagrams_that_the_partition_began_itself_are_listed_and_not_waited_for() {
+    let rig = Rig::new("outgoing-udp").unwrap();
+    rig.attach_owned(Duration::from_secs(60)).unwrap();
+    let ends = SERVICE.into_iter().zip(CLIENT).map(|(service, client)| {
+        let remote = rig.lab.client.enter(|| Ok(UdpSocket::bind((client, 0))?)).unwrap();
+        remote.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+        let ours = rig.lab.a.enter(|| Ok(UdpSocket::bind((service, 0))?)).unwrap();
+        ours.connect(remote.local_addr().unwrap()).unwrap();
+        (ours, remote)
+    });
+    let ends: Vec<_> = ends.collect();
+    let tell = || {
+        for (ours, remote) in &ends {
+            ours.send(b"!").unwrap();
+            assert_eq!(remote.recv_from(&mut [0; 8]).unwrap().1, ours.local_addr().unwrap());
+        }
+    };
+    udp::learn(&rig).unwrap();
+    tell();
+    udp::switch(&rig, Slot::B).unwrap();
+    tell();
+    assert_eq!(remembered(), 2);
+    let flows = rig.ok(&["flows", NAME]).unwrap();
+    let retiring = &flows["partitions"][1]["flows"];
+    assert_eq!(
+        (&retiring["learned"], retiring["outgoing"].as_array().unwrap().len()),
+        (&0.into(), 2),
+        "{flows}"
+    );
+    let report = rig.ok(&["drain", NAME, "--deadline", "5"]).unwrap();
+    assert_eq!(report["drain"]["settled"], true, "{report}");
+    assert!(report["drain"]["seconds"].as_f64().unwrap() < 2.0, "{report}");
+    rig.finish_owned().unwrap();
+}
+
 fn connect_from(address: &str, to: std::net::SocketAddr) -> anyhow::Result<TcpStream> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };

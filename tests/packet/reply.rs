@@ -287,23 +287,42 @@ fn replies_of_learned_flows_get_the_services_address() {
         let seen = bench.partition(Slot::A, &right).unwrap();
         check(&seen, REDIRECT, &["out", "learned"], "its own right answer");
         assert_eq!(seen.frame, right.frame(mac));
-        // An error is no answer; and what is pushed after the idle time has the right address, but the flow is over.
-        let refused =
-            icmp(family.service, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted_by(client, family));
-        let flow = key((family.client, 1000), PORT, frame::UDP);
-        let before = bench.remembered(flow).unwrap().unwrap();
-        check(&bench.partition(Slot::A, &refused).unwrap(), REDIRECT, &["out"], "its error");
-        assert_eq!(bench.remembered(flow).unwrap(), Some(before));
-        bench.remember(flow, family.service, Slot::A, IDLE_NS + 1_000_000_000).unwrap();
-        let before = bench.remembered(flow).unwrap().unwrap();
-        check(&bench.partition(Slot::A, &right).unwrap(), REDIRECT, &["out"], "too late");
-        let seen = bench.partition(Slot::A, &udp(own, client, b"late")).unwrap();
-        check(&seen, REDIRECT, &["out", rewritten], "too late, from its own address");
-        assert_eq!(bench.remembered(flow).unwrap(), Some(before));
         // The active one is not rewritten, whatever was learned.
         let other = udp((family.own_b, PORT), client, b"x");
         check(&bench.partition(Slot::B, &other).unwrap(), NEXT, &["out_by_stack"], "the active one's own");
         bench.forget().unwrap();
+    }
+    bench.finish().unwrap();
+}
+
+/// An error is no answer; and what is pushed after the idle time gets the right address, but the flow is over.
+#[test]
+fn neither_an_error_nor_a_late_answer_keeps_a_flow() {
+    let mut bench = Bench::new("late").unwrap();
+    bench.word(DRAINING.with_notice(true)).unwrap();
+    for family in families() {
+        let v4 = family.client.is_ipv4();
+        let (client, own) = ((family.client, 1000), (family.own_a, PORT));
+        let flow = key(client, PORT, frame::UDP);
+        let rewritten = if v4 { "rewritten_v4" } else { "rewritten_v6" };
+        let error =
+            icmp(family.service, family.client, if v4 { 3 } else { 1 }, [0; 4], &quoted_by(client, family));
+        let late = [
+            ("its error", 0, error, &["out"][..]),
+            ("too late", IDLE_NS + 1_000_000_000, reply(family.service, family), &["out"]),
+            (
+                "too late, from its own address",
+                IDLE_NS + 1_000_000_000,
+                udp(own, client, b"late"),
+                &["out", rewritten],
+            ),
+        ];
+        for (what, age, packet, counted) in late {
+            bench.remember(flow, family.service, Slot::A, age).unwrap();
+            let before = bench.remembered(flow).unwrap();
+            check(&bench.partition(Slot::A, &packet).unwrap(), REDIRECT, counted, what);
+            assert!(before.is_some() && bench.remembered(flow).unwrap() == before, "{what}");
+        }
     }
     bench.finish().unwrap();
 }

@@ -1,12 +1,13 @@
 //! Which flows a partition has, asked from the kernel: to look needs no lock.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
 use patchswitch_common::Slot;
 use serde::Serialize;
 
 use super::{AttachError, Attachment, Gone, Record, ServicePorts, SwitchOptions, here, limits, preflight};
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, to_wire};
 use crate::host::linux::netns::{Netns, NetnsRef};
 use crate::host::linux::sockets::{self, Protocol, Socket};
 use crate::names::Name;
@@ -157,7 +158,9 @@ fn flows(record: &Record, plane: &Dataplane, slot: Slot) -> Result<Flows, Attach
         .any(|ports| ports.contains(&socket.local.port()))
     };
     let ours = |socket: &Socket| record.addresses.contains(&socket.local.ip());
-    let mut flows = Flows { learned: plane.learned(slot)?, ..Flows::default() };
+    let mut flows = Flows::default();
+    // What the partition has begun itself, by sockets that know their other end.
+    let mut begun = HashSet::new();
     for socket in all {
         if socket.is_listener() {
             let wide = socket.local.ip().is_unspecified() || ours(&socket);
@@ -168,10 +171,15 @@ fn flows(record: &Record, plane: &Dataplane, slot: Slot) -> Result<Flows, Attach
                 flows.accepted.push(flow);
                 flows.sockets.push(socket);
             } else {
+                if socket.protocol == Protocol::Udp {
+                    let (remote, local) = (socket.remote, socket.local.port());
+                    let _ = begun.insert((to_wire(remote.ip()), remote.port(), local));
+                }
                 flows.outgoing.push(flow);
             }
         }
     }
+    flows.learned = plane.learned_but(slot, &begun)?;
     Ok(flows)
 }
 

@@ -1,14 +1,16 @@
 //! The pinned maps, one function for each thing that is done to one.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use patchswitch_common::Slot;
 use patchswitch_common::maps::{Address, FlowKey, FlowRecord, Quick, Settings, SlotEntry, UplinkEntry};
+use patchswitch_common::parse::protocol;
 use patchswitch_common::word::Word;
 
-use super::DataplaneError;
+use super::{DataplaneError, UdpEnds};
 use crate::host::linux::clock::boot_ns;
 
 pub(super) const WORD: &str = "WORD";
@@ -122,8 +124,12 @@ pub(super) fn add_uplink(directory: &Path, ifindex: u32, mac: [u8; 6]) -> Result
     hash::<u32, UplinkEntry>(directory, UPLINKS)?.insert(ifindex, entry, 0).map_err(failed("write", UPLINKS))
 }
 
-/// Counts the fresh flows of a slot and removes the stale ones of both.
-pub(super) fn count_learned(directory: &Path, slot: Slot) -> Result<usize, DataplaneError> {
+/// Counts the fresh flows of a slot that are not left out, and removes the stale ones of both.
+pub(super) fn count_learned(
+    directory: &Path,
+    slot: Slot,
+    leave_out: &HashSet<UdpEnds>,
+) -> Result<usize, DataplaneError> {
     let settings = read_settings(directory)?;
     let mut flows = hash::<FlowKey, FlowRecord>(directory, LEARNED)?;
     let now = boot_ns();
@@ -133,13 +139,22 @@ pub(super) fn count_learned(directory: &Path, slot: Slot) -> Result<usize, Datap
             Ok((key, record)) if now.saturating_sub(record.seen_ns) > settings.learned_idle_ns => {
                 stale.push(key);
             }
-            Ok((_, record)) if record.slot == slot.index() => fresh += 1,
-            // The other slot's, or removed while it was read.
+            Ok((key, record)) if record.slot == slot.index() && !leave_out.contains(&udp_ends(&key)) => {
+                fresh += 1;
+            }
+            // The other slot's, left out, or removed while it was read.
             _ => {}
         }
     }
     remove(&mut flows, &stale)?;
     Ok(fresh)
+}
+
+/// What `leave_out` of [`count_learned`] knows a flow by; nothing that is not UDP is in it.
+fn udp_ends(key: &FlowKey) -> UdpEnds {
+    let udp = key.protocol == protocol::UDP;
+    let [remote, local] = [key.remote_port, key.local_port].map(u16::from_be);
+    (if udp { key.remote } else { [0; 16] }, remote, local)
 }
 
 pub(super) fn clear_learned(directory: &Path) -> Result<(), DataplaneError> {

@@ -28,6 +28,7 @@ pub use load::{ensure_bpffs, object};
 pub use log::Line;
 pub use self_test::SelfTestError;
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -370,7 +371,15 @@ impl Dataplane {
     /// # Errors
     /// [`DataplaneError::Map`].
     pub fn learned(&self, slot: Slot) -> Result<usize, DataplaneError> {
-        maps::count_learned(&self.directory, slot)
+        self.learned_but(slot, &HashSet::new())
+    }
+
+    /// As [`Dataplane::learned`], and these flows of UDP are not counted.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Map`].
+    pub fn learned_but(&self, slot: Slot, those: &HashSet<UdpEnds>) -> Result<usize, DataplaneError> {
+        maps::count_learned(&self.directory, slot, those)
     }
 
     /// Forgets all learned flows.
@@ -428,6 +437,13 @@ fn twin_dir(directory: &Path) -> PathBuf {
 fn indices(uplinks: &[(u32, UplinkEntry)]) -> Vec<u32> {
     uplinks.iter().map(|(index, _)| *index).collect()
 }
+
+/// A flow of UDP: address and port of the other end, and the port of the service; ports in the processor's byte order.
+pub type Datagrams = (Address, u16, u16);
+
+/// The ends of a flow of UDP: address and port of the other one, and the port of the partition's; ports in the processor's byte
+/// order.
+pub type UdpEnds = (Address, u16, u16);
 
 /// An address as the maps have it.
 pub fn to_wire(address: IpAddr) -> Address {

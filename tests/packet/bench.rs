@@ -24,6 +24,7 @@ use patchswitch_common::word::Word;
 use patchswitch_tests::any_frame;
 use patchswitch_tests::netlab::{CLIENT, Ns, OWN_A, OWN_B, SERVICE, SwitchLab, UPLINK};
 
+use crate::buffers::{Counts, Flows};
 use crate::frame::ETHERNET;
 use crate::xdp;
 
@@ -284,12 +285,12 @@ impl Bench {
     }
 
     /// The learned flows.
-    fn flows(&mut self) -> anyhow::Result<Vec<(FlowKey, FlowRecord)>> {
+    pub(crate) fn flows(&mut self) -> anyhow::Result<Flows> {
         Ok(self.hash("LEARNED")?.iter().collect::<Result<_, _>>()?)
     }
 
     /// Makes the learned flows what they were: what one program learned of a packet, the other one has to learn itself.
-    fn put_back(&mut self, flows: &[(FlowKey, FlowRecord)]) -> anyhow::Result<()> {
+    pub(crate) fn put_back(&mut self, flows: &[(FlowKey, FlowRecord)]) -> anyhow::Result<()> {
         let now = self.flows()?;
         let mut map = self.hash::<FlowKey, FlowRecord>("LEARNED")?;
         for (key, _) in now.iter().filter(|(key, _)| flows.iter().all(|(old, _)| old != key)) {
@@ -470,7 +471,7 @@ impl Bench {
     /// A packet of a client. It must come out as it went in.
     pub(crate) fn client(&mut self, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
         let frame = packet.frame(self.uplink.mac);
-        let seen = self.run(Hook::Uplink, self.uplink, 0, &frame)?;
+        let seen = self.run_in_all(Hook::Uplink, self.uplink, &frame)?;
         ensure!(seen.frame == frame, "the packet was changed");
         Ok(seen)
     }
@@ -478,7 +479,25 @@ impl Bench {
     /// A packet of a partition.
     pub(crate) fn partition(&mut self, slot: Slot, packet: &crate::frame::Ip) -> anyhow::Result<Seen> {
         let link = self.links[slot as usize];
-        self.run(Hook::FromPartition, link, 0, &packet.frame(link.mac))
+        self.run_in_all(Hook::FromPartition, link, &packet.frame(link.mac))
+    }
+
+    /// All counters, each by processor, and how often programs were run.
+    pub(crate) fn counts(&mut self) -> anyhow::Result<Counts> {
+        let array: PerCpuArray<_, u64> = self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
+        let all = (0..array.len()).map(|index| array.get(&index, 0)).collect::<Result<_, _>>()?;
+        Ok((all, self.runs.clone()))
+    }
+
+    /// Makes them what they were.
+    pub(crate) fn set_counts(&mut self, (all, runs): Counts) -> anyhow::Result<()> {
+        let mut array: PerCpuArray<_, u64> =
+            self.ebpf.map_mut("COUNTERS").context("no counters")?.try_into()?;
+        for (index, values) in all.into_iter().enumerate() {
+            array.set(u32::try_from(index)?, values, 0)?;
+        }
+        self.runs = runs;
+        Ok(())
     }
 
     /// Every counter that is not 0: verdicts of all hooks and events.

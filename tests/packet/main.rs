@@ -1,6 +1,7 @@
 //! The programs by themselves: packets in, verdicts, counters and packets out (`BPF_PROG_TEST_RUN`). Needs root.
 
 mod bench;
+mod buffers;
 #[cfg(test)]
 mod burst;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use aya::util::KernelVersion;
 use patchswitch_common::Slot;
 use patchswitch_common::verdict::Hook;
 
-use crate::bench::{Bench, Family, PORT, families, key};
+use crate::bench::{Bench, Done, Family, Link, PORT, families, key};
 use crate::frame::{self, Ip, Place, icmp, sctp, seal, tcp, udp};
 use crate::steer::{ACK, DRAINING};
 
@@ -63,6 +63,22 @@ fn run(program: i32, link: u32, frame: &[u8], out: &mut [u8]) -> io::Result<(i32
         return Err(io::Error::last_os_error());
     }
     Ok((attributes.action.cast_signed(), attributes.length_out))
+}
+
+/// What a program does with a packet that comes on a link, whose sum the card has computed. Nothing if this kernel cannot test it.
+pub(crate) fn summed(bench: &mut Bench, hook: Hook, on: Link, frame: &[u8]) -> anyhow::Result<Option<Done>> {
+    let host = bench.lab.host.clone();
+    let program = bench.program(hook)?.fd()?.as_fd().as_raw_fd();
+    let mut out = vec![0; frame.len() + 256];
+    let is_tested = KernelVersion::current()? >= KernelVersion::new(6, 16, 0);
+    match host.enter(|| Ok(run(program, on.index, frame, &mut out)))? {
+        Ok((action, length)) => {
+            out.truncate(length as usize);
+            Ok(Some((action, out)))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !is_tested => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What comes out of the program for a packet of the first partition. Nothing if this kernel cannot test it.

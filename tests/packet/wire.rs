@@ -12,7 +12,7 @@ use patchswitch_tests::netlab::{CLIENT_LINK, Ns, UPLINK};
 use pnet::datalink::{self, Channel, DataLinkReceiver, DataLinkSender};
 
 use crate::bench::{Bench, Family, PORT, families};
-use crate::frame::udp;
+use crate::frame::{ETHERNET, udp};
 use crate::steer::DRAINING;
 
 /// A frame with a tag: priority and number of the VLAN.
@@ -89,6 +89,28 @@ fn nothing_shorter_than_its_header_comes_in() {
     }
     wire.send_to(&frame, None).unwrap().unwrap();
     assert!(bench.run(Hook::Uplink, bench.uplink, 0, &frame).is_ok());
+}
+
+/// A frame that ends where its packet should begin. Not every kernel takes it in a test run.
+#[test]
+fn a_frame_without_a_packet_is_left_to_the_kernel() {
+    let mut bench = Bench::new("empty").unwrap();
+    bench.attach(Hook::Uplink, UPLINK).unwrap();
+    let (mut wire, _) = wire(&bench.lab.client, CLIENT_LINK).unwrap();
+    for family in families() {
+        let servers = servers(&bench, family).unwrap();
+        for (word, to) in [(Word::steady(Slot::A, 1), 0), (DRAINING, 1)] {
+            bench.word(word).unwrap();
+            let last = udp((family.stranger, 1000), (family.service, PORT), b"last").frame(bench.uplink.mac);
+            let before = bench.counters().unwrap();
+            for frame in [&last[..ETHERNET], &last] {
+                wire.send_to(frame, None).unwrap().unwrap();
+            }
+            assert_eq!(received(&servers, b"last").unwrap(), [(to, b"last".to_vec())]);
+            let after = bench.counters().unwrap();
+            assert_eq!(after["malformed"] - before["malformed"], 1, "{before:?} {after:?}");
+        }
+    }
 }
 
 #[test]

@@ -119,6 +119,44 @@ fn a_rollback_that_is_put_back_stops_what_it_started(stage: &Stage) {
     assert_eq!(stage.who(), "v4");
 }
 
+/// A probe that somebody can make fail.
+const OBSERVED: &str = "deadline = \"20s\"\n\
+    [[service.probe]]\nkind = \"command\"\ncommand = \"test ! -e /run/fails\"\n";
+
+/// 2205: what fails while it is observed gives back what went over, with the service.
+#[track_caller]
+fn fails_while_it_is_observed(stage: &Stage, settings: &Settings, has_gone_over: impl Fn() -> bool) {
+    stage.configure(&Settings { observe: "60s", drain: OBSERVED, ..settings.clone() });
+    stage.ok(&["service", "add", SERVICE]);
+    let mut job = stage.start_until(&["apply", SERVICE], "observe");
+    assert_eq!(stage.who(), "v2");
+    assert!(has_gone_over());
+    stage.ok(&["partition", "exec", "web-b", "--", "/bin/sh", "-c", ": > /run/fails"]);
+    wait_until("the job ends", Duration::from_secs(60), || job.has_ended());
+    let said = job.output();
+    assert_eq!(job.wait(Duration::from_secs(1)).unwrap().code(), Some(22), "{said}");
+    assert!(said.contains("web-a serves again; web-b was discarded"), "{said}");
+    assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
+    assert!(!has_gone_over());
+    nothing_to_do(stage);
+}
+
+#[test]
+fn what_fails_while_it_is_observed_gives_the_device_back() {
+    let stage = Stage::new(&settings(DEVICE));
+    stage.says("v2");
+    let (before, device) = (Snapshot::take().unwrap(), link_of("web-a").unwrap());
+    let client = Client::start(&stage.client);
+    fails_while_it_is_observed(&stage, &settings(DEVICE), || {
+        // A clone that was discarded has none at all.
+        link_of("web-b").is_ok_and(|link| link == device)
+    });
+    assert_eq!(link_of("web-a").unwrap(), device);
+    client.all_answered();
+    stage.nothing_of_a_job_left(&before);
+    stage.finish();
+}
+
 /// How far an exchange is, as the kernel shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Moment {
@@ -253,6 +291,8 @@ fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v1", "web-a"));
     assert_eq!(answering(), [UPLINK; 2]);
     waited(&stage, "waited_back");
+    fails_while_it_is_observed(&stage, &settings, || answering() == [SECOND; 2]);
+    assert_eq!(answering(), [UPLINK; 2]);
     client.all_answered();
     stage.nothing_of_a_job_left(&before);
     stage.ok(&["service", "remove", SERVICE]);

@@ -127,6 +127,21 @@ pub(super) fn dies(stage: &Stage, partition: &str) {
 }
 
 #[test]
+fn commands_that_begin_at_the_same_time_are_in_nobodys_way() {
+    let stage = Stage::new(&Settings::default());
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            let _ = scope.spawn(|| {
+                for _ in 0..8 {
+                    stage.ok(&["partition", "exec", "web-a", "--", "true"]);
+                }
+            });
+        }
+    });
+    stage.finish();
+}
+
+#[test]
 fn what_dies_between_jobs_is_put_right() {
     let stage = Stage::new(&Settings::default());
     dies(&stage, "web-a");

@@ -78,6 +78,24 @@ pub(super) fn sweep(root: &Path) {
     let _ = fs::remove_dir(&parent);
 }
 
+/// Removes the cgroups of commands whose left-over children have ended meanwhile. One that somebody waits for may be empty as well:
+/// nothing has been put into it yet.
+fn remove_unused(root: &Path, partition: &Cgroup) -> Result<(), RuntimeError> {
+    let parent = parent(root);
+    let _making = match making(&parent) {
+        Ok(making) => Some(making),
+        // Nobody waits for any.
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => None,
+        Err(source) => return Err(error("lock", &parent)(source)),
+    };
+    for child in partition.children()? {
+        if child.name().strip_prefix(EXEC_CGROUP).is_some_and(|id| is_free(&parent.join(id))) {
+            child.remove_if_unused()?;
+        }
+    }
+    Ok(())
+}
+
 /// Held while a directory is made and not locked yet.
 fn making(parent: &Path) -> std::io::Result<File> {
     let file = File::open(parent)?;
@@ -88,10 +106,7 @@ fn making(parent: &Path) -> std::io::Result<File> {
 impl Scratch {
     pub(super) fn new(root: &Path, name: &str) -> Result<Self, RuntimeError> {
         let partition = Cgroup::new(&format!("{}/{name}", names::CGROUP_ROOT))?;
-        // Those of commands whose left-over children have ended meanwhile.
-        for old in partition.children()?.iter().filter(|child| child.name().starts_with(EXEC_CGROUP)) {
-            old.remove_if_unused()?;
-        }
+        remove_unused(root, &partition)?;
         let id = crate::control::random_id()
             .map_err(error("make an identifier for a command in", Path::new(name)))?;
         let cgroup = partition.child(&format!("{EXEC_CGROUP}{id}"));
@@ -117,7 +132,8 @@ fn make(parent: &Path, id: &str) -> Result<(PathBuf, File), RuntimeError> {
         let made = making(parent).and_then(|_making| {
             fs::create_dir(&dir)?;
             let lock = File::open(&dir)?;
-            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            // Who looks whether it is free holds it for a moment.
+            rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
             Ok(lock)
         });
         match made {

@@ -37,10 +37,7 @@ pub fn reply(ctx: &TcContext, slot: Slot, network: &Network, packet: &Packet, so
     if !is_own(slot, network) || !service_of(slot, network, packet, &mut local) {
         return false;
     }
-    if packet.kind == Kind::Direct
-        && !is_stateless(maps::settings(), &packet.flow)
-        && lives(slot, packet)
-    {
+    if packet.kind == Kind::Direct && !is_stateless(maps::settings(), &packet.flow) && lives(slot, packet) {
         remember(slot, packet, &local);
     }
     if network.fragment == Fragment::First {

@@ -12,8 +12,9 @@ use patchswitch_tests::netlab::{Ns, SERVICE};
 use patchswitch_tests::programs;
 use rustix::process::Signal;
 
+use crate::ask::Asking;
 use crate::load::answered;
-use crate::rig::{Load, NAME, Rig, Server, load};
+use crate::rig::{Load, NAME, Rig, Server, ends, load};
 
 fn loaded(label: &str) -> anyhow::Result<(Rig, [Server; 2], Load)> {
     let rig = Rig::new(label)?;
@@ -100,6 +101,35 @@ fn what_waits_may_wait_for_longer() {
         Ok(attachment.call_off(hold).await?)
     });
     late.unwrap();
+    rig.finish().unwrap();
+}
+
+/// Its client asks again after a second: one connection all the same, and the new side is asked once.
+#[test]
+fn a_connection_that_is_asked_for_again_while_it_waits_is_delivered_once() {
+    let rig = Rig::new("holdagain").unwrap();
+    let _servers = [Server::start(&rig.lab.a, "a").unwrap(), Server::start(&rig.lab.b, "b").unwrap()];
+    rig.attach().unwrap();
+    let pumped = rig.with(async |attachment: &mut Attachment| {
+        let to = attachment.plane().word().active().other();
+        let hold = attachment.hold(to, Duration::from_secs(20), SwitchOptions::default()).await?;
+        let asking = ends().map(|end| {
+            let client = rig.lab.client.clone();
+            std::thread::spawn(move || Asking::from(&client, end))
+        });
+        tokio::time::sleep(Duration::from_millis(2200)).await;
+        let pumped = attachment.release(hold).await?;
+        for one in asking {
+            let who = one.join().map_err(|panic| anyhow::anyhow!("{panic:?}"))??.who()?;
+            ensure!(who == "b", "{who}");
+        }
+        Ok(pumped)
+    });
+    let pumped = pumped.unwrap();
+    // Newer kernels ask each second, older ones after one and three.
+    assert!(pumped.repeats >= 2, "{pumped:?}");
+    // Those that were delivered; what the clients say then may wait as well.
+    assert_eq!((pumped.connections, pumped.lost), (2, 0), "{pumped:?}");
     rig.finish().unwrap();
 }
 

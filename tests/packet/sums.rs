@@ -70,14 +70,19 @@ pub(crate) fn summed(bench: &mut Bench, hook: Hook, on: Link, frame: &[u8]) -> a
     let host = bench.lab.host.clone();
     let program = bench.program(hook)?.fd()?.as_fd().as_raw_fd();
     let mut out = vec![0; frame.len() + 256];
+    // Before, a rewrite of IPv6 makes the card's sum wrong: the program cannot say that it is one.
     let is_tested = KernelVersion::current()? >= KernelVersion::new(6, 16, 0);
+    let is_v6 = frame.get(12..14) == Some(&[0x86, 0xdd]);
     match host.enter(|| Ok(run(program, on.index, frame, &mut out)))? {
         Ok((action, length)) => {
             out.truncate(length as usize);
             Ok(Some((action, out)))
         }
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !is_tested => Ok(None),
-        Err(error) => Err(error.into()),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EINVAL) if !is_tested => Ok(None),
+            Some(libc::EBADMSG) if !is_tested && is_v6 => Ok(None),
+            _ => Err(error.into()),
+        },
     }
 }
 

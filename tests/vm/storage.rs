@@ -13,6 +13,7 @@ mod half;
 mod lab;
 mod marks;
 mod meter;
+mod pace;
 mod power;
 mod refusals;
 mod udev;

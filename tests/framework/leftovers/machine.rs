@@ -151,7 +151,7 @@ const NAMESPACES: [&str; 6] = ["net", "mnt", "pid", "ipc", "uts", "cgroup"];
 fn processes(snapshot: &mut Snapshot) -> anyhow::Result<()> {
     let own_pids = std::fs::read_link("/proc/self/ns/pid").context("failed to read the own PID namespace")?;
     let mut seen = BTreeSet::new();
-    for pid in names(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) {
+    for pid in by_age() {
         let process = Path::new("/proc").join(&pid);
         // A process that ends meanwhile has no links any more.
         let Ok(pids) = std::fs::read_link(process.join("ns/pid")) else { continue };
@@ -169,6 +169,19 @@ fn processes(snapshot: &mut Snapshot) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// All processes, the oldest first: a namespace is known by who made it, whatever numbers those have that came later.
+fn by_age() -> Vec<String> {
+    let pids = names(Path::new("/proc")).into_iter().filter_map(|name| name.parse::<u32>().ok());
+    let began = |pid: u32| -> Option<u64> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may have anything in it; what follows its end is numbered from 3 on in proc(5), and 22 is the time.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(22 - 3)?.parse().ok()
+    };
+    let mut all: Vec<(u64, u32)> = pids.filter_map(|pid| Some((began(pid)?, pid))).collect();
+    all.sort_unstable();
+    all.into_iter().map(|(_, pid)| pid.to_string()).collect()
 }
 
 /// Whether a program is patchswitch's or an OCI runtime's. A program that was replaced meanwhile has a longer name.

@@ -4,11 +4,10 @@
 //! All of them are the tier `soak` (`cargo xtask test soak`), one test each; five are in every run, chosen by a
 //! seed, which also says how far into its phase each one is: `PATCHSWITCH_SEED`, or one that stays, so that a run is like the last.
 
-use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::time::Duration;
 
+use patchswitch::store::{Job, StepState, Store};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::{programs, vm};
 use rustix::process::Signal;
@@ -125,6 +124,8 @@ impl Point {
         if self.command != "apply" {
             stage.ok(&["apply", SERVICE]);
         }
+        // What is there before the command is on disk; what the command does has to see to that itself.
+        rustix::fs::sync();
         (stage, before)
     }
 
@@ -204,11 +205,8 @@ impl Point {
         assert!(self.may_serve(phase).contains(&active.as_str()), "{active} after {phase}: {said}");
         assert_eq!(who, if active == "web-a" { "v1" } else { "v2" }, "{said}");
         nothing_to_do(&stage);
-        match self.is_noted() {
-            true if self.is_database() => database::check_noted(&stage),
-            true => Noted::check(&stage),
-            false => {}
-        }
+        journal_is_right(&active);
+        self.check_noted(&stage);
         // The next thing that is asked for works.
         match (self.command, active.as_str()) {
             ("commit", _) => drop(stage.ends_with(10, &["commit", SERVICE])),
@@ -218,12 +216,23 @@ impl Point {
         }
         let active = stage.active();
         assert_eq!(stage.who(), if active == "web-a" { "v1" } else { "v2" });
+        journal_is_right(&active);
+        self.check_noted(&stage);
         match writers {
             Some(Clients::OfDatabase(writers)) => drop(writers.stop(&stage)),
             Some(Clients::OfKeeper(writers)) => drop(writers.stop(&stage)),
             None => {}
         }
         self.finish(&stage, &before, &active);
+    }
+
+    /// What a single writer was promised before a power cut is there.
+    fn check_noted(&self, stage: &Stage) {
+        match self.is_noted() {
+            true if self.is_database() => database::check_noted(stage),
+            true => Noted::check(stage),
+            false => {}
+        }
     }
 
     fn finish(&self, stage: &Stage, before: &Snapshot, active: &str) {
@@ -246,18 +255,41 @@ impl Point {
     }
 }
 
+/// The store says so: every job is over, every step of one has an end but that in which it was interrupted, and the patch is applied
+/// where it serves.
+#[track_caller]
+fn journal_is_right(active: &str) {
+    let (store, service) = (Store::open(&path("state")).unwrap(), SERVICE.parse().unwrap());
+    let jobs = store.jobs(Some(&service), 100).unwrap();
+    let is_over = |job: &Job| job.ended_at.is_some() && job.exit_code.is_some();
+    assert!(!jobs.is_empty() && jobs.iter().all(is_over), "{jobs:?}");
+    for job in &jobs {
+        let mut steps = store.steps(job.id).unwrap();
+        // What an interrupted one was at is said so, with its job's end.
+        if job.message.as_deref().is_some_and(|message| message.starts_with("interrupted")) {
+            let _ = steps.pop();
+        }
+        assert!(steps.iter().all(|step| step.state != StepState::Intended), "{job:?}: {steps:?}");
+    }
+    assert_eq!(store.applied(&service).unwrap().len(), usize::from(active == "web-b"), "{jobs:?}");
+    assert_eq!(
+        store.primary(&service).unwrap().map(|primary| primary.partition.to_string()).as_deref(),
+        Some(active)
+    );
+}
+
 /// Goes through some points, one after the other. The machine starts again in between; where it was is in the phase of the
-/// test, and in which phase the command was is on disk.
+/// test, with the phase in which the command was: nothing is written out for that, which would write out what the command has not.
 fn go(points: &[Point]) {
     let phase = vm::phase();
     let mut next = 0;
-    if let Ok(cut) = phase.parse::<usize>() {
+    if let Some((cut, begun)) = phase.split_once(':') {
+        let cut: usize = cut.parse().unwrap();
         let point = &points[cut];
         let stage = Stage::after_reset();
         point.uplinks(&stage);
         let before = Snapshot::take().unwrap();
-        let begun = fs::read_to_string(path("begun")).unwrap();
-        point.check((stage, before), &begun, None);
+        point.check((stage, before), begun, None);
         next = cut + 1;
     }
     for (number, point) in points.iter().enumerate().skip(next) {
@@ -267,10 +299,7 @@ fn go(points: &[Point]) {
         let (running, begun) = point.run(&stage);
         match point.end {
             End::Power => {
-                let mut file = fs::File::create(path("begun")).unwrap();
-                file.write_all(begun.as_bytes()).and_then(|()| file.sync_all()).unwrap();
-                fs::File::open(path("")).unwrap().sync_all().unwrap();
-                vm::reset(&number.to_string()).unwrap();
+                vm::reset(&format!("{number}:{begun}")).unwrap();
             }
             End::Kill => {
                 running.signal(Signal::KILL).unwrap();
@@ -327,23 +356,23 @@ points! {
         commit: [commit]
     }
     log: {
-        apply: [clone quiesce take_over waiting moved begun observe drain]
-        rollback: [give_back waiting moved begun drain]
+        apply: [clone scan inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
+        rollback: [boot verify give_back waiting moved begun released drain]
         commit: [commit]
     }
     mirror: {
-        apply: [clone quiesce take_over waiting moved begun observe drain]
-        rollback: [give_back waiting moved begun drain]
+        apply: [clone scan inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
+        rollback: [boot verify give_back waiting moved begun released drain]
         commit: [commit]
     }
     database: {
-        apply: [quiesce take_over waiting moved begun released observe]
-        rollback: [give_back waiting moved begun released]
+        apply: [clone scan inject boot patch restart verify quiesce take_over waiting moved begun released observe drain retire]
+        rollback: [boot verify give_back waiting moved begun released drain]
         commit: [commit]
     }
     copies: {
-        apply: [clone take_over observe drain retire]
-        rollback: [give_back drain]
+        apply: [clone scan inject boot patch restart verify arm take_over observe drain retire]
+        rollback: [boot verify arm give_back drain]
         commit: [commit]
     }
     device: {

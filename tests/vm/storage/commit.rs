@@ -99,20 +99,42 @@ fn to_merge(lab: &Lab) -> (patchswitch::storage::disk::Disk, [CloneOf; 1], Strin
     (disk, clones, digest)
 }
 
-fn merge_goes_on(lab: &Lab, clones: &[CloneOf]) {
+/// The kernel takes its time for merges as long as this is there: a merge that is to be interrupted is not over before.
+struct Slowly;
+
+impl Slowly {
+    /// How much of its time it spends on them, in percent.
+    const PARAMETER: &str = "/sys/module/dm_snapshot/parameters/snapshot_copy_throttle";
+
+    fn now() -> Self {
+        std::fs::write(Self::PARAMETER, "5").unwrap();
+        Self
+    }
+}
+
+impl Drop for Slowly {
+    fn drop(&mut self) {
+        std::fs::write(Self::PARAMETER, "100").unwrap();
+    }
+}
+
+fn merge_goes_on(lab: &Lab, clones: &[CloneOf]) -> Slowly {
+    let slowly = Slowly::now();
     let at_once = Patience { merge: Duration::ZERO, ..PATIENCE };
     let stopped = commit(&lab.dm, clones, at_once, &mut |_| ()).unwrap_err();
     assert!(matches!(stopped.0.as_slice(), [StorageError::MergeGoesOn { .. }]), "{stopped}");
     assert_eq!(lab.kind(&clones[0].clone), "snapshot-merge");
+    slowly
 }
 
 #[test]
 fn a_merge_whose_time_was_up_goes_on() {
     let lab = Lab::new();
     let (_, clones, digest) = to_merge(&lab);
-    merge_goes_on(&lab, &clones);
+    let slowly = merge_goes_on(&lab, &clones);
     // The content is whole at every moment.
     assert_eq!(device_digest(&cut_path(&clones[0].clone)), digest);
+    drop(slowly);
     let committed = resume_merge(&lab.dm, &clones, PATIENCE, &mut |_| ()).unwrap();
     assert_eq!(device_digest(&cut_path(&clones[0].clone)), digest);
     assert_free(&clones[0]);
@@ -124,9 +146,10 @@ fn a_merge_whose_time_was_up_goes_on() {
 fn a_merge_is_resumed_when_its_tables_are_gone() {
     let lab = Lab::new();
     let (disk, clones, digest) = to_merge(&lab);
-    merge_goes_on(&lab, &clones);
+    let slowly = merge_goes_on(&lab, &clones);
     let name = &clones[0].clone;
-    lab.dm.remove(name).unwrap(); // at once: it merges 60 MB a second
+    lab.dm.remove(name).unwrap();
+    drop(slowly);
     let raw = device_digest(disk.backing.path());
     assert_ne!(raw, digest, "the merge was already over: nothing was interrupted");
 

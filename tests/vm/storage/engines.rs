@@ -26,12 +26,12 @@ use super::lab::{LIMIT, Lab, Writer, assert_clean, device_digest, dm_name, recor
 
 const MIB: u64 = 1 << 20;
 /// Size of the disks of the suite.
-const SIZE: u64 = 24;
+pub(super) const SIZE: u64 = 24;
 const BLOCK: usize = 4096;
 
 /// Writes blocks here and there, past the page cache, one after the other: what the disk holds after any number of them is known. Some are
 /// to be on disk at once, others with a flush that comes later: a log of writes has them in another order.
-struct Random {
+pub(super) struct Random {
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     thread: JoinHandle<()>,
@@ -65,7 +65,7 @@ fn direct(path: &Path) -> File {
 }
 
 impl Random {
-    fn start(disk: &Path, seed: u64, pause: Duration) -> Self {
+    pub(super) fn start(disk: &Path, seed: u64, pause: Duration) -> Self {
         let at_first = sh_bytes(disk);
         let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count, file) = (stop.clone(), written.clone(), direct(disk));
@@ -93,7 +93,7 @@ impl Random {
         self.written.load(Ordering::SeqCst)
     }
 
-    fn goes_on(&self) {
+    pub(super) fn goes_on(&self) {
         let so_far = self.written();
         wait_until("the writer writes", LIMIT, || self.written() > so_far + 20);
     }
@@ -128,7 +128,7 @@ impl Random {
 
     /// Ends it; the disk holds everything that was written.
     #[track_caller]
-    fn stop_whole(self, disk: &Path) {
+    pub(super) fn stop_whole(self, disk: &Path) {
         self.stop.store(true, Ordering::Relaxed);
         let (seed, at_first, written) = (self.seed, self.at_first, self.written);
         self.thread.join().unwrap();
@@ -160,7 +160,7 @@ fn copy_of(lab: &Lab, disk: &Disk, name: &str) -> CopyOf {
     }
 }
 
-fn log_of(lab: &Lab, disk: &Disk, name: &str, mib: u64) -> LogOf {
+pub(super) fn log_of(lab: &Lab, disk: &Disk, name: &str, mib: u64) -> LogOf {
     let logs = [0, 1].map(|log| lab.image(&format!("b-{name}-log{log}"), mib << 11, Room::Sparse));
     LogOf { copy: copy_of(lab, disk, name), logs }
 }

@@ -66,6 +66,28 @@ fn the_hosts_root_is_refused_by_name() {
     lab.finish(&[]);
 }
 
+/// The test machine's own root is no device that a disk could be. A root on one stands for it: for whoever has that as his root.
+#[test]
+fn the_device_below_the_root_is_refused_as_such() {
+    let lab = Lab::new();
+    let (disk, active) = lab.formatted("a", "root", 64);
+    let mount = lab.mount(&active.path, "a");
+    let (root, device) = (mount.0.display(), active.path.display());
+    let program = patchswitch_tests::programs::built("patchswitch").unwrap();
+    sh(&format!(
+        "cp {} {root}/patchswitch; cd {root}; mkdir -p dev proc sys run tmp etc var/lib",
+        program.display()
+    ));
+    let define = "/patchswitch partition define web-z --standby --size 8M --own 10.9.9.9";
+    let said = sh(&format!(
+        "unshare -m sh -ec 'for d in dev proc sys run; do mount --rbind /$d {root}/$d; done; \
+         ! chroot {root} {define} --on root={device} 2>&1'"
+    ));
+    assert!(said.contains("carries the host's root file system"), "{said}");
+    mount.unmount();
+    lab.finish(&[&disk]);
+}
+
 #[test]
 fn stores_that_belong_to_something_are_refused() {
     let lab = Lab::new();

@@ -525,9 +525,9 @@ impl Attachment {
         if word.phase() != Phase::Draining || word.learns() || self.record.service_ports.udp.is_empty() {
             return;
         }
-        if let Some(entry) = self.record.slots[from as usize].as_ref() {
+        if let Ok(entry) = self.slot(from) {
             tracing::warn!(
-                "flows of datagrams that {} has begun since the switch are not known (switch --learn) and go back with the others",
+                "flows of datagrams that {} has begun since the switch are not known (switch --learn): the other side gets them",
                 entry.netns
             );
         }

@@ -92,9 +92,9 @@ impl Manager {
             }
             let spare = &machine.definition.spare;
             images.extend(spare.iter().filter_map(image));
-            let sectors = machine.disks.iter().map(|disk| Ok(disk.sectors));
-            let sectors = sectors.chain(spare.iter().map(Backing::sectors)).sum::<Result<u64, _>>()?;
-            let disk = signed(sectors * 512);
+            // One that is gone takes none; whoever needs it says so.
+            let spare = spare.iter().map(|store| store.sectors().unwrap_or_default());
+            let disk = signed(machine.disks.iter().map(|disk| disk.sectors).chain(spare).sum::<u64>() * 512);
             let amounts = Amounts { cpu_percent: row.cpu_percent.into(), memory: signed(row.memory), disk };
             let (role, service, network) = (row.role, row.service, row.network);
             shares.push(Share { partition: row.name, role, service, amounts, network });

@@ -51,8 +51,9 @@ impl Manager {
         let uses = |store: &Backing| {
             clones.iter().any(|clone| clone.cow == *store) || copies.iter().any(|copy| copy.target == *store)
         };
-        let spare =
-            standby.disks.iter().map(|disk| disk.backing.clone()).filter(|store| !uses(store)).collect();
+        let unused = standby.disks.iter().map(|disk| &disk.backing).filter(|store| !uses(store));
+        // Beside those that it had beyond its own disks.
+        let spare = standby.definition.spare.iter().chain(unused).cloned().collect();
         let definition = Definition { spec, reserve: Some(reserve), spare, ..standby.definition.clone() };
         let row = store::Partition {
             definition: serde_json::json!(definition),

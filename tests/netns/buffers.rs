@@ -158,7 +158,7 @@ fn datagram(bytes: &[u8]) -> Option<(Vec<u8>, bool)> {
             && udp.get_source() == OTHER;
         let sum = ipv4_checksum(&udp, &ip.get_source(), &ip.get_destination());
         let header_right = frame::finish(frame::sum(&ethernet.payload()[..20])) == 0;
-        return ours.then(|| (udp.payload().to_vec(), header_right && sum == udp.get_checksum()));
+        return ours.then(|| (udp.payload().to_vec(), header_right && sent(sum) == udp.get_checksum()));
     }
     let ip = Ipv6Packet::new(ethernet.payload())?;
     let udp = UdpPacket::new(ip.payload())?;
@@ -166,7 +166,12 @@ fn datagram(bytes: &[u8]) -> Option<(Vec<u8>, bool)> {
         && service.contains(&ip.get_source().into())
         && udp.get_source() == OTHER;
     let sum = ipv6_checksum(&udp, &ip.get_source(), &ip.get_destination());
-    ours.then(|| (udp.payload().to_vec(), sum == udp.get_checksum()))
+    ours.then(|| (udp.payload().to_vec(), sent(sum) == udp.get_checksum()))
+}
+
+/// What is sent of a sum: zero would mean that there is none.
+fn sent(sum: u16) -> u16 {
+    if sum == 0 { u16::MAX } else { sum }
 }
 
 /// Where the kernel joins packets into a list (`rx-gro-list`), a program sees the first one's header only.

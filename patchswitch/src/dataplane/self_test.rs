@@ -206,9 +206,11 @@ pub(super) fn packet(peer: IpAddr, service: IpAddr, port: u16) -> Vec<u8> {
         udp.set_source(PEER_PORT);
         udp.set_destination(port);
         udp.set_length(UDP as u16);
-        // None is a sum only for IPv4.
+        // Over IPv4 a datagram may be without a sum; over IPv6 it is thrown away, and a sum of zero is sent as its
+        // other form (RFC 8200, 8.1).
         if let (IpAddr::V6(from), IpAddr::V6(to)) = (peer, service) {
-            udp.set_checksum(udp::ipv6_checksum(&udp.to_immutable(), &from, &to));
+            let sum = udp::ipv6_checksum(&udp.to_immutable(), &from, &to);
+            udp.set_checksum(if sum == 0 { u16::MAX } else { sum });
         }
     }
     frame
@@ -241,5 +243,29 @@ fn network(bytes: &mut [u8], peer: IpAddr, service: IpAddr) {
             }
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use pnet::packet::udp::UdpPacket;
+
+    use super::*;
+
+    #[test]
+    fn no_port_makes_a_datagram_without_a_sum() {
+        let service: Ipv6Addr = "fd77::10".parse().unwrap();
+        let IpAddr::V6(from) = peer(service.into()) else { panic!("another family") };
+        let mut zeros = 0;
+        for port in 0..=u16::MAX {
+            let frame = packet(from.into(), service.into(), port);
+            let udp = UdpPacket::new(&frame[ETHERNET + 40..]).unwrap();
+            let right = udp::ipv6_checksum(&udp, &from, &service);
+            zeros += u32::from(right == 0);
+            assert_eq!(udp.get_checksum(), if right == 0 { 0xffff } else { right }, "port {port}");
+        }
+        assert_eq!(zeros, 1, "the test has to meet it");
     }
 }

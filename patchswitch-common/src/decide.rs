@@ -12,7 +12,8 @@
 //!    accepts: the active one if it has a socket for it or accepts the cookie as well (the secret is the kernel's,
 //!    not the namespace's), else the retiring one;
 //! 3. `TIME_WAIT` in the retiring one: a SYN goes to the active one; any other segment to the active one if it has a
-//!    socket for it, else to the retiring one;
+//!    socket for it or accepts the SYN cookie in it (it keeps nothing of a SYN that it has answered by one), else to the
+//!    retiring one;
 //! 4. a SYN that nobody owns: active;
 //! 5. everything else: active.
 //!
@@ -215,7 +216,10 @@ fn tcp(active: Slot, flow: &Flow, flags: u8, kernel: &mut impl Kernel) -> bool {
         }
         Socket::TimeWait => {
             flags & SYN == 0
-                && matches!(kernel.tcp(active, flow, false), Socket::None | Socket::Listener { .. })
+                && matches!(
+                    kernel.tcp(active, flow, bare_ack),
+                    Socket::None | Socket::Listener { cookie: false }
+                )
         }
         Socket::None => false,
     }
@@ -353,6 +357,8 @@ mod tests {
             ("2: RST+ACK carries no cookie", RST | ACK, COOKIE, LISTEN, B, 1),
             ("3: SYN reuses the tuple", SYN, TW, LISTEN, B, 1),
             ("3: its later segments", ACK, TW, CONN, B, 2),
+            ("3: its handshake, begun by a cookie", ACK, TW, COOKIE, B, 2),
+            ("3: RST+ACK carries no cookie", RST | ACK, TW, COOKIE, A, 2),
             ("3: repeated FIN", ACK | 1, TW, LISTEN, A, 2),
             ("3: repeated FIN, nothing in the active one", ACK | 1, TW, NONE, A, 2),
             ("4: new SYN", SYN, LISTEN, LISTEN, B, 1),

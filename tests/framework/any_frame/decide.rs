@@ -88,12 +88,11 @@ fn expected(word: Word, packet: &Packet, kernel: &mut Given) -> Owner {
     let bare = ack && !syn && !rst && !error;
     let of_active = kernel.socket(active, true);
     let has_socket = matches!(of_active, Socket::Connection | Socket::TimeWait);
+    let accepts = bare && of_active == Socket::Listener { cookie: true };
     alone(match kernel.socket(retiring, true) {
         Socket::Connection => true,
-        Socket::Listener { cookie } => {
-            bare && cookie && !has_socket && of_active != Socket::Listener { cookie: true }
-        }
-        Socket::TimeWait => !syn && !has_socket,
+        Socket::Listener { cookie } => bare && cookie && !has_socket && !accepts,
+        Socket::TimeWait => !syn && !has_socket && !accepts,
         Socket::None => false,
     })
 }

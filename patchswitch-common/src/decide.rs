@@ -9,17 +9,22 @@
 //! 1. the retiring partition has a socket or a request socket for the flow: retiring, also for a SYN (RFC 5961 wants
 //!    the owner's challenge ACK);
 //! 2. an ACK without SYN or RST for which the retiring one has only a listener, and whose SYN cookie that listener
-//!    accepts: the active one if it has a socket for it or accepts the cookie as well (the secret is the kernel's,
-//!    not the namespace's), else the retiring one;
+//!    accepts: the active one if it has a connection for it or accepts the cookie as well (the secret is the kernel's,
+//!    not the namespace's), or if the segment ends what is in `TIME_WAIT` there; else the retiring one;
 //! 3. `TIME_WAIT` in the retiring one: a SYN goes to the active one; any other segment to the active one if it has a
-//!    socket for it or accepts the SYN cookie in it (it keeps nothing of a SYN that it has answered by one), else to the
-//!    retiring one;
+//!    socket for it, or accepts the SYN cookie in it (it keeps nothing of a SYN that it has answered by one) and the
+//!    segment ends nothing; else to the retiring one;
 //! 4. a SYN that nobody owns: active;
 //! 5. everything else: active.
 //!
 //! While a canary gets a share of the new flows nobody retires, and both sides are asked: a connection, else a cookie that
-//! only one of the two accepts, else what remains of a connection says whose a segment is. What nobody owns goes by the
-//! share, a hash of the flow's ends, so that every retry goes the same way and a larger share only adds.
+//! only one of the two accepts, else what remains of a connection says whose a segment is; what remains comes before a
+//! cookie if the segment ends something. What nobody owns goes by the share, a hash of the flow's ends, so that every
+//! retry goes the same way and a larger share only adds.
+//!
+//! A FIN is no cookie where a connection remains: of a cookie only the difference between the segment's two numbers is
+//! checked, so that the end of a connection which began by a cookie itself can pass for one, and the kernel shows a
+//! connection that waits for its client's FIN without a process (`FIN_WAIT2`) as `TIME_WAIT`.
 
 use crate::Slot;
 use crate::maps::Address;
@@ -136,7 +141,10 @@ fn tcp_shared(
     if direct && flags & SYN != 0 {
         return None;
     }
+    let ends = flags & FIN != 0;
     match (first, second) {
+        (Socket::TimeWait, Socket::Listener { cookie: true }) if ends => Some(active),
+        (Socket::Listener { cookie: true }, Socket::TimeWait) if ends => Some(other),
         // Valid on both sides: the secret is the kernel's. The SYN went by the share, and so goes its ACK.
         (Socket::Listener { cookie: true }, Socket::Listener { cookie: true }) => None,
         (Socket::Listener { cookie: true }, _) => Some(active),
@@ -207,17 +215,22 @@ pub const fn at_once(state: Option<u32>, flags: u8) -> Option<bool> {
 #[inline(always)]
 fn tcp(active: Slot, flow: &Flow, flags: u8, kernel: &mut impl Kernel) -> bool {
     let bare_ack = flags & (SYN | RST | ACK) == ACK;
+    let begins = bare_ack && flags & FIN == 0;
     match kernel.tcp(active.other(), flow, bare_ack) {
         Socket::Connection => true,
         Socket::Listener { cookie } => {
             bare_ack
                 && cookie
-                && matches!(kernel.tcp(active, flow, true), Socket::None | Socket::Listener { cookie: false })
+                && match kernel.tcp(active, flow, true) {
+                    Socket::None | Socket::Listener { cookie: false } => true,
+                    Socket::TimeWait => begins,
+                    Socket::Connection | Socket::Listener { cookie: true } => false,
+                }
         }
         Socket::TimeWait => {
             flags & SYN == 0
                 && matches!(
-                    kernel.tcp(active, flow, bare_ack),
+                    kernel.tcp(active, flow, begins),
                     Socket::None | Socket::Listener { cookie: false }
                 )
         }
@@ -238,10 +251,12 @@ fn tcp_error(active: Slot, flow: &Flow, kernel: &mut impl Kernel) -> bool {
 }
 
 /// Flag bits of a TCP header (RFC 9293 3.1).
+pub const FIN: u8 = 0x01;
+/// As [`FIN`].
 pub const SYN: u8 = 0x02;
-/// As [`SYN`].
+/// As [`FIN`].
 pub const RST: u8 = 0x04;
-/// As [`SYN`].
+/// As [`FIN`].
 pub const ACK: u8 = 0x10;
 
 #[cfg(test)]
@@ -351,7 +366,9 @@ mod tests {
             ("2: cookie, no listener in the active one", ACK, COOKIE, NONE, A, 2),
             ("2: cookie valid in both", ACK, COOKIE, COOKIE, B, 2),
             ("2: a flow of the active one passes by chance", ACK, COOKIE, CONN, B, 2),
-            ("2: remains in the active one", ACK, COOKIE, TW, B, 2),
+            ("2: remains in the active one", ACK, COOKIE, TW, A, 2),
+            ("2: the end of what remains in the active one", ACK | FIN, COOKIE, TW, B, 2),
+            ("2: the first data is all of it", ACK | FIN, COOKIE, LISTEN, A, 2),
             ("2: not a cookie", ACK, LISTEN, LISTEN, B, 1),
             ("2: SYN+ACK carries no cookie", SYN | ACK, COOKIE, LISTEN, B, 1),
             ("2: RST+ACK carries no cookie", RST | ACK, COOKIE, LISTEN, B, 1),
@@ -359,8 +376,10 @@ mod tests {
             ("3: its later segments", ACK, TW, CONN, B, 2),
             ("3: its handshake, begun by a cookie", ACK, TW, COOKIE, B, 2),
             ("3: RST+ACK carries no cookie", RST | ACK, TW, COOKIE, A, 2),
-            ("3: repeated FIN", ACK | 1, TW, LISTEN, A, 2),
-            ("3: repeated FIN, nothing in the active one", ACK | 1, TW, NONE, A, 2),
+            ("3: FIN", ACK | FIN, TW, LISTEN, A, 2),
+            ("3: FIN, nothing in the active one", ACK | FIN, TW, NONE, A, 2),
+            ("3: FIN that passes for a cookie", ACK | FIN, TW, COOKIE, A, 2),
+            ("3: FIN of a connection of the active one", ACK | FIN, TW, CONN, B, 2),
             ("4: new SYN", SYN, LISTEN, LISTEN, B, 1),
             ("5: nobody knows it", ACK, NONE, NONE, B, 1),
         ];
@@ -430,8 +449,11 @@ mod tests {
             ("cookie of the other one", ACK, LISTEN, COOKIE, Some(B)),
             ("cookie of the other one, remains here", ACK, TW, COOKIE, Some(B)),
             ("cookie of both", ACK, COOKIE, COOKIE, None),
-            ("FIN again", ACK | 1, TW, LISTEN, Some(A)),
-            ("FIN again, of the other one", ACK | 1, NONE, TW, Some(B)),
+            ("cookie of the active one, remains there", ACK, COOKIE, TW, Some(A)),
+            ("FIN", ACK | FIN, TW, LISTEN, Some(A)),
+            ("FIN, of the other one", ACK | FIN, NONE, TW, Some(B)),
+            ("FIN that passes for a cookie", ACK | FIN, TW, COOKIE, Some(A)),
+            ("FIN, of the other one, that passes for a cookie", ACK | FIN, COOKIE, TW, Some(B)),
             ("nobody knows it", ACK, LISTEN, NONE, None),
         ];
         for (rule, flags, active, other, expected) in table {

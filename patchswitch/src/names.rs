@@ -24,7 +24,9 @@ const LINK_MAX: usize = 15;
 /// "ps", eight hexadecimal digits, one letter.
 const LINK_LEN: usize = 2 + 8 + 1;
 const _: () = assert!(LINK_LEN <= LINK_MAX);
-const _: () = assert!("ps-".len() + NAME_MAX + 1 + NAME_MAX + "-clone".len() <= 127);
+/// The longest name of a device of ours.
+pub(crate) const DM_NAME_LEN: usize = "ps-".len() + NAME_MAX + 1 + NAME_MAX + "-clone".len();
+const _: () = assert!(DM_NAME_LEN <= 127);
 
 /// A name that a user gave to a partition, a service, a disk or an attachment.
 ///

@@ -20,6 +20,8 @@ pub(crate) struct Head {
     peers: Vec<String>,
     /// Of what that is which is written or sent to.
     ground: &'static str,
+    /// The order in which what is compared is measured.
+    order: &'static str,
     pub(crate) quick: bool,
     pub(crate) blocks: usize,
 }
@@ -45,6 +47,10 @@ impl Head {
                 What::Net => "veth, not a network card",
                 What::Disk => "images on loop devices, all on one disk",
             },
+            order: match what {
+                What::Net => " of the order ABBA",
+                What::Disk => ", in turn",
+            },
             quick,
             blocks,
         }
@@ -54,7 +60,7 @@ impl Head {
         let guest = if self.hypervisor { ", a virtual machine" } else { "" };
         format!(
             "machine:     {}, {} cores{guest}, governor: {}\nkernel:      Linux {}\nmitigations: {}\npeers:       {}\n\
-             ground:      {}\nblocks:      {} of the order ABBA{}\n",
+             ground:      {}\nblocks:      {}{}{}\n",
             self.machine,
             self.cores,
             self.governor,
@@ -63,6 +69,7 @@ impl Head {
             self.peers.join("; "),
             self.ground,
             self.blocks,
+            self.order,
             if self.quick { " (quick: fewer and shorter than a full run has)" } else { "" }
         )
     }

@@ -5,8 +5,8 @@
 //!                                     all of them ─► stats ─► report, plot
 //! ```
 //!
-//! Nothing is judged by its time alone: what is compared was measured in turn in one run (ABBA), and so was patchswitch
-//! with itself (A/A). Runs as root in network namespaces of its own.
+//! Nothing is judged by its time alone: what is compared was measured in turn in one run; on the network in the order ABBA,
+//! where patchswitch is measured with itself (A/A) as well. Runs as root in network namespaces of its own.
 
 mod disk;
 mod flip;

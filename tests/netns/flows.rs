@@ -11,7 +11,7 @@ use patchswitch_tests::netlab::Ns;
 use patchswitch_tests::observe::{self, Counters};
 use rustix::net::sockopt;
 
-use crate::hand::{self, ACK, Hand, RST, SYN, Segment};
+use crate::hand::{self, ACK, FIN, Hand, RST, SYN, Segment};
 use crate::rig::{PORT, Rig, Server, ends};
 use crate::xdp;
 
@@ -301,25 +301,110 @@ fn tuple_used_again(
         drop(a.accept(SOON).unwrap().expect("accepted before the switch"));
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         drop(client);
-        let remains = || {
-            let sockets = observe::tcp_sockets_in(&rig.lab.a).unwrap();
-            sockets.iter().any(|s| s.state == "TIME-WAIT" && s.peer.port() == port)
-        };
-        let limit = Instant::now() + SOON;
-        while !remains() {
-            assert!(Instant::now() < limit, "no TIME-WAIT in the old partition");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        becomes(&rig.lab.a, port, "TIME-WAIT");
         rig.switch_to(&rig.lab.b).unwrap();
         let mut client = connect_from(&rig.lab.client, port, end).unwrap();
         let mut server = b.accept(SOON).unwrap().expect("the handshake is with the new partition");
-        assert!(remains(), "else the next lines prove nothing");
+        assert!(is(&rig.lab.a, port, "TIME-WAIT"), "else the next lines prove nothing");
         for _ in 0..5 {
             exchange(&mut client, &mut server, b"question").unwrap();
             exchange(&mut server, &mut client, b"answer").unwrap();
         }
         assert!(a.accept(NEVER).unwrap().is_none());
         rig.switch_to(&rig.lab.a).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+/// Whether a partition has a socket in a state for a client's port.
+fn is(ns: &Ns, port: u16, state: &str) -> bool {
+    observe::tcp_sockets_in(ns).unwrap().iter().any(|s| s.state == state && s.peer.port() == port)
+}
+
+fn becomes(ns: &Ns, port: u16, state: &str) {
+    let limit = Instant::now() + SOON;
+    while !is(ns, port, state) {
+        assert!(Instant::now() < limit, "port {port} is not in {state}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The end of a connection passes for a cookie if it began by one and both sides sent about as much; without a process the
+/// kernel shows it as if it were in `TIME_WAIT` already.
+#[test]
+fn a_late_end_is_no_cookie() {
+    ended_late(Rig::new("lateend").unwrap(), Rig::attach);
+    ended_late(xdp::rig("xdplateend").unwrap(), xdp::attach);
+}
+
+fn ended_late(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json::Value>) {
+    for ns in [&rig.lab.a, &rig.lab.b] {
+        ns.sysctl("net/ipv4/tcp_syncookies", "2").unwrap();
+    }
+    rig.furnished().unwrap();
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    attach(&rig).unwrap();
+    for (port, end) in (6100..).zip(ends()) {
+        let mut client = connect_from(&rig.lab.client, port, end).unwrap();
+        let mut server = a.accept(SOON).unwrap().expect("accepted before the switch");
+        exchange(&mut client, &mut server, b"?").unwrap();
+        drop(server);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        becomes(&rig.lab.a, port, "FIN-WAIT-2");
+        rig.switch_to(&rig.lab.b).unwrap();
+        // From its first cookie on, the new one has an opinion on cookies.
+        let other = connect(&rig.lab.client, end).unwrap();
+        drop(b.accept(SOON).unwrap().expect("new flows go to the new partition"));
+        drop((other, client));
+        becomes(&rig.lab.a, port, "TIME-WAIT");
+        assert!(b.accept(NEVER).unwrap().is_none(), "a connection that nobody began");
+        rig.switch_to(&rig.lab.a).unwrap();
+    }
+    rig.finish().unwrap();
+}
+
+/// A handshake begins at the new side, by a cookie and over what is in `TIME_WAIT` at the old one, and is given back from
+/// before it has ended.
+#[test]
+fn a_cookie_of_the_retiring_one_comes_before_remains_in_the_active_one() {
+    given_back_from(Rig::new("cookieback").unwrap(), Rig::attach);
+    given_back_from(xdp::rig("xdpcookieback").unwrap(), xdp::attach);
+}
+
+/// Sends a SYN; the number that acknowledges the answer.
+fn begun(hand: &mut Hand, seq: u32) -> u32 {
+    hand.send(&Segment::new(SYN, seq, 0)).unwrap();
+    let answer = hand.receive().unwrap();
+    assert_eq!(answer.flags, SYN | ACK, "{answer:?}");
+    answer.seq.wrapping_add(1)
+}
+
+fn given_back_from(mut rig: Rig, attach: impl FnOnce(&Rig) -> anyhow::Result<serde_json::Value>) {
+    hand::furnish(&rig.lab).unwrap();
+    for ns in [&rig.lab.a, &rig.lab.b] {
+        ns.sysctl("net/ipv4/tcp_syncookies", "2").unwrap();
+    }
+    rig.furnished().unwrap();
+    let (a, b) = (Waiting::on(&rig.lab.a).unwrap(), Waiting::on(&rig.lab.b).unwrap());
+    attach(&rig).unwrap();
+    for (port, end) in (5500..).zip(ends()) {
+        let mut hand = Hand::new(&rig.lab, end, port).unwrap();
+        let theirs = begun(&mut hand, 1000);
+        hand.send(&Segment::new(ACK, 1001, theirs)).unwrap();
+        drop(a.accept(SOON).unwrap().expect("accepted before the switch"));
+        assert_eq!(hand.receive().unwrap().flags & FIN, FIN);
+        hand.send(&Segment::new(FIN | ACK, 1001, theirs.wrapping_add(1))).unwrap();
+        becomes(&rig.lab.a, port, "TIME-WAIT");
+        rig.switch_to(&rig.lab.b).unwrap();
+        let mut hand = Hand::new(&rig.lab, end, port).unwrap();
+        let theirs = begun(&mut hand, 500_000);
+        rig.switch_to(&rig.lab.a).unwrap();
+        assert!(is(&rig.lab.a, port, "TIME-WAIT"), "else the next lines prove nothing");
+        let ended = Segment::new(ACK, 500_001, theirs);
+        hand.send(&Segment { payload: b"x".to_vec(), ..ended }).unwrap();
+        assert!(b.accept(SOON).unwrap().is_some(), "{end}: who gave the cookie has the flow");
+        assert!(a.accept(NEVER).unwrap().is_none());
+        hand.send(&Segment::new(RST, 500_002, 0)).unwrap();
     }
     rig.finish().unwrap();
 }

@@ -15,6 +15,7 @@ use pnet::packet::{Packet as _, ipv4, tcp};
 use pnet::util::MacAddr;
 
 /// Flags of a TCP header.
+pub(crate) const FIN: u8 = 1;
 pub(crate) const SYN: u8 = 2;
 pub(crate) const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;

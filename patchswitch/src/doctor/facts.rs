@@ -1,6 +1,6 @@
 //! What is there: read, and nothing changed.
 //!
-//! Asking device-mapper for a target loads the target's module, as the first clone would.
+//! Asking device-mapper for a target loads the target's module, as the first clone would; so it is with TAP devices.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,6 +14,7 @@ use crate::dataplane::HookKind;
 use crate::host::linux::dm::{Dm, DmError};
 use crate::host::linux::mountns;
 use crate::host::linux::programs::{Program, Run};
+use crate::host::linux::tap::Tap;
 use crate::manager::chain;
 use crate::names::RUN_ROOT;
 use crate::partition::program;
@@ -110,6 +111,8 @@ pub struct Facts {
     pub missing_file_systems: Vec<Program>,
     /// Targets of device-mapper that whole copies of disks need and that are not there; nothing where it cannot be asked.
     pub missing_copies: Option<Vec<&'static str>>,
+    /// Whether there are TAP devices, in which new flows can wait.
+    pub taps: bool,
     /// Where `patchswitch-init` is, or what is wrong with it.
     pub init: Result<PathBuf, String>,
     /// The rules of nftables, or why they are not known.
@@ -157,6 +160,7 @@ pub fn read(config_file: &Path) -> Facts {
         missing_programs: missing(&needed),
         missing_file_systems: missing(&others),
         missing_copies: copies(),
+        taps: Tap::are_there(),
         init: program::find().map_err(|error| chain(&error)),
         rules: rules(),
         old_tables: old_tables(),

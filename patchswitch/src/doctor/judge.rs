@@ -26,6 +26,7 @@ pub fn judge(facts: &Facts) -> Diagnosis {
         programs(facts),
         file_systems(facts),
         copies(facts),
+        waiting(facts),
         init(facts),
         firewall(&facts.rules, &facts.old_tables),
         reverse_path(facts),
@@ -241,6 +242,12 @@ fn copies(facts: &Facts) -> Item {
         },
     );
     item(found.join(", "))
+}
+
+/// As [`file_systems`]: of `switch --hold`, and of the strategies in which something goes over.
+fn waiting(facts: &Facts) -> Item {
+    let found = if facts.taps { "TAP devices" } else { "TAP devices with the kernel's module tun" };
+    ok("new flows can wait", Need::Nobody, found)
 }
 
 fn init(facts: &Facts) -> Item {

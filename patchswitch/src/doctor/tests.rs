@@ -26,6 +26,7 @@ fn good() -> Facts {
         missing_programs: Vec::new(),
         missing_file_systems: Vec::new(),
         missing_copies: Some(Vec::new()),
+        taps: true,
         init: Ok(PathBuf::from("/usr/lib/patchswitch/patchswitch-init")),
         rules: Ok(Rules::default()),
         old_tables: Vec::new(),
@@ -131,6 +132,8 @@ fn what_is_no_lack_is_told_as_it_is() {
         (item.state, item.found.as_str()),
         (State::Ok, ":log with the kernel's module dm_log_writes, :mirror")
     );
+    let (item, ..) = changed(|facts| facts.taps = false);
+    assert_eq!((item.state, item.found.as_str()), (State::Ok, "TAP devices with the kernel's module tun"));
     let (item, ..) = changed(|facts| facts.strict = vec!["all".into()]);
     assert_eq!((item.name, item.state), ("rp_filter", State::Ok));
     let mut facts = good();

@@ -8,6 +8,7 @@ use crate::attachment::{SwitchOptions, View};
 use crate::config::{Service, Strategy};
 use crate::exit::ExitCode;
 use crate::host::linux::filesystem::signatures;
+use crate::host::linux::tap::Tap;
 use crate::manager::{Machine, MachineDisk, Manager, ManagerError};
 use crate::names::{self, Name};
 use crate::partition::resources::find_standby;
@@ -76,7 +77,7 @@ pub fn plan(manager: &Manager, service: &Name, options: &Options) -> Result<Plan
         )));
     }
     check_disks(&settings, &active)?;
-    check_kernel(&active)?;
+    check_kernel(&settings, &active)?;
     let patches = patches(manager, service, options)?;
     let standby = standby(manager, &active)?;
     check_stores(&active, &standby)?;
@@ -143,8 +144,17 @@ fn check_stores(active: &Machine, standby: &Machine) -> Result<(), ManagerError>
     Ok(())
 }
 
-/// The kernel has what the policies of disks need. Otherwise it would be found only in the middle of a job.
-fn check_kernel(active: &Machine) -> Result<(), ManagerError> {
+/// The kernel has what strategy and policies of disks need. Otherwise it would be found only in the middle of a job.
+fn check_kernel(service: &Service, active: &Machine) -> Result<(), ManagerError> {
+    if service.strategy.hold().is_some() && !Tap::are_there() {
+        let message = format!(
+            "with strategy = \"{}\" new flows of service {} wait in the queue of a TAP device, which this kernel does not have \
+             (`modprobe tun`)",
+            service.strategy.name(),
+            service.name
+        );
+        return Err(ManagerError::Refused { message, code: ExitCode::Unavailable });
+    }
     for (disk, _) in active.copied() {
         let (target, module) = match disk.policy {
             Policy::Log => ("log-writes", "dm_log_writes"),

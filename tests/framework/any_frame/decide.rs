@@ -3,7 +3,7 @@
 
 use super::{is_v6, network, packet};
 use patchswitch_common::Slot;
-use patchswitch_common::decide::{ACK, Kernel, Owner, RST, SYN, Socket, by_share, owner};
+use patchswitch_common::decide::{ACK, FIN, Kernel, Owner, RST, SYN, Socket, by_share, owner};
 use patchswitch_common::maps::Address;
 use patchswitch_common::parse::{Flow, Kind, Packet, Transport};
 use patchswitch_common::word::{Phase, Word};
@@ -86,14 +86,17 @@ fn expected(word: Word, packet: &Packet, kernel: &mut Given) -> Owner {
     let error = packet.kind == Kind::Error;
     let (syn, rst, ack) = (packet.flags & SYN != 0, packet.flags & RST != 0, packet.flags & ACK != 0);
     let bare = ack && !syn && !rst && !error;
-    let of_active = kernel.socket(active, true);
-    let has_socket = matches!(of_active, Socket::Connection | Socket::TimeWait);
-    let accepts = bare && of_active == Socket::Listener { cookie: true };
-    alone(match kernel.socket(retiring, true) {
-        Socket::Connection => true,
-        Socket::Listener { cookie } => bare && cookie && !has_socket && !accepts,
-        Socket::TimeWait => !syn && !has_socket && !accepts,
-        Socket::None => false,
+    let fin = packet.flags & FIN != 0;
+    let is_cookie = |socket| bare && socket == Socket::Listener { cookie: true };
+    // Who would keep it is asked in this order; each of them only if it has what the others have not.
+    alone(match (kernel.socket(retiring, true), kernel.socket(active, true)) {
+        (Socket::Connection, _) => true,
+        (_, Socket::Connection) => false,
+        (old, Socket::TimeWait) if is_cookie(old) => !fin,
+        (Socket::TimeWait, new) if is_cookie(new) => !syn && fin,
+        (old, new) if is_cookie(old) => !is_cookie(new),
+        (Socket::TimeWait, new) => !syn && new != Socket::TimeWait,
+        _ => false,
     })
 }
 
@@ -118,10 +121,12 @@ fn shared(active: Slot, packet: &Packet, kernel: &mut Given) -> Option<Slot> {
         return None;
     }
     let cookies: Vec<Slot> = with(|socket| socket == Socket::Listener { cookie: true }).collect();
+    let remains = with(|socket| socket == Socket::TimeWait).next();
     match cookies[..] {
+        _ if packet.flags & FIN != 0 && remains.is_some() => remains,
         [side] if ack && !rst && !error => Some(side),
         [_, _] if ack && !rst && !error => None,
-        _ => with(|socket| socket == Socket::TimeWait).next(),
+        _ => remains,
     }
 }
 

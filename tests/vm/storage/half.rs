@@ -1,6 +1,7 @@
 //! Devices of which a killed command has left the beginning: they are there, their table waits and holds what it names, and
 //! none is in use.
 
+use patchswitch::host::linux::dm::UUID_PREFIX;
 use patchswitch::storage::disk::{Backing, Disk, Room, activate};
 use patchswitch::storage::snapshot::{
     CloneOf, WhenBusy, clone_closed, discard, free_cow, reopen, unclone_closed,
@@ -13,7 +14,7 @@ use super::lab::{LIMIT, Lab, dm_name, sh};
 /// A device of ours whose table has not been resumed.
 fn begin(name: &str, table: &str) {
     sh(&format!(
-        "dmsetup create {name} -u PATCHSWITCH-{name} --notable && dmsetup load {name} --table '{table}'"
+        "dmsetup create {name} -u {UUID_PREFIX}{name} --notable && dmsetup load {name} --table '{table}'"
     ));
 }
 

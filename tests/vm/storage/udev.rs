@@ -1,4 +1,4 @@
-//! What a running udev makes of disks and clones: nothing by which anybody could take the one for the other.
+//! What a running udev, blkid and LVM make of disks and clones: nothing by which anybody could take the one for the other.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,7 +16,7 @@ fn linked() -> String {
 }
 
 #[test]
-fn udev_makes_links_to_others_and_none_to_disks_and_clones() {
+fn others_are_found_and_disks_and_clones_are_not() {
     let lab = Lab::new();
     let log = lab.path("udev-log");
     let udev = programs::spawn(&["sh", "-c", "exec /lib/systemd/systemd-udevd"], Some(&log)).unwrap();
@@ -39,6 +39,17 @@ fn udev_makes_links_to_others_and_none_to_disks_and_clones() {
         assert!(!links.lines().any(|link| link == node.to_str().unwrap()), "{links}");
     }
     assert!(links.lines().any(|link| link == others), "{links} has no {others}");
+    // Nor are they found by those who read all devices.
+    for all in [sh("blkid -c /dev/null"), sh("pvs --all --noheadings -o pv_name"), sh("lvmdiskscan")] {
+        assert!(all.contains("lab-other") || all.contains(&others), "{all}");
+        for name in [&disk.name, &clone.clone] {
+            assert!(!all.contains(name.as_str()), "{all}");
+        }
+        for device in [active.device, cut.clones[0].device] {
+            let node = device.node().unwrap().display().to_string();
+            assert!(!all.split([' ', ':', '\n']).any(|word| word == node), "{all}");
+        }
+    }
 
     sh(&format!("dmsetup remove lab-other; losetup --detach {node}; rm {}", other.path().display()));
     discard(&lab.dm, std::slice::from_ref(&clone), LIMIT, WhenBusy::Refuse).unwrap();

@@ -5,8 +5,9 @@
 //! that it does: it is told with each event to look for nothing on our devices, since a clone's file system has the UUID and
 //! the label of its original's.
 //!
-//! Every device of ours has the UUID `PATCHSWITCH-NAME`, and every call after [`Dm::create`] finds its device by that
-//! UUID. A device of the same name that somebody else made is therefore out of reach of all of them.
+//! Every device of ours has a UUID that begins with [`UUID_PREFIX`] and ends with its name, and every call after
+//! [`Dm::create`] finds its device by that UUID. A device of the same name that somebody else made is therefore out of reach
+//! of all of them.
 
 use std::fs::File;
 use std::io;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use super::block::DeviceNumber;
 use super::dm_ioctl::{self as wire, Answer, Call, Command};
 use super::ioctl;
+use crate::names::DM_NAME_LEN;
 
 mod error;
 mod node;
@@ -25,7 +27,13 @@ pub use super::dm_ioctl::{Malformed, Target};
 pub use error::DmError;
 
 /// What the UUID of every device of ours begins with.
-pub const UUID_PREFIX: &str = "PATCHSWITCH-";
+///
+/// There is no flag by which a device could be kept from those who look for file systems and volumes by reading all devices,
+/// and a UUID of one's own means nothing to them. The private devices of Stratis are those that both libblkid
+/// (`sysfs_devno_is_dm_private`) and LVM pass over, and its UUIDs have room for somebody's name.
+pub const UUID_PREFIX: &str = "stratis-1-private-patchswitch-";
+
+const _: () = assert!(UUID_PREFIX.len() + DM_NAME_LEN < wire::UUID_LEN);
 
 const CONTROL: &str = "/dev/mapper/control";
 /// Room for an answer: what is tried first, and what no answer of ours can need.

@@ -11,7 +11,7 @@ use super::block::DeviceNumber;
 /// `DM_NAME_LEN`, with the terminating zero.
 const NAME_LEN: usize = 128;
 /// `DM_UUID_LEN`, with the terminating zero.
-const UUID_LEN: usize = 129;
+pub(super) const UUID_LEN: usize = 129;
 /// `DM_MAX_TYPE_NAME`, with the terminating zero.
 const KIND_LEN: usize = 16;
 /// Version of the interface this file is written for. The kernel wants the same major and a minor not above its own;

@@ -33,17 +33,18 @@ struct Request {
 const _: () = assert!(size_of::<Request>() == 40);
 
 impl Tap {
+    /// Whether there can be any. Asking loads the module, as the first device would.
+    pub fn are_there() -> bool {
+        file().is_ok()
+    }
+
     /// Makes a TAP device in the calling thread's network namespace, or takes one that nobody has open. Nobody waits for a
     /// frame that is not there. Root only.
     ///
     /// # Errors
     /// What the kernel said: `EBUSY` while another process has it, `ENOENT` without the `tun` module.
     pub fn open(name: &str) -> io::Result<Self> {
-        let file = rustix::fs::open(
-            "/dev/net/tun",
-            OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let file = file()?;
         let mut request = Request { name: [0; NAME], flags: IFF_TAP | IFF_NO_PI, rest: [0; 22] };
         if name.len() >= NAME {
             return Err(Errno::INVAL.into());
@@ -84,6 +85,10 @@ impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+fn file() -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
 }
 
 struct Attach<'a>(&'a mut Request);

@@ -11,8 +11,9 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::ask::{Asking, who};
+use crate::claims::Wire;
 use crate::rig::{NAME, Rig, Server, ends};
-use crate::uplinks::SECOND;
+use crate::uplinks::{SECOND, heard};
 
 const EXCHANGE: [&str; 4] = ["switch", NAME, "--exchange", "device"];
 
@@ -302,6 +303,20 @@ fn the_address_goes_to_the_other_uplink_and_all_neighbours_know() {
     for end in ends() {
         assert_eq!(who(&rig.lab.client, end).unwrap(), "a");
     }
+    rig.finish().unwrap();
+}
+
+/// Five times at once and five a second later, where the address has come to and nowhere else; with flows that wait, five more
+/// when they go on.
+#[test]
+fn where_the_address_has_gone_is_said_again() {
+    let (rig, _servers) = readdressed("again").unwrap();
+    let wire = |uplink| Wire::between((&rig.lab.client, "br0"), (&rig.lab.host, uplink)).unwrap();
+    let (mut first, mut second) = (wire(UPLINK), wire(SECOND));
+    rig.ok(&[&READDRESS[..], &["--hold", "10s"]].concat()).unwrap();
+    assert_eq!((heard(&mut second, 15), heard(&mut first, 0)), ([15; 2], [0; 2]));
+    rig.switch_to(&rig.lab.a).unwrap();
+    assert_eq!((heard(&mut first, 10), heard(&mut second, 0)), ([10; 2], [0; 2]));
     rig.finish().unwrap();
 }
 

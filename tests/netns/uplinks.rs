@@ -87,7 +87,7 @@ fn clients_of_a_second_uplink_are_served_and_switched_as_those_of_the_first() {
 }
 
 /// How many announcements of each address came: so many, or what there was after a while; and whatever comes on top.
-fn heard(wire: &mut Wire, expected: usize) -> [usize; 2] {
+pub(crate) fn heard(wire: &mut Wire, expected: usize) -> [usize; 2] {
     let end = Instant::now() + Duration::from_secs(5);
     let mut count = [0; 2];
     let mut is_last = false;

@@ -186,14 +186,25 @@ impl Switch {
             return self.steps.run(&mut attachment, json).await;
         }
         if let Some(waiting) = self.waiting.given() {
-            return hold::run(&mut attachment, to, waiting, json).await;
+            let ended = hold::run(&mut attachment, to, waiting, json).await?;
+            announce_again(&attachment).await;
+            return Ok(ended);
         }
         let options = SwitchOptions { letter: self.letter, ..SwitchOptions::default() };
         let done = attachment.switch_with(to, options).await?;
         // Afterwards: the rules of a host can be many, and who switches may be in a hurry.
         beside::warn_of_the_firewall(attachment.record());
         print_switch(json, &attachment, to, done)?;
+        announce_again(&attachment).await;
         Ok(ExitCode::Done)
+    }
+}
+
+/// Where a switch takes the addresses to another uplink it is said once more, for neighbours who did not hear it.
+async fn announce_again(attachment: &Attachment) {
+    if attachment.record().own_uplinks {
+        tokio::time::sleep(ANNOUNCE_AGAIN).await;
+        attachment.announce().await;
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use patchswitch::names;
 use patchswitch_tests::leftovers::Snapshot;
-use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, Ns, SERVICE as ADDRESSES, UPLINK};
+use patchswitch_tests::netlab::{CLIENT, CLIENT_LINK, Ns, OWN_A, SERVICE as ADDRESSES, UPLINK};
 use patchswitch_tests::programs;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -266,6 +266,12 @@ pub(super) fn second_uplink(stage: &Stage) {
     });
 }
 
+/// Makes the client believe that the first partition's own addresses are elsewhere.
+fn mislead(stage: &Stage) {
+    let line = |address| format!("neigh replace {address} lladdr 02:00:00:00:00:99 dev br0 nud stale\n");
+    stage.client.ip_batch(&OWN_A.map(line).concat()).unwrap();
+}
+
 #[test]
 fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
     let settings = Settings { uplink: BOTH, ..settings("strategy = \"address\"\n") };
@@ -282,9 +288,16 @@ fn the_address_goes_to_the_uplink_of_the_patched_partition_and_back() {
     let before = Snapshot::take().unwrap();
     assert_eq!(answering(), [UPLINK; 2]);
     let client = Client::start(&stage.client);
+    mislead(&stage);
     stage.ok(&["apply", SERVICE]);
     assert_eq!((stage.who().as_str(), stage.active().as_str()), ("v2", "web-b"));
     assert_eq!(answering(), [SECOND; 2]);
+    // 1505: who has given the address away has said where its own ones are.
+    let mac = fs::read_to_string(Path::new("/sys/class/net").join(UPLINK).join("address")).unwrap();
+    for address in OWN_A {
+        let known = stage.client.ip(&format!("neigh show to {address}")).unwrap();
+        assert!(known.contains(mac.trim()), "{known}");
+    }
     waited(&stage, "waited");
     nothing_to_do(&stage);
     stage.ok(&["rollback", SERVICE]);

@@ -224,6 +224,14 @@ fn refusals(stage: &Stage, volumes: &Volumes, [root, data, more]: [&str; 3]) {
         "it is not the whole archive of a root",
     );
     assert_eq!(sh(&format!("wipefs --noheadings {half}")), "");
+    // A device whose maker keeps it to himself: what is on it cannot be seen.
+    let private = "/dev/mapper/ps-private";
+    let table = format!("0 262144 linear {half} 0");
+    sh(&format!(
+        "dmsetup create ps-private --uuid stratis-1-private-patchswitch-ps-private --table '{table}'"
+    ));
+    refused(78, &["--from", "/etc/hostname", "--on", &on("root", private)], "is a private device");
+    sh("dmsetup remove ps-private");
     // Half of a file system.
     let other = volumes.add("other", 128);
     sh(&format!("mkfs.btrfs -q -f {half} {other}"));

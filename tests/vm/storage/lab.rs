@@ -104,7 +104,8 @@ impl Lab {
     pub(super) fn mount(&self, device: &Path, name: &str) -> Mount {
         let at = self.path(&format!("mnt-{name}"));
         fs::create_dir_all(&at).unwrap();
-        sh(&format!("mount -o nosuid,nodev {} {}", device.display(), at.display()));
+        // Which one it is, mount would have to be told by libblkid, which passes our devices over.
+        sh(&format!("mount -t ext4,xfs,btrfs -o nosuid,nodev {} {}", device.display(), at.display()));
         Mount(at)
     }
 

@@ -117,6 +117,15 @@ impl DeviceNumber {
         PathBuf::from(format!("/sys/dev/block/{self}"))
     }
 
+    /// Whether it is a device that its maker keeps to himself, as ours and the inner ones of LVM and Stratis are. The system's
+    /// own tools show nothing of what is on such a device (`sysfs_devno_is_dm_private` of util-linux), so that from "nothing"
+    /// nothing follows.
+    pub fn is_private(self) -> bool {
+        let uuid = std::fs::read_to_string(self.sysfs().join("dm/uuid")).unwrap_or_default();
+        let layer = uuid.trim().strip_prefix("LVM-").and_then(|rest| rest.rsplit_once('-'));
+        uuid.starts_with("stratis-1-private") || layer.is_some_and(|(_, layer)| !layer.is_empty())
+    }
+
     /// The node that devtmpfs keeps for the device; needs no udev.
     ///
     /// # Errors

@@ -116,14 +116,15 @@ impl Manager {
         if let Some(owner) = self.owner(number)? {
             return refuse(partition, device, &format!("is a disk of partition {owner}"));
         }
+        let planned =
+            disk::Disk { name: String::new(), backing: Backing::Device(device.to_owned()), sectors };
+        disk::check_free(&planned)?;
         if number.is_private() {
             let why = "is a private device of patchswitch, LVM or Stratis, on which nothing can be recognised; give the one that \
                        people are to use";
             return refuse(partition, device, why);
         }
-        let planned =
-            disk::Disk { name: String::new(), backing: Backing::Device(device.to_owned()), sectors };
-        Ok(disk::check_free(&planned)?)
+        Ok(())
     }
 
     /// The partition that has a disk, or the store of one, on a device.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use patchswitch::host::linux::dm::UUID_PREFIX;
 use patchswitch::host::linux::filesystem::{FileSystem, Kind};
 use patchswitch_tests::netlab::{OWN_A, OWN_B};
 use patchswitch_tests::{programs, vm};
@@ -227,9 +228,7 @@ fn refusals(stage: &Stage, volumes: &Volumes, [root, data, more]: [&str; 3]) {
     // A device whose maker keeps it to himself: what is on it cannot be seen.
     let private = "/dev/mapper/ps-private";
     let table = format!("0 262144 linear {half} 0");
-    sh(&format!(
-        "dmsetup create ps-private --uuid stratis-1-private-patchswitch-ps-private --table '{table}'"
-    ));
+    sh(&format!("dmsetup create ps-private --uuid {UUID_PREFIX}ps-private --table '{table}'"));
     refused(78, &["--from", "/etc/hostname", "--on", &on("root", private)], "is a private device");
     sh("dmsetup remove ps-private");
     // Half of a file system.

@@ -33,7 +33,7 @@ pub(crate) enum Tier {
     Vm,
     /// All of them
     All,
-    /// A power cut and a kill in each phase of jobs of each strategy, four to six hours of machines, two at a time; a second call goes on where one ended
+    /// A power cut and a kill in each phase of jobs of each strategy, two to four hours; a second call goes on where one ended
     Soak,
 }
 

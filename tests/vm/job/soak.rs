@@ -7,7 +7,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
-use patchswitch::store::{Job, StepState, Store};
+use patchswitch::store::{Job, Step, StepState, Store};
 use patchswitch_tests::leftovers::Snapshot;
 use patchswitch_tests::{programs, vm};
 use rustix::process::Signal;
@@ -193,7 +193,7 @@ impl Point {
         assert!(self.may_serve(phase).contains(&active.as_str()), "{active} after {phase}: {said}");
         assert_eq!(who, if active == "web-a" { "v1" } else { "v2" }, "{said}");
         nothing_to_do(&stage);
-        journal_is_right(&active);
+        self.journal_is_right(&active);
         self.check_noted(&stage);
         // The next thing that is asked for works.
         match (self.command, active.as_str()) {
@@ -204,7 +204,7 @@ impl Point {
         }
         let active = stage.active();
         assert_eq!(stage.who(), if active == "web-a" { "v1" } else { "v2" });
-        journal_is_right(&active);
+        self.journal_is_right(&active);
         self.check_noted(&stage);
         match writers {
             Some(Clients::OfDatabase(writers)) => drop(writers.stop(&stage)),
@@ -212,6 +212,32 @@ impl Point {
             None => {}
         }
         self.finish(&stage, &before, &active);
+    }
+
+    /// The store says so: every job is over, every step of one has an end but that in which it was interrupted, and the patch is
+    /// applied where it serves. Nor has a job of this strategy a step that is no point.
+    #[track_caller]
+    fn journal_is_right(&self, active: &str) {
+        let (store, service) = (Store::open(&path("state")).unwrap(), SERVICE.parse().unwrap());
+        let jobs = store.jobs(Some(&service), 100).unwrap();
+        let is_over = |job: &Job| job.ended_at.is_some() && job.exit_code.is_some();
+        assert!(!jobs.is_empty() && jobs.iter().all(is_over), "{jobs:?}");
+        let is_point =
+            |step: &Step| ALL.iter().any(|one| one.strategy == self.strategy && one.phase == step.phase);
+        for job in &jobs {
+            let mut steps = store.steps(job.id).unwrap();
+            assert!(steps.iter().all(is_point), "{job:?}: {steps:?}");
+            // What an interrupted one was at is said so, with its job's end.
+            if job.message.as_deref().is_some_and(|message| message.starts_with("interrupted")) {
+                let _ = steps.pop();
+            }
+            assert!(steps.iter().all(|step| step.state != StepState::Intended), "{job:?}: {steps:?}");
+        }
+        assert_eq!(store.applied(&service).unwrap().len(), usize::from(active == "web-b"), "{jobs:?}");
+        assert_eq!(
+            store.primary(&service).unwrap().map(|primary| primary.partition.to_string()).as_deref(),
+            Some(active)
+        );
     }
 
     /// What a single writer was promised before a power cut is there.
@@ -241,29 +267,6 @@ impl Point {
             stage.host_ip(&format!("link del {SECOND}"));
         }
     }
-}
-
-/// The store says so: every job is over, every step of one has an end but that in which it was interrupted, and the patch is applied
-/// where it serves.
-#[track_caller]
-fn journal_is_right(active: &str) {
-    let (store, service) = (Store::open(&path("state")).unwrap(), SERVICE.parse().unwrap());
-    let jobs = store.jobs(Some(&service), 100).unwrap();
-    let is_over = |job: &Job| job.ended_at.is_some() && job.exit_code.is_some();
-    assert!(!jobs.is_empty() && jobs.iter().all(is_over), "{jobs:?}");
-    for job in &jobs {
-        let mut steps = store.steps(job.id).unwrap();
-        // What an interrupted one was at is said so, with its job's end.
-        if job.message.as_deref().is_some_and(|message| message.starts_with("interrupted")) {
-            let _ = steps.pop();
-        }
-        assert!(steps.iter().all(|step| step.state != StepState::Intended), "{job:?}: {steps:?}");
-    }
-    assert_eq!(store.applied(&service).unwrap().len(), usize::from(active == "web-b"), "{jobs:?}");
-    assert_eq!(
-        store.primary(&service).unwrap().map(|primary| primary.partition.to_string()).as_deref(),
-        Some(active)
-    );
 }
 
 /// Goes through some points, one after the other. The machine starts again in between; where it was is in the phase of the
@@ -380,8 +383,8 @@ points! {
         commit: [commit]
     }
     letter: {
-        apply: [clone scan inject boot patch restart verify take_over observe drain retire]
-        rollback: [boot verify give_back drain]
+        apply: [clone scan inject boot patch restart verify arm take_over observe drain retire]
+        rollback: [boot verify arm give_back drain]
         commit: [commit]
     }
 }
